@@ -1,0 +1,535 @@
+//! `fsdp_engine_t`: a sharded model, the hooks a host calls around its compute, and access to shards.
+
+use super::handle::{fsdp_comm_t, fsdp_engine_t, fsdp_model_t, get, insert, remove};
+use super::model::lock;
+use super::status::{boundary, fsdp_status_t, out, read_sized, write_sized, Sized_};
+use super::tensor::{self, fsdp_tensor_t, HostTensor};
+use crate::config::EngineConfig;
+use crate::dtype::DType;
+use crate::engine::Engine;
+use crate::error::{err, Result};
+use std::ffi::{c_char, c_void, CString};
+use std::sync::Arc;
+
+/// fsdp_unit_info_t.state: the unit's parameters cannot be read.
+pub const FSDP_UNIT_SHARDED: i32 = 0;
+/// The unit's parameters can be read as views of the unit buffer.
+pub const FSDP_UNIT_UNSHARDED: i32 = 1;
+
+/// Options of an engine, the same on every rank. Initialize with FSDP_ENGINE_CONFIG_INIT, then set what differs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_engine_config_t {
+    /// sizeof(fsdp_engine_config_t).
+    pub struct_size: usize,
+    /// Buffers per rank for a unit's full gradients: how many units may collect or reduce gradients at once. 0: one
+    /// more than the levels of nested units. A unit that finds all taken collects in memory of its own.
+    pub gradient_slots: u32,
+}
+
+/// A unit. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_unit_info_t {
+    /// sizeof(fsdp_unit_info_t).
+    pub struct_size: usize,
+    /// Fully qualified name of its module, "" for the root.
+    pub name: *const c_char,
+    /// Number of its module.
+    pub module: u32,
+    /// Parameters that it owns.
+    pub param_count: u32,
+    /// Their numbers, in order of registration.
+    pub params: *const u32,
+    /// Bytes of the unit buffer: world_size times shard_bytes.
+    pub unit_bytes: u64,
+    /// Bytes of this rank's shard.
+    pub shard_bytes: u64,
+    /// Bytes of the unit buffer that belong to no parameter.
+    pub padding_bytes: u64,
+    /// FSDP_UNIT_SHARDED or FSDP_UNIT_UNSHARDED.
+    pub state: i32,
+}
+
+/// A parameter and its place. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_param_info_t {
+    /// sizeof(fsdp_param_info_t).
+    pub struct_size: usize,
+    /// Fully qualified name of its first registration.
+    pub name: *const c_char,
+    /// The unit that owns it.
+    pub unit: u32,
+    /// Number of dimensions.
+    pub ndim: i32,
+    /// ndim sizes.
+    pub shape: *const i64,
+    /// Elements.
+    pub numel: i64,
+    /// First element in the unit buffer, in elements from its start.
+    pub unit_offset: i64,
+    /// First element of this rank's piece in the flattened (row-major) parameter; 0 if the piece is empty.
+    pub shard_offset: i64,
+    /// Elements of this rank's piece; may be 0.
+    pub shard_numel: i64,
+    /// 0 if it is frozen.
+    pub requires_grad: i32,
+}
+
+/// This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
+/// said at fsdp_engine_begin_write.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_shard_t {
+    /// numel elements.
+    pub data: *mut f32,
+    /// The mean gradient of the piece, numel elements; NULL while there is none. May be written any time outside
+    /// backward, e.g. to clip it.
+    pub grad: *mut f32,
+    /// Elements; may be 0.
+    pub numel: i64,
+}
+
+/// What an engine uses and has done. Set struct_size before the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_stats_t {
+    /// sizeof(fsdp_stats_t).
+    pub struct_size: usize,
+    /// Bytes of this rank's shards of all units, padding included.
+    pub param_shard_bytes: u64,
+    /// Bytes of this rank's gradient shards, padding and alignment included.
+    pub grad_shard_bytes: u64,
+    /// Bytes of this rank's gradient slots, when all are used to the full.
+    pub gradient_slot_bytes: u64,
+    /// Bytes of all unit buffers that belong to no parameter.
+    pub padding_bytes: u64,
+    /// Bytes of all unit buffers. On shm they are the ranks' shards laid end to end: one copy a host.
+    pub unit_buffer_bytes: u64,
+    /// All-gathers so far.
+    pub all_gathers: u64,
+    /// Bytes that they copied; 0 on shm.
+    pub all_gather_bytes_moved: u64,
+    /// Reduce-scatters so far.
+    pub reduce_scatters: u64,
+    /// Bytes of the unit buffers that they reduced.
+    pub reduce_scatter_bytes: u64,
+    /// Most gradient slots in use at once.
+    pub slots_peak: u32,
+    /// Most units at once that collected gradients in memory of their own.
+    pub overflow_peak: u32,
+}
+
+// SAFETY: repr(C), begins with its size, plain data.
+unsafe impl Sized_ for fsdp_engine_config_t {
+    const NAME: &'static str = "fsdp_engine_config_t";
+}
+// SAFETY: as above.
+unsafe impl Sized_ for fsdp_unit_info_t {
+    const NAME: &'static str = "fsdp_unit_info_t";
+}
+// SAFETY: as above.
+unsafe impl Sized_ for fsdp_param_info_t {
+    const NAME: &'static str = "fsdp_param_info_t";
+}
+// SAFETY: as above.
+unsafe impl Sized_ for fsdp_stats_t {
+    const NAME: &'static str = "fsdp_stats_t";
+}
+
+/// An engine and the names C reads.
+pub struct EngineObject {
+    pub engine: Engine,
+    unit_names: Vec<CString>,
+    param_names: Vec<CString>,
+}
+
+impl EngineObject {
+    fn new(engine: Engine) -> EngineObject {
+        let names = |n: &String| CString::new(n.as_str()).unwrap_or_default();
+        EngineObject {
+            unit_names: engine.plan().units.iter().map(|u| names(&u.name)).collect(),
+            param_names: engine.plan().params.iter().map(|p| names(&p.fqn)).collect(),
+            engine,
+        }
+    }
+}
+
+fn with<T>(engine: *const fsdp_engine_t, f: impl FnOnce(&Engine) -> Result<T>) -> Result<T> {
+    f(&get(engine)?.engine)
+}
+
+/// Shards a model over the ranks of `comm`: copies this rank's cut of every parameter; the host's own memory is not
+/// needed afterwards. Collective: same model, wrapping and configuration on every rank, else FSDP_ERR_MISMATCH names
+/// the first parameter that differs. `config` may be NULL for the defaults. `model` and `comm` stay the caller's and may
+/// be destroyed while the engine lives. *out is owned by the caller: fsdp_engine_destroy. Since 0.1.
+///
+/// # Safety
+/// The data of every parameter of `model` is readable; `config` is NULL or points to `struct_size` readable bytes; `out`
+/// is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_create(
+    model: *const fsdp_model_t,
+    comm: *mut fsdp_comm_t,
+    config: *const fsdp_engine_config_t,
+    out: *mut *mut fsdp_engine_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let (model, comm) = (get(model)?, get(comm as *const fsdp_comm_t)?);
+        // SAFETY: the caller's promise.
+        let out = unsafe { self::out(out, "out") }?;
+        let config = match config.is_null() {
+            true => EngineConfig::default(),
+            // SAFETY: the caller's promise.
+            false => EngineConfig { gradient_slots: unsafe { read_sized(config) }?.gradient_slots },
+        };
+        let tree = lock(&model)?.clone();
+        // SAFETY: the caller's promise.
+        let engine = unsafe { Engine::new(&tree, comm, &config) }?;
+        out.write(insert(Arc::new(EngineObject::new(engine))));
+        Ok(())
+    })
+}
+
+/// Frees the engine and this rank's shards; NULL does nothing. Local. All pointers got from it end here. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_destroy(engine: *mut fsdp_engine_t) {
+    boundary(|| {
+        remove(engine);
+        Ok(())
+    });
+}
+
+/// Number of units; unit 0 is the root, the others follow in depth-first order of the module tree. Local. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_unit_count(engine: *const fsdp_engine_t, out: *mut u32) -> fsdp_status_t {
+    boundary(|| {
+        // SAFETY: the caller's promise.
+        let out = unsafe { self::out(out, "out") }?;
+        out.write(with(engine, |e| Ok(e.plan().units.len() as u32))?);
+        Ok(())
+    })
+}
+
+/// Number of parameters, tied ones counted once; numbers are those of the model. Local. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_param_count(engine: *const fsdp_engine_t, out: *mut u32) -> fsdp_status_t {
+    boundary(|| {
+        // SAFETY: the caller's promise.
+        let out = unsafe { self::out(out, "out") }?;
+        out.write(with(engine, |e| Ok(e.plan().params.len() as u32))?);
+        Ok(())
+    })
+}
+
+/// Describes a unit. Local. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or points to `struct_size` writable bytes.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_unit_info(
+    engine: *const fsdp_engine_t,
+    unit: u32,
+    out: *mut fsdp_unit_info_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine)?;
+        let u = object.engine.unit(unit)?;
+        let info = fsdp_unit_info_t {
+            struct_size: 0,
+            name: object.unit_names[unit as usize].as_ptr(),
+            module: u.module,
+            param_count: u.params.len() as u32,
+            params: u.params.as_ptr(),
+            unit_bytes: u.bytes() as u64,
+            shard_bytes: u.shard_bytes() as u64,
+            padding_bytes: (u.layout.padding() * DType::F32.size()) as u64,
+            state: object.engine.unit_state(unit)? as i32,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { write_sized(out, info) }
+    })
+}
+
+/// Describes a parameter. Local. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or points to `struct_size` writable bytes.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_param_info(
+    engine: *const fsdp_engine_t,
+    param: u32,
+    out: *mut fsdp_param_info_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine)?;
+        let p = object.engine.param(param)?;
+        let layout = &object.engine.unit(p.unit)?.layout;
+        let info = fsdp_param_info_t {
+            struct_size: 0,
+            name: object.param_names[param as usize].as_ptr(),
+            unit: p.unit,
+            ndim: p.shape.len() as i32,
+            shape: p.shape.as_ptr(),
+            numel: layout.numels[p.index] as i64,
+            unit_offset: layout.offsets[p.index] as i64,
+            shard_offset: p.piece.param_offset as i64,
+            shard_numel: p.piece.len as i64,
+            requires_grad: p.requires_grad.into(),
+        };
+        // SAFETY: the caller's promise.
+        unsafe { write_sized(out, info) }
+    })
+}
+
+/// The unit that a module belongs to: itself if it was wrapped, else its nearest wrapped ancestor. Local. Since 0.1.
+///
+/// # Safety
+/// `out_unit` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_unit_of_module(
+    engine: *const fsdp_engine_t,
+    module: u32,
+    out_unit: *mut u32,
+) -> fsdp_status_t {
+    boundary(|| {
+        // SAFETY: the caller's promise.
+        let out = unsafe { self::out(out_unit, "out_unit") }?;
+        let unit = with(engine, |e| Ok(e.plan().unit_of_module.get(module as usize).copied()))?;
+        out.write(unit.ok_or_else(|| err!(InvalidArgument, "module {module} does not exist"))?);
+        Ok(())
+    })
+}
+
+/// Says whether a backward follows the forwards from here on (default: 1). With 0 the root's post_forward ends the
+/// iteration. Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_set_grad_enabled(engine: *mut fsdp_engine_t, enabled: i32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.set_grad_enabled(enabled != 0)))
+}
+
+/// Call before a unit's forward, in the same order on every rank: unshards the unit. A unit may be used several times
+/// and nested in itself. Collective. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_pre_forward(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.pre_forward(unit)))
+}
+
+/// Call after a unit's forward: reshards it. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_post_forward(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.post_forward(unit)))
+}
+
+/// Call before the backward of each use of a unit: unshards it. FSDP_ERR_INVALID_STATE without a forward that had
+/// gradients enabled. Collective. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_pre_backward(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.pre_backward(unit)))
+}
+
+/// Call after the backward of each use of a unit. After that of its last use, its gradients (all uses summed) are
+/// reduced to their mean over the ranks and the unit is resharded. The root's ends the iteration: when it returns, every
+/// gradient is in its shard and this rank may write its shards. Collective. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_post_backward(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.post_backward(unit)))
+}
+
+/// Unshards a unit; nothing happens if it is unsharded already. *out_unit_buffer is the unit buffer (NULL for a unit
+/// without elements), readable until the unit is resharded; it is at the same address every time. Collective. For hosts
+/// that see parameters being touched instead of modules being entered. Since 0.1.
+///
+/// # Safety
+/// `out_unit_buffer` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_unshard(
+    engine: *mut fsdp_engine_t,
+    unit: u32,
+    out_unit_buffer: *mut *mut c_void,
+) -> fsdp_status_t {
+    boundary(|| {
+        // SAFETY: the caller's promise.
+        let out = unsafe { self::out(out_unit_buffer, "out_unit_buffer") }?;
+        out.write(with(engine, |e| e.unshard(unit))?.cast());
+        Ok(())
+    })
+}
+
+/// Reshards a unit; nothing happens if it is sharded already. Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_reshard(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.reshard(unit)))
+}
+
+/// Starts the reduction of the gradients collected for a unit; nothing happens if there are none. More gradients may
+/// come later in the same backward: they are reduced again, and added. Collective: same order on every rank. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_reduce(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.reduce(unit)))
+}
+
+/// Ends an iteration that has no backward: reshards all units and drops gradients being collected. Waits for reductions
+/// that were started, else local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_finish_forward(engine: *mut fsdp_engine_t) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.finish_forward()))
+}
+
+/// Ends a backward: reduces what is left, and returns when every gradient is in its shard, all units are resharded, and
+/// this rank may write its shards. Collective. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_finish_backward(engine: *mut fsdp_engine_t) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.finish_backward()))
+}
+
+/// From its return until the next unshard this rank may write the data of its shards. Needed for writes that do not
+/// follow a backward (loading, clamping, averaging weights): it ends a forward without backward and waits until no rank
+/// reads any more. Collective; returns at once after a backward. FSDP_ERR_INVALID_STATE during a backward. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_begin_write(engine: *mut fsdp_engine_t) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.begin_write()))
+}
+
+/// The full parameter, as a view of the unit buffer, to be read until its unit is resharded. FSDP_ERR_INVALID_STATE
+/// while the unit is sharded. Local. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_param_data(
+    engine: *const fsdp_engine_t,
+    param: u32,
+    out: *mut fsdp_tensor_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine)?;
+        let data = object.engine.param_data(param)?;
+        // SAFETY: the caller's promise; the shape lives as long as the engine.
+        unsafe { tensor::write(out, data, &object.engine.param(param)?.shape) }
+    })
+}
+
+/// The memory that collects a parameter's full gradient in this backward, in the parameter's shape. *out_accumulate 0:
+/// overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
+/// on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
+/// if the parameter is frozen or nothing was unsharded since the last iteration ended. Since 0.1.
+///
+/// # Safety
+/// `out` and `out_accumulate` are NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_param_grad(
+    engine: *mut fsdp_engine_t,
+    param: u32,
+    out: *mut fsdp_tensor_t,
+    out_accumulate: *mut i32,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine as *const fsdp_engine_t)?;
+        // SAFETY: the caller's promise; both are checked before anything changes.
+        let (_, out_accumulate) = unsafe { (self::out(out, "out")?, self::out(out_accumulate, "out_accumulate")?) };
+        let (region, held) = object.engine.param_grad(param)?;
+        out_accumulate.write(held.into());
+        // SAFETY: the caller's promise; the shape lives as long as the engine.
+        unsafe { tensor::write(out, region.cast(), &object.engine.param(param)?.shape) }
+    })
+}
+
+/// Adds a full gradient (contiguous float32 of the parameter's shape, borrowed for the call) to what this backward has
+/// collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
+///
+/// # Safety
+/// `grad` is NULL or describes readable memory.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_accumulate_grad(
+    engine: *mut fsdp_engine_t,
+    param: u32,
+    grad: *const fsdp_tensor_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine as *const fsdp_engine_t)?;
+        let p = object.engine.param(param)?;
+        let name = format!("the gradient of \"{}\"", p.fqn);
+        // SAFETY: the caller's promise.
+        let grad = unsafe { HostTensor::read(grad, &name) }?;
+        if grad.dtype != DType::F32 || grad.shape != p.shape {
+            return Err(err!(
+                InvalidArgument,
+                "{name} is {} of shape {:?}, the parameter is {} of shape {:?}",
+                grad.dtype,
+                grad.shape,
+                DType::F32,
+                p.shape
+            ));
+        }
+        // SAFETY: the caller's promise; NULL with elements is refused.
+        let data = unsafe { grad.slice(&name) }?;
+        // SAFETY: as large as the parameter: the shapes are equal.
+        unsafe { object.engine.accumulate_grad(param, data.as_ptr().cast()) }
+    })
+}
+
+/// This rank's piece of a parameter and of its gradient. Local. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_shard(
+    engine: *const fsdp_engine_t,
+    param: u32,
+    out: *mut fsdp_shard_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        // SAFETY: the caller's promise.
+        let out = unsafe { self::out(out, "out") }?;
+        let shard = with(engine, |e| e.shard(param))?;
+        out.write(fsdp_shard_t { data: shard.data, grad: shard.grad, numel: shard.len as i64 });
+        Ok(())
+    })
+}
+
+/// Forgets a parameter's gradient: the next reduction overwrites it. Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_clear_grad(engine: *mut fsdp_engine_t, param: u32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.clear_grad(param)))
+}
+
+/// Forgets all gradients. Without it the next backward adds to them. Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_zero_grad(engine: *mut fsdp_engine_t) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.zero_grad()))
+}
+
+/// What the engine uses and has done so far. Local. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or points to `struct_size` writable bytes.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_stats(engine: *const fsdp_engine_t, out: *mut fsdp_stats_t) -> fsdp_status_t {
+    boundary(|| {
+        let s = with(engine, |e| e.stats())?;
+        let stats = fsdp_stats_t {
+            struct_size: 0,
+            param_shard_bytes: s.param_shard_bytes,
+            grad_shard_bytes: s.grad_shard_bytes,
+            gradient_slot_bytes: s.gradient_slot_bytes,
+            padding_bytes: s.padding_bytes,
+            unit_buffer_bytes: s.unit_buffer_bytes,
+            all_gathers: s.all_gathers,
+            all_gather_bytes_moved: s.all_gather_bytes_moved,
+            reduce_scatters: s.gradients.reduce_scatters,
+            reduce_scatter_bytes: s.gradients.reduce_scatter_bytes,
+            slots_peak: s.gradients.slots_peak as u32,
+            overflow_peak: s.gradients.overflow_peak as u32,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { write_sized(out, stats) }
+    })
+}

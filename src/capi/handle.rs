@@ -1,0 +1,119 @@
+//! Handles: numbers in pointer form that stand for objects in one table, so that a stale or wrong handle is an error.
+
+use super::engine::EngineObject;
+use crate::comm::Communicator;
+use crate::error::{err, Result};
+use crate::module::ModuleTree;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+
+/// A communicator: how this process and the other ranks reach each other.
+pub struct fsdp_comm_t {
+    _opaque: [u8; 0],
+}
+
+/// A host's tree of modules and parameters, and which modules are units.
+pub struct fsdp_model_t {
+    _opaque: [u8; 0],
+}
+
+/// A sharded model.
+pub struct fsdp_engine_t {
+    _opaque: [u8; 0],
+}
+
+#[derive(Clone)]
+enum Object {
+    Comm(Arc<dyn Communicator>),
+    Model(Arc<Mutex<ModuleTree>>),
+    Engine(Arc<EngineObject>),
+}
+
+impl Object {
+    fn kind(&self) -> &'static str {
+        match self {
+            Object::Comm(_) => "a communicator",
+            Object::Model(_) => "a model",
+            Object::Engine(_) => "an engine",
+        }
+    }
+}
+
+#[derive(Default)]
+struct Table {
+    last: usize,
+    objects: HashMap<usize, Object>,
+}
+
+fn table() -> &'static RwLock<Table> {
+    static TABLE: OnceLock<RwLock<Table>> = OnceLock::new();
+    TABLE.get_or_init(RwLock::default)
+}
+
+/// Something that C can hold a handle of.
+pub trait Handle: Sized {
+    type Object: Clone;
+    const KIND: &'static str;
+    #[doc(hidden)]
+    fn pick(any: &AnyObject) -> Option<Self::Object>;
+    #[doc(hidden)]
+    fn wrap(object: Self::Object) -> AnyObject;
+}
+
+/// An entry of the table, opaque outside this file.
+pub struct AnyObject(Object);
+
+macro_rules! handle {
+    ($handle:ty, $variant:ident, $object:ty, $kind:literal) => {
+        impl Handle for $handle {
+            type Object = $object;
+            const KIND: &'static str = $kind;
+            fn pick(any: &AnyObject) -> Option<Self::Object> {
+                match &any.0 {
+                    Object::$variant(object) => Some(object.clone()),
+                    _ => None,
+                }
+            }
+            fn wrap(object: Self::Object) -> AnyObject {
+                AnyObject(Object::$variant(object))
+            }
+        }
+    };
+}
+
+handle!(fsdp_comm_t, Comm, Arc<dyn Communicator>, "a communicator");
+handle!(fsdp_model_t, Model, Arc<Mutex<ModuleTree>>, "a model");
+handle!(fsdp_engine_t, Engine, Arc<EngineObject>, "an engine");
+
+/// Puts an object into the table. Numbers are never used again.
+pub fn insert<H: Handle>(object: H::Object) -> *mut H {
+    let mut table = table().write().unwrap_or_else(|e| e.into_inner());
+    // Steps of 16 keep a handle from looking like a small integer or an index.
+    table.last += 16;
+    let id = table.last;
+    table.objects.insert(id, H::wrap(object).0);
+    id as *mut H
+}
+
+/// The object a handle stands for.
+pub fn get<H: Handle>(handle: *const H) -> Result<H::Object> {
+    let kind = H::KIND;
+    if handle.is_null() {
+        return Err(err!(InvalidArgument, "the handle of {kind} is NULL"));
+    }
+    let table = table().read().unwrap_or_else(|e| e.into_inner());
+    let Some(object) = table.objects.get(&(handle as usize)) else {
+        return Err(err!(InvalidHandle, "the handle is not that of {kind}: it was destroyed or never existed"));
+    };
+    H::pick(&AnyObject(object.clone()))
+        .ok_or_else(|| err!(InvalidHandle, "the handle is not that of {kind}, but of {}", object.kind()))
+}
+
+/// Takes an object out of the table; what else still uses it keeps it alive. A stale or wrong handle does nothing.
+pub fn remove<H: Handle>(handle: *mut H) {
+    if get(handle as *const H).is_ok() {
+        let object = table().write().unwrap_or_else(|e| e.into_inner()).objects.remove(&(handle as usize));
+        // Dropped here, after the lock: dropping an object may take long.
+        drop(object);
+    }
+}

@@ -1,0 +1,15 @@
+//! The C ABI: convert, call, convert; no logic. One file per C noun.
+//!
+//! Every function goes through [`status::boundary`], so no panic crosses into C and every failure leaves a message for
+//! `fsdp_last_error_message`. Handles are numbers in pointer form, looked up and never dereferenced, so that a stale or
+//! wrong one is an error. Names are those of C; cbindgen makes include/fsdp.h of this folder.
+
+#![allow(non_camel_case_types)]
+
+pub mod checkpoint;
+pub mod comm;
+pub mod engine;
+pub mod handle;
+pub mod model;
+pub mod status;
+pub mod tensor;

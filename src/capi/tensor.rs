@@ -1,0 +1,158 @@
+//! Tensors as C describes them, in DLPack's layout.
+
+use super::status::out;
+use crate::dtype::DType;
+use crate::error::{err, Result};
+
+/// Device type of host memory (DLPack's kDLCPU).
+pub const FSDP_DEVICE_CPU: i32 = 1;
+/// Type codes of fsdp_dtype_t (DLPack's): signed integers.
+pub const FSDP_DTYPE_INT: u8 = 0;
+/// Unsigned integers.
+pub const FSDP_DTYPE_UINT: u8 = 1;
+/// IEEE floating point.
+pub const FSDP_DTYPE_FLOAT: u8 = 2;
+
+/// Where a tensor lies; DLPack's DLDevice.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_device_t {
+    /// FSDP_DEVICE_CPU.
+    pub device_type: i32,
+    /// 0 for host memory.
+    pub device_id: i32,
+}
+
+/// An element type; DLPack's DLDataType. float32 is {FSDP_DTYPE_FLOAT, 32, 1}.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_dtype_t {
+    /// FSDP_DTYPE_INT, FSDP_DTYPE_UINT or FSDP_DTYPE_FLOAT.
+    pub code: u8,
+    /// Bits of one element.
+    pub bits: u8,
+    /// 1.
+    pub lanes: u16,
+}
+
+/// A tensor; laid out as DLPack's DLTensor, so that a DLTensor can be passed. As an argument it borrows data, shape and
+/// strides for the call (or as long as the function says); as a result they are borrowed from the engine until
+/// fsdp_engine_destroy.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_tensor_t {
+    /// Start of the memory; may be NULL only if there are no elements.
+    pub data: *mut std::ffi::c_void,
+    pub device: fsdp_device_t,
+    /// Number of dimensions; 0 for a scalar.
+    pub ndim: i32,
+    pub dtype: fsdp_dtype_t,
+    /// ndim sizes.
+    pub shape: *mut i64,
+    /// ndim strides in elements, or NULL for a contiguous tensor (row-major). Other tensors are refused.
+    pub strides: *mut i64,
+    /// Bytes from data to the first element.
+    pub byte_offset: u64,
+}
+
+/// What the crate needs of a tensor: checked, contiguous, on the host.
+pub struct HostTensor {
+    pub data: *mut u8,
+    pub dtype: DType,
+    pub shape: Vec<i64>,
+}
+
+impl HostTensor {
+    /// Checks and converts; `name` is how errors call it.
+    ///
+    /// # Safety
+    /// `tensor` is NULL or points to a tensor whose shape (and strides) are readable.
+    pub unsafe fn read(tensor: *const fsdp_tensor_t, name: &str) -> Result<HostTensor> {
+        // SAFETY: NULL is turned into None; else the caller's promise.
+        let t = unsafe { tensor.as_ref() }.ok_or_else(|| err!(InvalidArgument, "{name} is NULL"))?;
+        if t.device.device_type != FSDP_DEVICE_CPU {
+            let device = t.device.device_type;
+            return Err(err!(Unsupported, "{name} is on a device of type {device}: only host memory is supported yet"));
+        }
+        let dtype = DType::from_dlpack(t.dtype.code, t.dtype.bits).filter(|_| t.dtype.lanes == 1);
+        let Some(dtype) = dtype else {
+            let fsdp_dtype_t { code, bits, lanes } = t.dtype;
+            return Err(err!(
+                Unsupported,
+                "{name} has the unsupported dtype (code {code}, bits {bits}, lanes {lanes})"
+            ));
+        };
+        if t.ndim < 0 || t.ndim > 64 || (t.ndim > 0 && t.shape.is_null()) {
+            return Err(err!(InvalidArgument, "{name} has {} dimensions and {} shape", t.ndim, presence(t.shape)));
+        }
+        let ndim = t.ndim as usize;
+        // SAFETY: `ndim` sizes are readable by the caller's promise; an empty slice needs a non-null pointer only.
+        let shape = if ndim == 0 { &[][..] } else { unsafe { std::slice::from_raw_parts(t.shape, ndim) } };
+        if let Some(d) = shape.iter().find(|d| **d < 0) {
+            return Err(err!(InvalidArgument, "{name} has the negative dimension {d}"));
+        }
+        if !t.strides.is_null() && ndim > 0 {
+            // SAFETY: as for the shape.
+            let strides = unsafe { std::slice::from_raw_parts(t.strides, ndim) };
+            let mut expected = 1i64;
+            for (d, s) in shape.iter().zip(strides).rev() {
+                if *d != 1 && *s != expected && !shape.contains(&0) {
+                    return Err(err!(Unsupported, "{name} is not contiguous: strides {strides:?}, shape {shape:?}"));
+                }
+                expected = expected.saturating_mul(*d);
+            }
+        }
+        let numel = shape.iter().try_fold(dtype.size() as i64, |n, d| n.checked_mul(*d));
+        let numel = numel.ok_or_else(|| err!(InvalidArgument, "{name} has more bytes than an address can hold"))?;
+        let data = t.data.cast::<u8>();
+        let data = if data.is_null() { data } else { data.wrapping_add(t.byte_offset as usize) };
+        if data as usize % dtype.size() != 0 && numel > 0 {
+            return Err(err!(InvalidArgument, "{name} is not aligned to its elements of {} bytes", dtype.size()));
+        }
+        Ok(HostTensor { data, dtype, shape: shape.to_vec() })
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().map(|d| *d as usize).product::<usize>() * self.dtype.size()
+    }
+
+    /// The elements as bytes.
+    ///
+    /// # Safety
+    /// `data` is readable and writable for the tensor's bytes, by nobody else while the result lives.
+    pub unsafe fn slice<'a>(&self, name: &str) -> Result<&'a mut [u8]> {
+        match (self.bytes(), self.data.is_null()) {
+            (0, _) => Ok(&mut []),
+            (_, true) => Err(err!(InvalidArgument, "{name} has elements but its data is NULL")),
+            // SAFETY: not NULL; else the caller's promise.
+            (n, false) => Ok(unsafe { std::slice::from_raw_parts_mut(self.data, n) }),
+        }
+    }
+}
+
+/// Fills an output tensor: contiguous float32 in host memory. `shape` must live as long as C may use the result.
+///
+/// # Safety
+/// `tensor` is NULL or writable.
+pub unsafe fn write(tensor: *mut fsdp_tensor_t, data: *mut u8, shape: &[i64]) -> Result<()> {
+    let (code, bits) = DType::F32.dlpack();
+    // SAFETY: the caller's promise.
+    unsafe { out(tensor, "out") }?.write(fsdp_tensor_t {
+        data: data.cast(),
+        device: fsdp_device_t { device_type: FSDP_DEVICE_CPU, device_id: 0 },
+        ndim: shape.len() as i32,
+        dtype: fsdp_dtype_t { code, bits, lanes: 1 },
+        shape: shape.as_ptr().cast_mut(),
+        strides: std::ptr::null_mut(),
+        byte_offset: 0,
+    });
+    Ok(())
+}
+
+fn presence<T>(pointer: *const T) -> &'static str {
+    if pointer.is_null() {
+        "no"
+    } else {
+        "a"
+    }
+}

@@ -1,0 +1,203 @@
+//! The communicator: what the engine asks of whatever connects the ranks.
+//!
+//! The communicator owns the memory its collectives run on, so zero-copy is a property of the backend. Two kinds of
+//! memory exist: an *arena* ([`Communicator::alloc_arena`]: the parameters, seen by all ranks) and *gradient slots*
+//! ([`Communicator::alloc_slots`]: written by one rank, read by all during a reduction).
+//!
+//! Every collective carries a [`Tag`]. Ranks must issue the same tags in the same order; a difference is an error on
+//! every rank that names both units and both ranks. Every wait has a deadline and sees the death of a peer.
+//!
+//! A communicator is used by one thread at a time (the engine's lock); `abort` and `async_error` by any thread.
+
+use crate::dtype::DType;
+use crate::error::Result;
+use std::sync::Arc;
+
+mod combine;
+pub mod env;
+mod memory;
+mod reduce;
+pub mod shm;
+pub mod single;
+
+/// What a collective does. The discriminant is what ranks compare.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    AllGather = 1,
+    ReduceScatter = 2,
+    AllReduce = 3,
+    Broadcast = 4,
+    Barrier = 5,
+    Exchange = 6,
+    Alloc = 7,
+    /// `open_reads`: announced like a collective, so that a rank that skipped one is found out.
+    OpenReads = 8,
+    /// `wait_writable`, announced for the same reason.
+    WaitWritable = 9,
+}
+
+impl Kind {
+    /// The field's name for it, e.g. `reduce-scatter`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::AllGather => "all-gather",
+            Kind::ReduceScatter => "reduce-scatter",
+            Kind::AllReduce => "all-reduce",
+            Kind::Broadcast => "broadcast",
+            Kind::Barrier => "barrier",
+            Kind::Exchange => "exchange",
+            Kind::Alloc => "allocation",
+            Kind::OpenReads => "opening of a READ phase",
+            Kind::WaitWritable => "wait for writable shards",
+        }
+    }
+
+    /// The kind with this number, if there is one.
+    pub(crate) fn from_code(code: u8) -> Option<Kind> {
+        const ALL: [Kind; 9] = [
+            Kind::AllGather,
+            Kind::ReduceScatter,
+            Kind::AllReduce,
+            Kind::Broadcast,
+            Kind::Barrier,
+            Kind::Exchange,
+            Kind::Alloc,
+            Kind::OpenReads,
+            Kind::WaitWritable,
+        ];
+        ALL.into_iter().find(|k| *k as u8 == code)
+    }
+}
+
+/// How elements of different ranks are combined, in rank order 0..W-1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ReduceOp {
+    Sum = 0,
+    Avg = 1,
+    Max = 2,
+    Min = 3,
+}
+
+/// `Tag::unit` of a collective that belongs to no unit.
+pub const NO_UNIT: u32 = u32::MAX;
+
+/// The identity of a collective. Ranks compare all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tag {
+    pub kind: Kind,
+    /// A number from [`Communicator::name_units`], or [`NO_UNIT`].
+    pub unit: u32,
+    pub dtype: DType,
+    pub bytes: u64,
+}
+
+/// Memory that all ranks see. `base` is this rank's address of byte 0 (64-byte aligned); the mapping lives as long as
+/// `owner`. READ phases are counted per arena, so that several engines may share a communicator.
+#[derive(Clone)]
+pub struct Arena {
+    pub base: *mut u8,
+    pub bytes: usize,
+    /// The backend's own number for it.
+    pub id: u64,
+    pub owner: Arc<dyn std::any::Any + Send + Sync>,
+}
+
+// SAFETY: the mapping is kept by `owner`; who may write which bytes when is the engine's READ/WRITE protocol.
+unsafe impl Send for Arena {}
+// SAFETY: as above.
+unsafe impl Sync for Arena {}
+
+/// One gradient slot of this rank: `bytes` of data for a unit's full gradient, 64-byte aligned.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot {
+    pub index: usize,
+    pub data: *mut u8,
+    pub bytes: usize,
+}
+
+// SAFETY: a slot is a plain address inside a mapping that the communicator keeps; the engine's lock guards its use.
+unsafe impl Send for Slot {}
+
+/// A part of this rank's shard of a unit: one parameter's piece.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment {
+    /// The parameter's place in the unit (its presence byte).
+    pub param: usize,
+    /// First element in the unit buffer.
+    pub offset: usize,
+    /// Elements.
+    pub len: usize,
+    /// Where the mean goes: `len` floats of this rank's gradient shard.
+    pub out: *mut f32,
+    /// Add to `out` instead of overwriting it.
+    pub accumulate: bool,
+}
+
+/// A reduce-scatter that was started; finished in the order of starting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+/// See the module's text. All methods but `rank`, `world_size`, `name_units`, `close_reads`, `finished`, `abort` and
+/// `async_error` are collective. After an error of a collective the communicator is broken: every later call on any
+/// rank returns the same first error.
+pub trait Communicator: Send + Sync {
+    fn rank(&self) -> usize;
+    fn world_size(&self) -> usize;
+
+    /// Gives names to the next `names.len()` unit numbers, for error messages; returns the first number. Must be called
+    /// in the same order on every rank (local otherwise).
+    fn name_units(&self, names: &[String]) -> u32;
+
+    // ---- control plane: small, blocking, on the caller's memory ----
+
+    /// Returns when every rank has called it.
+    fn barrier(&self) -> Result<()>;
+    /// Every rank's `bytes` (lengths may differ), in rank order.
+    fn exchange(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>>;
+    /// In place over `data` (a multiple of `dtype.size()`): combined in rank order, so every rank gets the same bits.
+    /// `Avg` divides the sum by the world size and needs a floating dtype.
+    fn all_reduce(&self, data: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()>;
+    /// `root`'s bytes on every rank.
+    fn broadcast(&self, data: &mut [u8], dtype: DType, root: usize) -> Result<()>;
+    /// `output` = the ranks' `input`s in rank order; `output.len() == W * input.len()`, `input` may lie in `output`'s
+    /// own place.
+    fn all_gather_host(&self, input: &[u8], output: &mut [u8], dtype: DType) -> Result<()>;
+    /// `output` = range `rank` of the combined `input`s; `input.len() == W * output.len()`.
+    fn reduce_scatter_host(&self, input: &[u8], output: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()>;
+
+    // ---- data plane: on memory of the communicator ----
+
+    /// Zeroed memory that every rank sees: one copy a host. Freed when the last clone on every rank is dropped.
+    fn alloc_arena(&self, bytes: usize) -> Result<Arena>;
+    /// `sizes.len()` gradient slots on each rank, slot i of `sizes[i]` bytes with room for `flags` presence bytes each;
+    /// freed with the returned owner. Memory is touched (and so used) only where it is written.
+    fn alloc_slots(&self, sizes: &[usize], flags: usize) -> Result<(Vec<Slot>, Arc<dyn std::any::Any + Send + Sync>)>;
+
+    /// READ phase begins: this rank's shards hold their new values and are not written until `wait_writable`.
+    fn open_reads(&self, arena: &Arena) -> Result<()>;
+    /// Unshard in place: returns when every rank's shards of the arena may be read (every rank has opened as many READ
+    /// phases as this one). Moves no bytes.
+    fn all_gather(&self, tag: Tag, arena: &Arena) -> Result<()>;
+    /// READ phase ends: this rank reads no peer's shard any more. Local, does not wait.
+    fn close_reads(&self, arena: &Arena);
+    /// Returns when every rank has closed as many READ phases as this one: own shards may be written.
+    fn wait_writable(&self, arena: &Arena) -> Result<()>;
+
+    /// Publishes the full gradient in `slot`; `present[i]` says whether parameter i of the unit has one here. Does not
+    /// wait. The slot must not be written until `finished(ticket)`.
+    fn reduce_scatter_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket>;
+    /// Does this rank's part of the oldest unfinished reduce-scatter (`ticket` must be that one): for each segment the
+    /// fp32 sum over the ranks that have the parameter, in rank order 0..W-1, divided by W, written or added to `out`.
+    /// Returns for each parameter whether any rank had a gradient; segments of absent parameters are left alone.
+    /// `None`: not every rank has started it, and `wait` was false.
+    fn reduce_scatter_finish(&self, ticket: Ticket, segments: &[Segment], wait: bool) -> Result<Option<Vec<bool>>>;
+    /// Whether every rank has finished the reduce-scatter `ticket`, so that its slot is free; `wait`: until it is so.
+    fn finished(&self, ticket: Ticket, wait: bool) -> Result<bool>;
+
+    /// Breaks the communicator on every rank with a message that names this rank and `reason`.
+    fn abort(&self, reason: &str);
+    /// The error that broke the communicator (a dead peer, a mismatch, an abort), seen without waiting.
+    fn async_error(&self) -> Option<crate::error::Error>;
+}

@@ -1,0 +1,160 @@
+//! The reduction of gradients: the mean over ranks of fp32 vectors, summed in the order the sources are given.
+//!
+//! Every element is `(s0 + s1 + ... ) / W` evaluated left to right in fp32, whatever the vector width: the work is split
+//! over elements only, never over ranks, and no fused multiply-add is used. For a power of two `W` the division is a
+//! multiplication by the exact reciprocal, which gives the same bits.
+
+/// Floats of a block: small enough that the running sum stays in the first-level cache while ranks are added.
+const BLOCK: usize = 2048;
+
+/// `out[i] = mean` or `out[i] += mean`, where `mean = (sum of sources[..][i] in the given order) / world`. Ranks without
+/// a source count as zero; with no source at all nothing is written.
+///
+/// # Safety
+/// Every source must be readable for `len` floats, `out` writable for `len` floats; `out` must overlap no source, and
+/// nobody may write the sources or touch `out` meanwhile.
+pub(crate) unsafe fn mean_f32(sources: &[*const f32], world: usize, out: *mut f32, len: usize, accumulate: bool) {
+    if sources.is_empty() || len == 0 {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2; the rest is the caller's promise.
+        return unsafe { mean_avx2(sources, world, out, len, accumulate) };
+    }
+    // SAFETY: the caller's promise.
+    unsafe { mean_any(sources, world, out, len, accumulate) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn mean_avx2(sources: &[*const f32], world: usize, out: *mut f32, len: usize, accumulate: bool) {
+    // SAFETY: the caller's promise.
+    unsafe { mean_any(sources, world, out, len, accumulate) }
+}
+
+#[inline(always)]
+unsafe fn mean_any(sources: &[*const f32], world: usize, out: *mut f32, len: usize, accumulate: bool) {
+    let w = world as f32;
+    let reciprocal = 1.0 / w;
+    // SAFETY: the caller's promise, in all four.
+    unsafe {
+        match (world.is_power_of_two(), accumulate) {
+            (true, false) => blocks(sources, out, len, |_, sum| sum * reciprocal),
+            (true, true) => blocks(sources, out, len, |old, sum| old + sum * reciprocal),
+            (false, false) => blocks(sources, out, len, |_, sum| sum / w),
+            (false, true) => blocks(sources, out, len, |old, sum| old + sum / w),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn blocks(sources: &[*const f32], out: *mut f32, len: usize, last: impl Fn(f32, f32) -> f32) {
+    let mut sum = [0f32; BLOCK];
+    let mut at = 0;
+    while at < len {
+        let n = BLOCK.min(len - at);
+        // SAFETY: `at + n <= len`, and the caller promised `len` readable floats of each source.
+        let source = |i: usize| unsafe { std::slice::from_raw_parts(sources[i].add(at), n) };
+        // SAFETY: as above, for the output, which overlaps no source.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.add(at), n) };
+        let count = sources.len();
+        match count {
+            1 => {
+                for (o, a) in out.iter_mut().zip(source(0)) {
+                    *o = last(*o, *a);
+                }
+            }
+            2 => {
+                for ((o, a), b) in out.iter_mut().zip(source(0)).zip(source(1)) {
+                    *o = last(*o, *a + *b);
+                }
+            }
+            _ => {
+                let sum = &mut sum[..n];
+                for ((s, a), b) in sum.iter_mut().zip(source(0)).zip(source(1)) {
+                    *s = *a + *b;
+                }
+                for i in 2..count - 1 {
+                    for (s, a) in sum.iter_mut().zip(source(i)) {
+                        *s += *a;
+                    }
+                }
+                for ((o, s), a) in out.iter_mut().zip(sum.iter()).zip(source(count - 1)) {
+                    *o = last(*o, *s + *a);
+                }
+            }
+        }
+        at += n;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn reference(sources: &[Vec<f32>], world: usize, out: &mut [f32], accumulate: bool) {
+        for (i, o) in out.iter_mut().enumerate() {
+            let mut sum = sources[0][i];
+            for s in &sources[1..] {
+                sum += s[i];
+            }
+            let mean = sum / world as f32;
+            *o = if accumulate { *o + mean } else { mean };
+        }
+    }
+
+    fn noise(seed: u64, n: usize) -> Vec<f32> {
+        let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        (0..n)
+            .map(|_| {
+                x ^= x << 13;
+                x ^= x >> 7;
+                x ^= x << 17;
+                ((x >> 40) as f32 / 8388608.0 - 1.0) * 10f32.powi((x % 9) as i32 - 4)
+            })
+            .collect()
+    }
+
+    fn check(world: usize, present: usize, len: usize, shift: usize, accumulate: bool) {
+        let sources: Vec<Vec<f32>> = (0..present).map(|r| noise(r as u64 + 7, len + shift)).collect();
+        let shifted: Vec<Vec<f32>> = sources.iter().map(|s| s[shift..].to_vec()).collect();
+        let mut got = noise(99, len + 2);
+        let mut want = got.clone();
+        reference(&shifted, world, &mut want[1..len + 1], accumulate);
+        let pointers: Vec<*const f32> = sources.iter().map(|s| s[shift..].as_ptr()).collect();
+        // SAFETY: the vectors have `len` floats from these addresses on, and do not overlap.
+        unsafe { mean_f32(&pointers, world, got[1..].as_mut_ptr(), len, accumulate) };
+        let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&got), bits(&want), "world {world} present {present} len {len} shift {shift} {accumulate}");
+    }
+
+    #[test]
+    fn same_bits_as_the_scalar_sum_in_rank_order() {
+        for world in 1..=9 {
+            for present in 1..=world {
+                for len in [1, 3, 8, 31, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5] {
+                    check(world, present, len, 0, false);
+                    check(world, present, len, 3, true);
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_shape(world in 1usize..65, part in 0usize..64, len in 0usize..5000, shift in 0usize..9, acc: bool) {
+            check(world, part % world + 1, len, shift, acc);
+        }
+    }
+
+    #[test]
+    fn no_source_leaves_the_output_alone() {
+        let mut out = [1.0f32, 2.0];
+        // SAFETY: nothing is read; `out` has two floats.
+        unsafe { mean_f32(&[], 2, out.as_mut_ptr(), 2, false) };
+        assert_eq!(out, [1.0, 2.0]);
+    }
+}

@@ -1,0 +1,317 @@
+//! The shared-memory communicator: ranks that are processes of one user on one host.
+//!
+//! `rendezvous` brings the processes together (abstract unix socket), `group` is what a rank has afterwards: the control
+//! segment (`control`), a socket to every peer, the abort record. `announce` checks the order of collectives, `wait`
+//! sleeps and watches, `host` runs control-plane collectives, `segment` holds arenas and gradient slots, `reductions`
+//! the reduce-scatters in flight. Nothing has a name in a file system; all of it ends with the processes.
+
+use super::{combine, Arena, Communicator, Kind, ReduceOp, Segment, Slot, Tag, Ticket};
+use crate::dtype::DType;
+use crate::error::{err, Error, Result};
+use control::{Announcement, Detail, RankArea};
+use group::Group;
+use host::Host;
+use reductions::Reductions;
+use segment::{ArenaSegment, SlotLayout, SlotSegment};
+use std::any::Any;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+use wait::Wait;
+
+mod announce;
+mod control;
+mod group;
+mod handover;
+mod host;
+mod reductions;
+mod rendezvous;
+mod segment;
+mod socket;
+mod wait;
+
+/// Most ranks of a job.
+pub const MAX_WORLD: usize = 64;
+/// Longest job name, in bytes.
+pub const MAX_JOB: usize = 1024;
+pub const DEFAULT_RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(120);
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Which process this is among those of a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Processes with the same job name (and user, and network namespace) find each other.
+    pub job: String,
+    pub rank: usize,
+    pub world_size: usize,
+    /// How long `init` waits for the other ranks.
+    pub rendezvous_timeout: Duration,
+    /// How long a collective waits for a rank.
+    pub timeout: Duration,
+}
+
+impl Config {
+    /// With the default timeouts.
+    pub fn new(job: impl Into<String>, rank: usize, world_size: usize) -> Config {
+        let (rendezvous_timeout, timeout) = (DEFAULT_RENDEZVOUS_TIMEOUT, DEFAULT_TIMEOUT);
+        Config { job: job.into(), rank, world_size, rendezvous_timeout, timeout }
+    }
+
+    fn check(&self) -> Result<()> {
+        if !(1..=MAX_WORLD).contains(&self.world_size) {
+            return Err(err!(InvalidArgument, "world size {} is not in 1..={MAX_WORLD}", self.world_size));
+        }
+        if self.job.is_empty() || self.job.len() > MAX_JOB {
+            return Err(err!(InvalidArgument, "the job name has {} bytes, not 1..={MAX_JOB}", self.job.len()));
+        }
+        if self.timeout.is_zero() || self.rendezvous_timeout.is_zero() {
+            return Err(err!(InvalidArgument, "a timeout of 0 ms lets no rank arrive"));
+        }
+        Ok(())
+    }
+}
+
+/// Collective: meets the other ranks of `config.job` and returns when all are there, or an error that all of them get.
+pub fn init(config: &Config) -> Result<Arc<dyn Communicator>> {
+    config.check()?;
+    let mesh = rendezvous::meet(config)?;
+    let group = Group::new(config.rank, config.timeout, mesh)?;
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    Ok(Arc::new(Shm { group, number, local: Mutex::new(Local::default()) }))
+}
+
+struct Shm {
+    group: Group,
+    /// Tells this process's communicators apart.
+    number: u64,
+    local: Mutex<Local>,
+}
+
+/// What only this rank counts.
+#[derive(Default)]
+struct Local {
+    issued: u64,
+    steps: u64,
+    allocations: u64,
+    reductions: Reductions,
+}
+
+impl Shm {
+    fn lock(&self) -> MutexGuard<'_, Local> {
+        self.local.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    fn announce(&self, local: &mut Local, a: &Announcement) -> Result<()> {
+        self.group.announce(local.issued, a)?;
+        local.issued += 1;
+        Ok(())
+    }
+
+    /// Announces a control-plane collective and runs it.
+    fn on_host<T>(&self, what: Announcement, run: impl FnOnce(&mut Host<'_>) -> Result<T>) -> Result<T> {
+        let local = &mut *self.lock();
+        self.announce(local, &what)?;
+        run(&mut Host { group: &self.group, steps: &mut local.steps, what: &what })
+    }
+
+    fn arena<'a>(&self, arena: &'a Arena) -> Result<&'a ArenaSegment> {
+        let segment = arena.owner.downcast_ref::<ArenaSegment>();
+        segment
+            .filter(|s| s.communicator == self.number)
+            .ok_or_else(|| err!(InvalidArgument, "arena {} is of another communicator", arena.id))
+    }
+
+    /// (opened, closed) READ phases of this rank.
+    fn phases(&self, segment: &ArenaSegment) -> (u64, u64) {
+        let phase = segment.phase(self.group.rank);
+        (phase.opened.load(Ordering::Acquire), phase.closed.load(Ordering::Acquire))
+    }
+
+    /// Collective: a segment of `bytes` that every rank maps with `map`.
+    fn allocate<T>(
+        &self,
+        local: &mut Local,
+        what: Announcement,
+        bytes: usize,
+        reserve: bool,
+        map: impl FnOnce(&OwnedFd, u64) -> Result<T>,
+    ) -> Result<T> {
+        self.announce(local, &what)?;
+        let id = local.allocations;
+        let mapped = handover::segment(&self.group, &what, id, bytes, reserve).and_then(|fd| map(&fd, id));
+        let mapped = mapped.map_err(|e| {
+            let doing = format!("rank {}: {}", self.group.rank, self.group.describe(&what));
+            self.group.fail(e.context(doing))
+        })?;
+        local.allocations += 1;
+        Host { group: &self.group, steps: &mut local.steps, what: &what }.barrier()?;
+        Ok(mapped)
+    }
+}
+
+impl Communicator for Shm {
+    fn rank(&self) -> usize {
+        self.group.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.group.world
+    }
+
+    fn name_units(&self, names: &[String]) -> u32 {
+        let mut all = self.group.names();
+        let first = all.len() as u32;
+        all.extend_from_slice(names);
+        first
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.on_host(Announcement::plain(Kind::Barrier), |h| h.barrier())
+    }
+
+    fn exchange(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.on_host(Announcement::plain(Kind::Exchange), |h| h.exchange(bytes))
+    }
+
+    fn all_reduce(&self, data: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()> {
+        combine::check(data.len(), dtype, op)?;
+        let what = Announcement::sized(Kind::AllReduce, dtype, data.len(), Detail::Op(op));
+        self.on_host(what, |h| h.all_reduce(data, dtype, op))
+    }
+
+    fn broadcast(&self, data: &mut [u8], dtype: DType, root: usize) -> Result<()> {
+        combine::check(data.len(), dtype, ReduceOp::Sum)?;
+        if root >= self.group.world {
+            return Err(err!(InvalidArgument, "root {root} is out of range for world size {}", self.group.world));
+        }
+        let what = Announcement::sized(Kind::Broadcast, dtype, data.len(), Detail::Root(root as u32));
+        self.on_host(what, |h| h.broadcast(data, root))
+    }
+
+    fn all_gather_host(&self, input: &[u8], output: &mut [u8], dtype: DType) -> Result<()> {
+        combine::check(input.len(), dtype, ReduceOp::Sum)?;
+        check_ranges("output", output.len(), "input", input.len(), self.group.world)?;
+        let what = Announcement::on_host(Kind::AllGather, dtype, input.len());
+        self.on_host(what, |h| h.all_gather(input, output))
+    }
+
+    fn reduce_scatter_host(&self, input: &[u8], output: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()> {
+        combine::check(output.len(), dtype, op)?;
+        check_ranges("input", input.len(), "output", output.len(), self.group.world)?;
+        let what = Announcement::sized(Kind::ReduceScatter, dtype, input.len(), Detail::Op(op));
+        self.on_host(what, |h| h.reduce_scatter(input, output, dtype, op))
+    }
+
+    fn alloc_arena(&self, bytes: usize) -> Result<Arena> {
+        let total = ArenaSegment::segment_bytes(bytes)?;
+        let (what, number) = (Announcement::arena_allocation(bytes), self.number);
+        let map = |fd: &OwnedFd, id| ArenaSegment::map(fd, bytes, number, id);
+        let segment = self.allocate(&mut self.lock(), what, total, true, map)?;
+        Ok(Arena { base: segment.base(), bytes, id: segment.id, owner: Arc::new(segment) })
+    }
+
+    fn alloc_slots(&self, sizes: &[usize], flags: usize) -> Result<(Vec<Slot>, Arc<dyn Any + Send + Sync>)> {
+        let layout = SlotLayout::new(sizes, flags, self.group.world)?;
+        let total = layout.total;
+        let what = Announcement::sized(Kind::Alloc, DType::U8, total, Detail::Layout(layout.digest()));
+        let local = &mut *self.lock();
+        let map = |fd: &OwnedFd, id| SlotSegment::map(fd, layout, id as u32);
+        let segment = Arc::new(self.allocate(local, what, total, false, map)?);
+        local.reductions.add(&segment);
+        let rank = self.group.rank;
+        let slot = |(index, &bytes)| Slot { index, data: segment.data(rank, index), bytes };
+        let slots = sizes.iter().enumerate().map(slot).collect();
+        Ok((slots, segment))
+    }
+
+    fn open_reads(&self, arena: &Arena) -> Result<()> {
+        let local = &mut *self.lock();
+        let segment = self.arena(arena)?;
+        let (opened, closed) = self.phases(segment);
+        if opened != closed {
+            return Err(err!(InvalidState, "the READ phase of arena {} is open already", arena.id));
+        }
+        let detail = Detail::Arena(segment.id as u32);
+        self.announce(local, &Announcement::sized(Kind::OpenReads, DType::U8, 0, detail))?;
+        segment.phase(self.group.rank).opened.store(opened + 1, Ordering::SeqCst);
+        self.group.ring(self.group.rank);
+        Ok(())
+    }
+
+    fn all_gather(&self, tag: Tag, arena: &Arena) -> Result<()> {
+        let local = &mut *self.lock();
+        let segment = self.arena(arena)?;
+        let (opened, closed) = self.phases(segment);
+        if opened == closed {
+            return Err(err!(InvalidState, "all-gather outside a READ phase of arena {}", arena.id));
+        }
+        let what = Announcement { tag, detail: Detail::Arena(segment.id as u32) };
+        self.announce(local, &what)?;
+        let arrived = |r: usize, _: &RankArea| segment.phase(r).opened.load(Ordering::Acquire) >= opened;
+        self.group.wait(&Wait { what: &|| self.group.describe(&what), arrived: &arrived })
+    }
+
+    fn close_reads(&self, arena: &Arena) {
+        // Waits for no lock: a closed phase is one counter, and another thread may be in a wait.
+        if let Ok(segment) = self.arena(arena) {
+            let phase = segment.phase(self.group.rank);
+            phase.closed.store(phase.opened.load(Ordering::Acquire), Ordering::SeqCst);
+            self.group.ring(self.group.rank);
+        }
+    }
+
+    fn wait_writable(&self, arena: &Arena) -> Result<()> {
+        let local = &mut *self.lock();
+        let segment = self.arena(arena)?;
+        let (opened, closed) = self.phases(segment);
+        if opened != closed {
+            return Err(err!(InvalidState, "this rank's own READ phase of arena {} is still open", arena.id));
+        }
+        let what = Announcement::sized(Kind::WaitWritable, DType::U8, 0, Detail::Arena(segment.id as u32));
+        self.announce(local, &what)?;
+        let arrived = |r: usize, _: &RankArea| segment.phase(r).closed.load(Ordering::Acquire) >= closed;
+        self.group.wait(&Wait { what: &|| self.group.describe(&what), arrived: &arrived })
+    }
+
+    fn reduce_scatter_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
+        let local = &mut *self.lock();
+        self.group.check()?;
+        let next = local.reductions.prepare(&self.group, tag, slot, present)?;
+        self.announce(local, &next.what)?;
+        Ok(local.reductions.start(&self.group, next, present))
+    }
+
+    fn reduce_scatter_finish(&self, ticket: Ticket, segments: &[Segment], wait: bool) -> Result<Option<Vec<bool>>> {
+        self.group.check()?;
+        self.lock().reductions.finish(&self.group, ticket, segments, wait)
+    }
+
+    fn finished(&self, ticket: Ticket, wait: bool) -> Result<bool> {
+        self.group.check()?;
+        self.lock().reductions.finished(&self.group, ticket, wait)
+    }
+
+    fn abort(&self, reason: &str) {
+        self.group.fail(err!(Aborted, "rank {} aborted: {reason}", self.group.rank));
+    }
+
+    fn async_error(&self) -> Option<Error> {
+        let alive = || self.group.check_alive(&|| format!("(seen by rank {})", self.group.rank));
+        self.group.check().and_then(|_| alive()).err()
+    }
+}
+
+impl Drop for Shm {
+    fn drop(&mut self) {
+        self.group.leave();
+    }
+}
+
+fn check_ranges(whole: &str, total: usize, part: &str, bytes: usize, world: usize) -> Result<()> {
+    if bytes.checked_mul(world) != Some(total) {
+        return Err(err!(InvalidArgument, "{whole} of {total} bytes is not {world} times the {part} of {bytes}"));
+    }
+    Ok(())
+}

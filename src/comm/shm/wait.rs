@@ -1,0 +1,156 @@
+//! Waiting for other ranks: a short spin, then sleep on the awaited rank's doorbell, in slices, so that an abort, a dead
+//! process and the deadline are all seen.
+
+use super::control::RankArea;
+use super::group::Group;
+use crate::error::{err, Error, Result};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Longest sleep between two looks at the other processes.
+pub const SLICE: Duration = Duration::from_millis(50);
+const SPIN_MIN_NS: u32 = 200;
+
+/// Sleeps while `*word == expected`, at most `limit`. Returns early on a wake, a signal, or another value.
+fn futex_wait(word: &AtomicU32, expected: u32, limit: Duration) {
+    let limit = libc::timespec { tv_sec: limit.as_secs() as _, tv_nsec: limit.subsec_nanos() as _ };
+    // SAFETY: the word is live, 4-byte aligned memory; the timeout outlives the call. The word is shared between
+    // processes, hence no FUTEX_PRIVATE_FLAG.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, expected, &raw const limit) };
+}
+
+/// Wakes every process that sleeps on `word`.
+pub fn futex_wake(word: &AtomicU32) {
+    // SAFETY: the word is live, 4-byte aligned memory.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
+}
+
+/// Counts this process among those that sleep on a doorbell, while it lives.
+struct Waiter<'a>(&'a AtomicU32);
+
+impl<'a> Waiter<'a> {
+    fn new(count: &'a AtomicU32) -> Waiter<'a> {
+        count.fetch_add(1, Ordering::SeqCst);
+        Waiter(count)
+    }
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// What a wait is for. `arrived(rank, area)` must stay true once it is, until this rank goes on.
+pub struct Wait<'a> {
+    pub what: &'a dyn Fn() -> String,
+    pub arrived: &'a dyn Fn(usize, &RankArea) -> bool,
+}
+
+impl Group {
+    /// Whether all others have arrived; never sleeps.
+    pub fn all_arrived(&self, arrived: &dyn Fn(usize, &RankArea) -> bool) -> bool {
+        self.others().all(|r| arrived(r, self.control.rank(r)))
+    }
+
+    /// Returns when all others have arrived. Breaks the job when one is dead, has left, or does not come in time.
+    pub fn wait(&self, wait: &Wait<'_>) -> Result<()> {
+        let mut deadline = None;
+        for peer in self.others() {
+            let area = self.control.rank(peer);
+            if (wait.arrived)(peer, area) || self.spin(|| (wait.arrived)(peer, area)) {
+                continue;
+            }
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.timeout);
+            self.sleep(wait, peer, deadline)?;
+        }
+        Ok(())
+    }
+
+    /// Spins for a time that grows while spinning pays and shrinks while it does not.
+    fn spin(&self, ready: impl Fn() -> bool) -> bool {
+        let budget = self.spin_ns.load(Ordering::Relaxed);
+        let start = Instant::now();
+        loop {
+            for _ in 0..16 {
+                if ready() {
+                    self.spin_ns.store((budget * 2).min(self.spin_max_ns), Ordering::Relaxed);
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed().as_nanos() >= budget as u128 {
+                self.spin_ns.store((budget / 2).max(SPIN_MIN_NS), Ordering::Relaxed);
+                return false;
+            }
+        }
+    }
+
+    fn sleep(&self, wait: &Wait<'_>, peer: usize, deadline: Instant) -> Result<()> {
+        let area = self.control.rank(peer);
+        let door = &area.doorbell.0;
+        let _waiter = Waiter::new(&door.waiters);
+        let mut looked = Instant::now();
+        loop {
+            // The bell is read before the condition: a change in between makes the sleep return at once.
+            let bell = door.bell.load(Ordering::SeqCst);
+            let left = self.has_left(peer);
+            if (wait.arrived)(peer, area) {
+                return Ok(());
+            }
+            self.check()?;
+            if left {
+                return Err(self.fail(self.left(peer, wait)));
+            }
+            let now = Instant::now();
+            if now - looked >= SLICE || now >= deadline {
+                looked = now;
+                self.check_alive(&|| format!("while rank {} waited for {}", self.rank, self.awaited(peer, wait)))?;
+            }
+            if now >= deadline {
+                return Err(self.fail(self.late(wait)));
+            }
+            futex_wait(&door.bell, bell, SLICE.min(deadline - now));
+        }
+    }
+
+    fn awaited(&self, peer: usize, wait: &Wait<'_>) -> String {
+        format!("rank {peer} in {}", (wait.what)())
+    }
+
+    /// The error for a rank that destroyed its communicator while it was needed.
+    pub fn left(&self, peer: usize, wait: &Wait<'_>) -> Error {
+        let (me, what) = (self.rank, (wait.what)());
+        err!(Mismatch, "rank {peer} has left (destroyed its communicator) while rank {me} waited for it in {what}")
+    }
+
+    fn late(&self, wait: &Wait<'_>) -> Error {
+        let missing: Vec<usize> = self.others().filter(|r| !(wait.arrived)(*r, self.control.rank(*r))).collect();
+        let (me, ms, what) = (self.rank, self.timeout.as_millis(), (wait.what)());
+        err!(Timeout, "{} did not come to {what} within {ms} ms (rank {me} waited)", rank_list(&missing))
+    }
+}
+
+/// `rank 2`, or `ranks 1, 2`.
+pub fn rank_list(ranks: &[usize]) -> String {
+    let numbers: Vec<String> = ranks.iter().map(|r| r.to_string()).collect();
+    format!("{} {}", if ranks.len() == 1 { "rank" } else { "ranks" }, numbers.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_futex_sleeps_no_longer_than_its_limit_and_not_on_another_value() {
+        let word = AtomicU32::new(1);
+        futex_wait(&word, 1, Duration::from_millis(5));
+        futex_wait(&word, 0, Duration::from_secs(3600));
+    }
+
+    #[test]
+    fn ranks_are_listed() {
+        assert_eq!(rank_list(&[2]), "rank 2");
+        assert_eq!(rank_list(&[1, 3]), "ranks 1, 3");
+    }
+}

@@ -1,0 +1,346 @@
+//! The communicator of world size 1: plain memory of this process, under the same contract as with several ranks.
+
+use super::memory::{round_up, Mapping};
+use super::{combine, reduce, Arena, Communicator, ReduceOp, Segment, Slot, Tag, Ticket};
+use crate::dtype::DType;
+use crate::error::{err, Error, Result};
+use std::any::Any;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// A communicator of one rank.
+pub fn init() -> Arc<dyn Communicator> {
+    Arc::new(Single { state: Mutex::new(State::default()) })
+}
+
+struct Single {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    broken: Option<Error>,
+    units: u32,
+    arenas: u64,
+    started: u64,
+    finished: u64,
+    pending: VecDeque<Pending>,
+}
+
+/// A reduction that was started and not finished.
+struct Pending {
+    data: *const f32,
+    floats: usize,
+    present: Vec<bool>,
+}
+
+// SAFETY: the address lies in a slot whose owner the engine keeps while a reduction is pending.
+unsafe impl Send for Pending {}
+
+/// The memory of one arena and its count of READ phases.
+struct ArenaMemory {
+    mapping: Mapping,
+    opened: AtomicU64,
+    closed: AtomicU64,
+}
+
+impl ArenaMemory {
+    fn of(arena: &Arena) -> Result<&ArenaMemory> {
+        arena.owner.downcast_ref().ok_or_else(|| err!(InvalidArgument, "the arena is of another communicator"))
+    }
+
+    fn is_open(&self) -> bool {
+        self.opened.load(Ordering::Acquire) != self.closed.load(Ordering::Acquire)
+    }
+}
+
+impl Single {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    fn working(&self) -> Result<MutexGuard<'_, State>> {
+        let state = self.lock();
+        match &state.broken {
+            Some(e) => Err(e.clone()),
+            None => Ok(state),
+        }
+    }
+}
+
+impl Communicator for Single {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world_size(&self) -> usize {
+        1
+    }
+
+    fn name_units(&self, names: &[String]) -> u32 {
+        let mut state = self.lock();
+        let first = state.units;
+        state.units += names.len() as u32;
+        first
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.working().map(drop)
+    }
+
+    fn exchange(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        drop(self.working()?);
+        Ok(vec![bytes.to_vec()])
+    }
+
+    fn all_reduce(&self, data: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()> {
+        combine::check(data.len(), dtype, op)?;
+        self.working().map(drop)
+    }
+
+    fn broadcast(&self, data: &mut [u8], dtype: DType, root: usize) -> Result<()> {
+        combine::check(data.len(), dtype, ReduceOp::Sum)?;
+        if root != 0 {
+            return Err(err!(InvalidArgument, "root {root} is out of range for world size 1"));
+        }
+        self.working().map(drop)
+    }
+
+    fn all_gather_host(&self, input: &[u8], output: &mut [u8], dtype: DType) -> Result<()> {
+        combine::check(input.len(), dtype, ReduceOp::Sum)?;
+        same_length(input.len(), output.len())?;
+        drop(self.working()?);
+        output.copy_from_slice(input);
+        Ok(())
+    }
+
+    fn reduce_scatter_host(&self, input: &[u8], output: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()> {
+        combine::check(input.len(), dtype, op)?;
+        same_length(input.len(), output.len())?;
+        drop(self.working()?);
+        output.copy_from_slice(input);
+        Ok(())
+    }
+
+    fn alloc_arena(&self, bytes: usize) -> Result<Arena> {
+        let mut state = self.working()?;
+        let mapping = Mapping::anonymous(bytes)?;
+        mapping.advise_huge();
+        let base = mapping.base();
+        let memory = ArenaMemory { mapping, opened: AtomicU64::new(0), closed: AtomicU64::new(0) };
+        debug_assert!(memory.mapping.bytes() >= bytes);
+        state.arenas += 1;
+        Ok(Arena { base, bytes, id: state.arenas - 1, owner: Arc::new(memory) })
+    }
+
+    fn alloc_slots(&self, sizes: &[usize], _flags: usize) -> Result<(Vec<Slot>, Arc<dyn Any + Send + Sync>)> {
+        drop(self.working()?);
+        let mut offsets = Vec::with_capacity(sizes.len());
+        let mut total = 0usize;
+        for &bytes in sizes {
+            offsets.push(total);
+            total = round_up(bytes, 64)
+                .and_then(|b| total.checked_add(b))
+                .ok_or_else(|| err!(OutOfMemory, "gradient slots of {sizes:?} bytes exceed the address space"))?;
+        }
+        let mapping = Mapping::anonymous(total)?;
+        let slot = |(index, (&bytes, offset)): (usize, (&usize, usize))| {
+            // SAFETY: the offset lies in the mapping, or just past it for a slot of no bytes.
+            let data = unsafe { mapping.base().add(offset) };
+            Slot { index, data, bytes }
+        };
+        let slots = sizes.iter().zip(offsets).enumerate().map(slot).collect();
+        Ok((slots, Arc::new(mapping)))
+    }
+
+    fn open_reads(&self, arena: &Arena) -> Result<()> {
+        drop(self.working()?);
+        let memory = ArenaMemory::of(arena)?;
+        if memory.is_open() {
+            return Err(err!(InvalidState, "the READ phase of this arena is open already"));
+        }
+        memory.opened.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn all_gather(&self, _tag: Tag, arena: &Arena) -> Result<()> {
+        drop(self.working()?);
+        match ArenaMemory::of(arena)?.is_open() {
+            true => Ok(()),
+            false => Err(err!(InvalidState, "all-gather outside a READ phase")),
+        }
+    }
+
+    fn close_reads(&self, arena: &Arena) {
+        if let Ok(memory) = ArenaMemory::of(arena) {
+            memory.closed.store(memory.opened.load(Ordering::Acquire), Ordering::Release);
+        }
+    }
+
+    fn wait_writable(&self, arena: &Arena) -> Result<()> {
+        drop(self.working()?);
+        match ArenaMemory::of(arena)?.is_open() {
+            false => Ok(()),
+            true => Err(err!(InvalidState, "this rank's own READ phase is still open")),
+        }
+    }
+
+    fn reduce_scatter_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
+        let mut state = self.working()?;
+        if tag.bytes > slot.bytes as u64 {
+            return Err(err!(
+                InvalidArgument,
+                "a reduce-scatter of {} bytes does not fit a slot of {}",
+                tag.bytes,
+                slot.bytes
+            ));
+        }
+        let floats = tag.bytes as usize / 4;
+        state.pending.push_back(Pending { data: slot.data.cast(), floats, present: present.to_vec() });
+        state.started += 1;
+        Ok(Ticket(state.started - 1))
+    }
+
+    fn reduce_scatter_finish(&self, ticket: Ticket, segments: &[Segment], _wait: bool) -> Result<Option<Vec<bool>>> {
+        let mut state = self.working()?;
+        if ticket.0 != state.finished || state.pending.is_empty() {
+            return Err(err!(
+                InvalidState,
+                "reduce-scatter {} is not the oldest unfinished one ({})",
+                ticket.0,
+                state.finished
+            ));
+        }
+        let pending = &state.pending[0];
+        for s in segments {
+            check_segment(s, pending.present.len(), pending.floats)?;
+        }
+        for s in segments.iter().filter(|s| pending.present[s.param]) {
+            // SAFETY: the segment lies in the slot's floats (checked), the slot's owner is alive and the host does not
+            // write it before this returns; `out` is the host's, for `len` floats.
+            unsafe { reduce::mean_f32(&[pending.data.add(s.offset)], 1, s.out, s.len, s.accumulate) };
+        }
+        state.finished += 1;
+        Ok(state.pending.pop_front().map(|p| p.present))
+    }
+
+    fn finished(&self, ticket: Ticket, wait: bool) -> Result<bool> {
+        let state = self.working()?;
+        if ticket.0 < state.finished {
+            return Ok(true);
+        }
+        match wait {
+            false => Ok(false),
+            true => {
+                Err(err!(InvalidState, "waiting for reduce-scatter {}, which this rank has not finished", ticket.0))
+            }
+        }
+    }
+
+    fn abort(&self, reason: &str) {
+        self.lock().broken.get_or_insert_with(|| err!(Aborted, "rank 0 aborted: {reason}"));
+    }
+
+    fn async_error(&self) -> Option<Error> {
+        self.lock().broken.clone()
+    }
+}
+
+fn same_length(input: usize, output: usize) -> Result<()> {
+    match input == output {
+        true => Ok(()),
+        false => Err(err!(InvalidArgument, "input of {input} bytes and output of {output} differ at world size 1")),
+    }
+}
+
+/// Refuses a segment that names a parameter or floats which the reduction does not have.
+pub(super) fn check_segment(segment: &Segment, params: usize, floats: usize) -> Result<()> {
+    let end = segment.offset.checked_add(segment.len);
+    if segment.param >= params || end.is_none_or(|end| end > floats) {
+        return Err(err!(
+            InvalidArgument,
+            "segment (parameter {}, floats {}+{}) lies outside a reduce-scatter of {params} parameters, {floats} floats",
+            segment.param,
+            segment.offset,
+            segment.len
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::{Kind, NO_UNIT};
+    use crate::error::Status;
+
+    fn tag(kind: Kind, bytes: u64) -> Tag {
+        Tag { kind, unit: NO_UNIT, dtype: DType::F32, bytes }
+    }
+
+    #[test]
+    fn phases_are_checked() {
+        let c = init();
+        let arena = c.alloc_arena(100).unwrap();
+        assert_eq!(arena.base as usize % 64, 0);
+        let gather = tag(Kind::AllGather, 100);
+        assert_eq!(c.all_gather(gather, &arena).unwrap_err().status, Status::InvalidState);
+        c.open_reads(&arena).unwrap();
+        assert_eq!(c.open_reads(&arena).unwrap_err().status, Status::InvalidState);
+        c.all_gather(gather, &arena).unwrap();
+        assert_eq!(c.wait_writable(&arena).unwrap_err().status, Status::InvalidState);
+        c.close_reads(&arena);
+        c.wait_writable(&arena).unwrap();
+    }
+
+    #[test]
+    fn mean_of_one_and_presence() {
+        let c = init();
+        let (slots, _owner) = c.alloc_slots(&[32, 64], 2).unwrap();
+        let slot = slots[1];
+        for i in 0..16 {
+            // SAFETY: the slot has 16 floats.
+            unsafe { slot.data.cast::<f32>().add(i).write(i as f32) };
+        }
+        let ticket = c.reduce_scatter_start(tag(Kind::ReduceScatter, 64), &slot, &[true, false]).unwrap();
+        let mut out = [100f32; 6];
+        let at = out.as_mut_ptr();
+        let segment = |param, offset, len, o: usize, accumulate| {
+            // SAFETY: `o` lies in `out`.
+            Segment { param, offset, len, out: unsafe { at.add(o) }, accumulate }
+        };
+        let segments = [segment(0, 2, 2, 0, false), segment(0, 4, 2, 2, true), segment(1, 8, 2, 4, false)];
+        assert!(!c.finished(ticket, false).unwrap());
+        let bad = segment(0, 15, 2, 0, false);
+        assert_eq!(c.reduce_scatter_finish(ticket, &[bad], true).unwrap_err().status, Status::InvalidArgument);
+        assert_eq!(c.reduce_scatter_finish(ticket, &segments, false).unwrap(), Some(vec![true, false]));
+        assert_eq!(out, [2.0, 3.0, 104.0, 105.0, 100.0, 100.0]);
+        assert!(c.finished(ticket, true).unwrap());
+        assert_eq!(c.reduce_scatter_finish(Ticket(1), &[], true).unwrap_err().status, Status::InvalidState);
+    }
+
+    #[test]
+    fn abort_breaks_every_later_call() {
+        let c = init();
+        assert!(c.async_error().is_none());
+        c.abort("disk full");
+        c.abort("second");
+        let e = c.barrier().unwrap_err();
+        assert_eq!((e.status, e.message.as_str()), (Status::Aborted, "rank 0 aborted: disk full"));
+        assert_eq!(c.async_error(), Some(e));
+    }
+
+    #[test]
+    fn host_collectives_are_copies() {
+        let c = init();
+        let mut out = [0u8; 4];
+        c.all_gather_host(&[1, 2, 3, 4], &mut out, DType::U8).unwrap();
+        assert_eq!(out, [1, 2, 3, 4]);
+        c.reduce_scatter_host(&2f32.to_ne_bytes(), &mut out, DType::F32, ReduceOp::Avg).unwrap();
+        assert_eq!(f32::from_ne_bytes(out), 2.0);
+        assert_eq!(c.exchange(b"x").unwrap(), vec![b"x".to_vec()]);
+        assert!(c.broadcast(&mut out, DType::F32, 1).is_err());
+        assert!(c.all_gather_host(&[1], &mut out, DType::U8).is_err());
+    }
+}

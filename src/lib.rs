@@ -1,0 +1,34 @@
+//! fsdp: fully sharded data parallel training for hosts that speak C.
+//!
+//! The path of a parameter, and who takes it there:
+//!
+//! ```text
+//!   register   module     the host's tree of modules and parameters
+//!   wrap       wrap       modules become units
+//!   plan       layout     one unit's buffer, cut over the ranks      plan     all units, on this rank
+//!   shard      engine     each rank keeps its cut, in memory of the communicator
+//!   unshard    engine     wait until every rank's cut can be read (shm: no bytes move)
+//!   compute    (host)     reads parameters as views of the unit buffer
+//!   reduce     gradients  full gradients in a slot; their mean into this rank's gradient shard
+//!   reshard    engine     views end
+//!   step       (host)     an optimizer on the shards
+//!   save       checkpoint shards to files, and back at any world size
+//! ```
+//!
+//! `comm` connects ranks (`shm`: shared pages of one host; `single`: one rank). `capi` is the C ABI: it converts,
+//! calls, converts, and is the only part that knows C. See ARCHITECTURE.md for the protocol between the ranks.
+
+pub mod capi;
+pub mod checkpoint;
+pub mod comm;
+pub mod config;
+pub mod dtype;
+pub mod engine;
+pub mod error;
+mod gradients;
+pub mod layout;
+mod memory;
+pub mod module;
+pub mod plan;
+mod unit;
+pub mod wrap;

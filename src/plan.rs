@@ -1,0 +1,254 @@
+//! From a wrapped module tree to units: who owns which parameter, and where every piece lies on this rank.
+//!
+//! Pure data, computed before anything is allocated. Unit 0 is the root; units are in depth-first order of the tree.
+
+use crate::comm::Segment;
+use crate::dtype::DType;
+use crate::error::{err, Result};
+use crate::layout::{Piece, UnitLayout};
+use crate::module::{ModuleId, ModuleTree, ParamId, ROOT};
+
+pub type UnitId = u32;
+
+/// Units begin at a multiple of this in the arena, so that every parameter keeps [`crate::layout::PARAM_ALIGN`].
+const UNIT_ALIGN: usize = 64;
+
+/// A unit: the parameters below its module that no nested unit owns.
+#[derive(Clone, Debug)]
+pub struct UnitPlan {
+    /// Fully qualified name of its module.
+    pub name: String,
+    pub module: ModuleId,
+    /// Units that enclose it, up to and without the root: 0 for the root, 1 for its direct units.
+    pub depth: usize,
+    pub params: Vec<ParamId>,
+    pub layout: UnitLayout,
+    /// First byte of the unit buffer in the arena.
+    pub arena_offset: usize,
+    /// First element of this rank's part in the gradient shards.
+    pub grad_offset: usize,
+}
+
+impl UnitPlan {
+    pub fn bytes(&self) -> usize {
+        self.layout.len * DType::F32.size()
+    }
+
+    pub fn shard_bytes(&self) -> usize {
+        self.layout.shard_len * DType::F32.size()
+    }
+
+    /// How messages call it.
+    pub fn label(&self) -> &str {
+        if self.name.is_empty() {
+            "(root)"
+        } else {
+            &self.name
+        }
+    }
+}
+
+/// A parameter's place.
+#[derive(Clone, Debug)]
+pub struct ParamPlan {
+    pub fqn: String,
+    pub unit: UnitId,
+    /// Its index among the unit's parameters.
+    pub index: usize,
+    pub shape: Vec<i64>,
+    pub requires_grad: bool,
+    /// This rank's piece.
+    pub piece: Piece,
+}
+
+/// All of it, for one rank.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub units: Vec<UnitPlan>,
+    pub params: Vec<ParamPlan>,
+    /// The unit that each module belongs to.
+    pub unit_of_module: Vec<UnitId>,
+    /// Bytes of all unit buffers: the arena.
+    pub arena_bytes: usize,
+    /// Elements of this rank's shards of all units.
+    pub shard_elements: usize,
+}
+
+impl Plan {
+    /// Plans `tree` for `rank` of `world_size`.
+    pub fn new(tree: &ModuleTree, rank: usize, world_size: usize) -> Result<Plan> {
+        if let Some(p) = tree.params().iter().find(|p| p.dtype != DType::F32) {
+            return Err(err!(
+                Unsupported,
+                "parameter \"{}\" is {}: only {} parameters are supported yet",
+                p.fqn,
+                p.dtype,
+                DType::F32
+            ));
+        }
+        let modules: Vec<ModuleId> = tree.preorder().into_iter().filter(|m| tree.is_wrapped(*m)).collect();
+        let mut unit_of_module = vec![0; tree.modules().len()];
+        for (u, m) in modules.iter().enumerate() {
+            unit_of_module[*m as usize] = u as UnitId;
+        }
+        for m in 0..unit_of_module.len() {
+            unit_of_module[m] = unit_of_module[tree.unit_module(m as ModuleId) as usize];
+        }
+
+        let mut owned = vec![Vec::new(); modules.len()];
+        for (i, p) in tree.params().iter().enumerate() {
+            owned[unit_of_module[tree.owner(p) as usize] as usize].push(i as ParamId);
+        }
+
+        let mut plan =
+            Plan { units: Vec::new(), params: Vec::new(), unit_of_module, arena_bytes: 0, shard_elements: 0 };
+        let mut places = vec![None; tree.params().len()];
+        for (u, (module, params)) in modules.into_iter().zip(owned).enumerate() {
+            let numels: Vec<usize> = params.iter().map(|p| tree.params()[*p as usize].numel()).collect();
+            let layout = UnitLayout::plan(&numels, DType::F32.size(), world_size);
+            for (index, p) in params.iter().enumerate() {
+                places[*p as usize] = Some((u as UnitId, index, layout.piece(index, rank)));
+            }
+            let unit = UnitPlan {
+                name: tree.module(module)?.fqn.clone(),
+                module,
+                depth: plan.depth_of(tree, module),
+                params,
+                layout,
+                arena_offset: plan.arena_bytes,
+                grad_offset: plan.shard_elements,
+            };
+            plan.arena_bytes += unit.bytes().next_multiple_of(UNIT_ALIGN);
+            plan.shard_elements += unit.layout.shard_len.next_multiple_of(UNIT_ALIGN / DType::F32.size());
+            plan.units.push(unit);
+        }
+        plan.params = tree
+            .params()
+            .iter()
+            .zip(places)
+            .map(|(p, place)| {
+                let (unit, index, piece) = place.expect("every parameter has an owner");
+                let (fqn, shape) = (p.fqn.clone(), p.shape.clone());
+                ParamPlan { fqn, unit, index, shape, requires_grad: p.requires_grad, piece }
+            })
+            .collect();
+        Ok(plan)
+    }
+
+    fn depth_of(&self, tree: &ModuleTree, module: ModuleId) -> usize {
+        match tree.modules()[module as usize].parent {
+            None => 0,
+            Some(parent) => {
+                let above = tree.unit_module(parent);
+                1 + self.units.iter().find(|u| u.module == above).map_or(0, |u| u.depth)
+            }
+        }
+    }
+
+    /// Bytes of each gradient slot, largest first: the `count` largest units, so that any `count` of them fit.
+    /// `count` 0 means the deepest nesting plus one more that is being reduced.
+    pub fn slot_bytes(&self, count: usize) -> Vec<usize> {
+        let deepest = self.units.iter().map(|u| u.depth).max().unwrap_or(0);
+        let count = if count == 0 { deepest + 2 } else { count };
+        let mut sizes: Vec<usize> = self.units.iter().map(UnitPlan::bytes).filter(|b| *b > 0).collect();
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        sizes.truncate(count);
+        sizes
+    }
+
+    /// The pieces of unit `u` that lie on this rank, to be reduced into the shards that start at `grads`.
+    pub fn segments(&self, u: UnitId, rank: usize, grads: *mut f32) -> Vec<Segment> {
+        let unit = &self.units[u as usize];
+        let shard = unit.layout.shard(rank);
+        let mut segments = Vec::new();
+        for (index, p) in unit.params.iter().enumerate() {
+            let piece = &self.params[*p as usize].piece;
+            if piece.len > 0 {
+                let at = unit.grad_offset + piece.unit_offset - shard.start;
+                let (offset, len) = (piece.unit_offset, piece.len);
+                segments.push(Segment { param: index, offset, len, out: grads.wrapping_add(at), accumulate: false });
+            }
+        }
+        segments
+    }
+
+    /// One line per unit and parameter: what ranks must agree on.
+    pub fn description(&self, tree: &ModuleTree) -> Vec<String> {
+        let mut lines = Vec::new();
+        for p in &self.params {
+            lines.push(format!(
+                "parameter \"{}\" of shape {:?}, {}, in unit \"{}\"",
+                p.fqn,
+                p.shape,
+                if p.requires_grad { "trained" } else { "frozen" },
+                self.units[p.unit as usize].label()
+            ));
+        }
+        for u in &self.units {
+            let class = &tree.modules()[u.module as usize].class_name;
+            lines.push(format!("unit \"{}\" ({class})", u.label()));
+        }
+        lines
+    }
+
+    /// Padding of all unit buffers, in bytes.
+    pub fn padding_bytes(&self) -> usize {
+        self.units.iter().map(|u| u.layout.padding() * DType::F32.size()).sum()
+    }
+
+    /// The unit that owns the parameters of the root module and everything not in a nested unit.
+    pub const ROOT_UNIT: UnitId = ROOT;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static DATA: [f32; 4096] = [0.0; 4096];
+
+    fn tree() -> ModuleTree {
+        let mut t = ModuleTree::new("Net");
+        let a = t.add_module(ROOT, "a", "Block").unwrap();
+        let x = t.add_module(a, "x", "Linear").unwrap();
+        t.add_param(ROOT, "r", &[5], DType::F32, true, DATA.as_ptr().cast()).unwrap();
+        t.add_param(a, "w", &[7, 3], DType::F32, true, DATA.as_ptr().cast()).unwrap();
+        t.add_param(x, "v", &[100], DType::F32, false, DATA.as_ptr().cast()).unwrap();
+        t
+    }
+
+    #[test]
+    fn nested_units_own_what_is_below_them() {
+        let mut t = tree();
+        t.wrap(1).unwrap();
+        t.wrap(2).unwrap();
+        let p = Plan::new(&t, 0, 2).unwrap();
+        assert_eq!(p.units.iter().map(|u| u.params.clone()).collect::<Vec<_>>(), [[0], [1], [2]]);
+        assert_eq!(p.units.iter().map(|u| u.depth).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(p.slot_bytes(0), [416, 96, 32]);
+        assert_eq!(p.slot_bytes(2), [416, 96]);
+        let p = Plan::new(&tree(), 0, 2).unwrap();
+        assert_eq!(p.units.len(), 1);
+        assert_eq!(p.units[0].params, [0, 1, 2]);
+    }
+
+    #[test]
+    fn units_and_shards_do_not_overlap() {
+        let mut t = tree();
+        crate::wrap::always(&mut t).unwrap();
+        for world in 1..6 {
+            let p = Plan::new(&t, world - 1, world).unwrap();
+            for pair in p.units.windows(2) {
+                assert!(pair[0].arena_offset + pair[0].bytes() <= pair[1].arena_offset);
+                assert!(pair[0].grad_offset + pair[0].layout.shard_len <= pair[1].grad_offset);
+            }
+        }
+    }
+
+    #[test]
+    fn other_dtypes_are_refused_by_name() {
+        let mut t = tree();
+        t.add_param(1, "d", &[2], DType::F64, true, DATA.as_ptr().cast()).unwrap();
+        let e = Plan::new(&t, 0, 1).unwrap_err();
+        assert!(e.message.contains("\"a.d\" is float64"), "{e}");
+    }
+}
