@@ -83,8 +83,8 @@ const LAUNCHERS: [Launcher; 4] = [
 /// The rank, world size, job and timeouts that the variables give; `None` without a launcher.
 pub fn config(get: Lookup<'_>) -> Result<Option<shm::Config>> {
     // A bad timeout is an error even where nothing waits.
+    let rendezvous_timeout = timeout(get, "FSDP_RENDEZVOUS_TIMEOUT_MS", shm::DEFAULT_RENDEZVOUS_TIMEOUT)?;
     let timeout = timeout(get, "FSDP_TIMEOUT_MS", shm::DEFAULT_TIMEOUT)?;
-    let rendezvous_timeout = timeout_of_rendezvous(get)?;
     for l in &LAUNCHERS {
         let world = l.world.iter().copied().find(|n| get(n).is_some());
         let Some(rank) = number(get, l.rank)? else {
@@ -164,10 +164,6 @@ fn timeout(get: Lookup<'_>, name: &str, default: Duration) -> Result<Duration> {
         Some(0) => Err(err!(InvalidArgument, "{name}=0: a timeout of 0 ms lets no rank arrive")),
         Some(ms) => Ok(Duration::from_millis(ms as u64)),
     }
-}
-
-fn timeout_of_rendezvous(get: Lookup<'_>) -> Result<Duration> {
-    timeout(get, "FSDP_RENDEZVOUS_TIMEOUT_MS", shm::DEFAULT_RENDEZVOUS_TIMEOUT)
 }
 
 #[cfg(test)]

@@ -141,7 +141,9 @@ pub struct Ticket(pub u64);
 
 /// See the module's text. All methods but `rank`, `world_size`, `name_units`, `close_reads`, `finished`, `abort` and
 /// `async_error` are collective. After an error of a collective the communicator is broken: every later call on any
-/// rank returns the same first error.
+/// rank returns the same first error. A wrong argument or a call out of place (`InvalidArgument`, `InvalidState`) is refused
+/// before anything is announced and breaks nothing. `open_reads` and `wait_writable` are announced like the others: every
+/// rank must make as many of them, at the same place in its order of calls.
 pub trait Communicator: Send + Sync {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
@@ -161,8 +163,8 @@ pub trait Communicator: Send + Sync {
     fn all_reduce(&self, data: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()>;
     /// `root`'s bytes on every rank.
     fn broadcast(&self, data: &mut [u8], dtype: DType, root: usize) -> Result<()>;
-    /// `output` = the ranks' `input`s in rank order; `output.len() == W * input.len()`, `input` may lie in `output`'s
-    /// own place.
+    /// `output` = the ranks' `input`s in rank order; `output.len() == W * input.len()`. They must not
+    /// overlap: a caller that gathers in place copies its input first.
     fn all_gather_host(&self, input: &[u8], output: &mut [u8], dtype: DType) -> Result<()>;
     /// `output` = range `rank` of the combined `input`s; `input.len() == W * output.len()`.
     fn reduce_scatter_host(&self, input: &[u8], output: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()>;

@@ -68,8 +68,8 @@ pub fn engine(comm: Arc<dyn Communicator>, config: &EngineConfig) -> Engine {
     unsafe { Engine::new(&tree, comm, config) }.unwrap()
 }
 
-/// This rank's piece of a parameter.
-#[allow(dead_code)]
+/// This rank's piece of a parameter, in memory that the engine shares with its host as C does.
+#[allow(dead_code, clippy::mut_from_ref)]
 pub fn piece(engine: &Engine, param: usize) -> &mut [f32] {
     let shard = engine.shard(param as u32).unwrap();
     if shard.len == 0 {

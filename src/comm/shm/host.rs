@@ -109,7 +109,7 @@ impl Host<'_> {
     pub fn reduce_scatter(&mut self, input: &[u8], output: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()> {
         let (n, world, me) = (output.len(), self.group.world, self.group.rank);
         // A step carries the same piece of every rank's range; pieces are whole elements of any type.
-        let piece = SCRATCH / world & !7;
+        let piece = (SCRATCH / world) & !7;
         for (i, part) in output.chunks_mut(piece).enumerate() {
             let len = part.len();
             for r in 0..world {

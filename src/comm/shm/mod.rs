@@ -103,6 +103,13 @@ impl Shm {
         self.local.lock().unwrap_or_else(|p| p.into_inner())
     }
 
+    /// This rank's counters, unless the job is broken: that error comes before any other.
+    fn working(&self) -> Result<MutexGuard<'_, Local>> {
+        let local = self.lock();
+        self.group.check()?;
+        Ok(local)
+    }
+
     fn announce(&self, local: &mut Local, a: &Announcement) -> Result<()> {
         self.group.announce(local.issued, a)?;
         local.issued += 1;
@@ -111,7 +118,7 @@ impl Shm {
 
     /// Announces a control-plane collective and runs it.
     fn on_host<T>(&self, what: Announcement, run: impl FnOnce(&mut Host<'_>) -> Result<T>) -> Result<T> {
-        let local = &mut *self.lock();
+        let local = &mut *self.working()?;
         self.announce(local, &what)?;
         run(&mut Host { group: &self.group, steps: &mut local.steps, what: &what })
     }
@@ -208,7 +215,7 @@ impl Communicator for Shm {
         let total = ArenaSegment::segment_bytes(bytes)?;
         let (what, number) = (Announcement::arena_allocation(bytes), self.number);
         let map = |fd: &OwnedFd, id| ArenaSegment::map(fd, bytes, number, id);
-        let segment = self.allocate(&mut self.lock(), what, total, true, map)?;
+        let segment = self.allocate(&mut *self.working()?, what, total, true, map)?;
         Ok(Arena { base: segment.base(), bytes, id: segment.id, owner: Arc::new(segment) })
     }
 
@@ -216,7 +223,7 @@ impl Communicator for Shm {
         let layout = SlotLayout::new(sizes, flags, self.group.world)?;
         let total = layout.total;
         let what = Announcement::sized(Kind::Alloc, DType::U8, total, Detail::Layout(layout.digest()));
-        let local = &mut *self.lock();
+        let local = &mut *self.working()?;
         let map = |fd: &OwnedFd, id| SlotSegment::map(fd, layout, id as u32);
         let segment = Arc::new(self.allocate(local, what, total, false, map)?);
         local.reductions.add(&segment);
@@ -227,7 +234,7 @@ impl Communicator for Shm {
     }
 
     fn open_reads(&self, arena: &Arena) -> Result<()> {
-        let local = &mut *self.lock();
+        let local = &mut *self.working()?;
         let segment = self.arena(arena)?;
         let (opened, closed) = self.phases(segment);
         if opened != closed {
@@ -241,7 +248,7 @@ impl Communicator for Shm {
     }
 
     fn all_gather(&self, tag: Tag, arena: &Arena) -> Result<()> {
-        let local = &mut *self.lock();
+        let local = &mut *self.working()?;
         let segment = self.arena(arena)?;
         let (opened, closed) = self.phases(segment);
         if opened == closed {
@@ -263,7 +270,7 @@ impl Communicator for Shm {
     }
 
     fn wait_writable(&self, arena: &Arena) -> Result<()> {
-        let local = &mut *self.lock();
+        let local = &mut *self.working()?;
         let segment = self.arena(arena)?;
         let (opened, closed) = self.phases(segment);
         if opened != closed {
@@ -276,21 +283,18 @@ impl Communicator for Shm {
     }
 
     fn reduce_scatter_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
-        let local = &mut *self.lock();
-        self.group.check()?;
+        let local = &mut *self.working()?;
         let next = local.reductions.prepare(&self.group, tag, slot, present)?;
         self.announce(local, &next.what)?;
         Ok(local.reductions.start(&self.group, next, present))
     }
 
     fn reduce_scatter_finish(&self, ticket: Ticket, segments: &[Segment], wait: bool) -> Result<Option<Vec<bool>>> {
-        self.group.check()?;
-        self.lock().reductions.finish(&self.group, ticket, segments, wait)
+        self.working()?.reductions.finish(&self.group, ticket, segments, wait)
     }
 
     fn finished(&self, ticket: Ticket, wait: bool) -> Result<bool> {
-        self.group.check()?;
-        self.lock().reductions.finished(&self.group, ticket, wait)
+        self.working()?.reductions.finished(&self.group, ticket, wait)
     }
 
     fn abort(&self, reason: &str) {

@@ -190,19 +190,19 @@ impl Server<'_> {
         let world = self.config.world_size;
         let limit = Instant::now() + HANDOUT;
         let control = control_segment(world)?;
-        let mut peers: Vec<Option<(OwnedFd, u32)>> = (0..world).map(|_| None).collect();
+        let mut peers = vec![None];
         for rank in 1..world {
             self.give(rank, &Answer::Control, &control, limit)?;
         }
         let pid = |r: usize| self.joined[r].as_ref().map_or_else(std::process::id, |j| j.pid);
-        for low in 0..world {
-            for high in low + 1..world {
+        for high in 1..world {
+            for low in 0..high {
                 let (a, b) = socket::pair().map_err(|e| {
                     Error::os(format_args!("making the socket between ranks {low} and {high} (see ulimit -n)"), e)
                 })?;
                 self.give(high, &Answer::Peer { rank: low as u32, pid: pid(low) }, &b, limit)?;
                 if low == 0 {
-                    peers[high] = Some((a, pid(high)));
+                    peers.push(Some((a, pid(high))));
                 } else {
                     self.give(low, &Answer::Peer { rank: high as u32, pid: pid(high) }, &a, limit)?;
                 }

@@ -1,0 +1,176 @@
+//! The engine over several ranks, against the mean of all ranks' gradients computed in plain loops.
+
+mod common;
+
+use common::{engine, numel, piece, ranks, value, SHAPES};
+use fsdp::config::EngineConfig;
+use fsdp::engine::Engine;
+use fsdp::error::Status;
+
+const RATE: f32 = 0.125;
+
+/// The gradient that `rank` computes for element `i` of parameter `p` in `step`, from the parameter's value.
+fn gradient(rank: usize, step: usize, p: usize, i: usize, value: f32) -> f32 {
+    value * 0.01 + ((rank + 1) * (i % 17 + 1)) as f32 / 7.0 - (step * (p + 1)) as f32 / 3.0
+}
+
+/// What every rank must have after `steps` steps of SGD on the mean gradient, summed in rank order.
+fn reference(world: usize, steps: usize, has: impl Fn(usize, usize, usize) -> bool) -> Vec<Vec<f32>> {
+    let mut params: Vec<Vec<f32>> =
+        SHAPES.iter().enumerate().map(|(p, (_, s))| (0..numel(s)).map(|i| value(p, i)).collect()).collect();
+    for step in 0..steps {
+        for (p, values) in params.iter_mut().enumerate() {
+            for (i, v) in values.iter_mut().enumerate() {
+                let of = |r| gradient(r, step, p, i, *v);
+                let sum = (0..world).filter(|r| has(*r, step, p)).map(of).reduce(|a, b| a + b);
+                if let Some(sum) = sum {
+                    let mean = if world.is_power_of_two() { sum * (1.0 / world as f32) } else { sum / world as f32 };
+                    *v -= RATE * mean;
+                }
+            }
+        }
+    }
+    params
+}
+
+/// One rank's forward and backward over all units, root outermost.
+fn step(engine: &Engine, rank: usize, step: usize, has: &impl Fn(usize, usize, usize) -> bool) {
+    for u in [0, 1, 2] {
+        engine.pre_forward(u).unwrap();
+        if u > 0 {
+            engine.post_forward(u).unwrap();
+        }
+    }
+    engine.post_forward(0).unwrap();
+    let collect = |u: u32| {
+        engine.pre_backward(u).unwrap();
+        for p in engine.unit(u).unwrap().params.clone() {
+            let p = p as usize;
+            let full = engine.param_data(p as u32).unwrap().cast::<f32>();
+            // SAFETY: the unit is unsharded; its buffer has the parameter's elements.
+            let read = |i| unsafe { *full.add(i) };
+            let grad: Vec<f32> = (0..numel(SHAPES[p].1)).map(|i| gradient(rank, step, p, i, read(i))).collect();
+            if has(rank, step, p) {
+                // SAFETY: as long as the parameter.
+                unsafe { engine.accumulate_grad(p as u32, grad.as_ptr()) }.unwrap();
+            }
+        }
+    };
+    // The root collects first and is reduced last, as with an output layer that it owns.
+    collect(0);
+    for u in [2, 1] {
+        collect(u);
+        engine.post_backward(u).unwrap();
+    }
+    engine.post_backward(0).unwrap();
+}
+
+fn descend(engine: &Engine) {
+    for p in 0..SHAPES.len() {
+        let shard = engine.shard(p as u32).unwrap();
+        if shard.grad.is_null() || shard.len == 0 {
+            continue;
+        }
+        // SAFETY: the gradient shard is as long as the piece, and complete after the backward.
+        let grad = unsafe { std::slice::from_raw_parts(shard.grad, shard.len) };
+        piece(engine, p).iter_mut().zip(grad).for_each(|(v, g)| *v -= RATE * g);
+    }
+    engine.zero_grad().unwrap();
+}
+
+fn check(engine: &Engine, expected: &[Vec<f32>]) {
+    for (p, (name, _)) in SHAPES.iter().enumerate() {
+        let first = engine.plan().params[p].piece.param_offset;
+        for (i, v) in piece(engine, p).iter().enumerate() {
+            assert_eq!(v.to_bits(), expected[p][first + i].to_bits(), "{name}[{}]", first + i);
+        }
+    }
+}
+
+#[test]
+fn training_equals_the_mean_over_ranks_bit_by_bit() {
+    for world in [1, 2, 3, 4, 8] {
+        for slots in [0, 1] {
+            let config = EngineConfig { gradient_slots: slots };
+            let expected = reference(world, 3, |_, _, _| true);
+            ranks(world, |comm| {
+                let rank = comm.rank();
+                let engine = engine(comm, &config);
+                for s in 0..3 {
+                    step(&engine, rank, s, &|_, _, _| true);
+                    descend(&engine);
+                }
+                check(&engine, &expected);
+                let stats = engine.stats().unwrap();
+                assert_eq!(stats.gradients.reduce_scatters, 9);
+                assert_eq!(stats.all_gather_bytes_moved, 0);
+                // The root is open throughout: with one slot the others collect in their own memory.
+                assert_eq!(stats.gradients.overflow_peak, if slots == 1 { 2 } else { 0 });
+                assert!(stats.gradients.slots_peak <= if slots == 1 { 1 } else { 3 });
+            });
+        }
+    }
+}
+
+#[test]
+fn gradients_absent_on_some_ranks_count_as_zero_and_absent_on_all_stay_absent() {
+    let has = |rank: usize, _step: usize, p: usize| match p {
+        1 => rank == 1,
+        2 => false,
+        _ => true,
+    };
+    for world in [2, 3] {
+        let expected = reference(world, 2, has);
+        ranks(world, |comm| {
+            let rank = comm.rank();
+            let engine = engine(comm, &EngineConfig::default());
+            for s in 0..2 {
+                step(&engine, rank, s, &has);
+                assert!(engine.shard(2).unwrap().grad.is_null());
+                assert!(!engine.shard(1).unwrap().grad.is_null());
+                descend(&engine);
+            }
+            check(&engine, &expected);
+        });
+    }
+}
+
+#[test]
+fn a_different_order_is_an_error_on_every_rank_that_names_units_and_ranks() {
+    let messages = ranks(3, |comm| {
+        let rank = comm.rank();
+        let engine = engine(comm, &EngineConfig::default());
+        engine.pre_forward(0).unwrap();
+        let mut order = [1, 2];
+        if rank == 2 {
+            order.reverse();
+        }
+        let run = || -> fsdp::error::Result<()> {
+            for u in order {
+                engine.unshard(u)?;
+            }
+            engine.comm().barrier()
+        };
+        run().unwrap_err()
+    });
+    for e in messages {
+        assert_eq!(e.status, Status::Mismatch, "{e}");
+        assert!(e.message.contains("\"a\"") && e.message.contains("\"b\"") && e.message.contains("rank 2"), "{e}");
+    }
+}
+
+#[test]
+fn writing_in_the_middle_of_a_backward_is_refused() {
+    ranks(2, |comm| {
+        let engine = engine(comm, &EngineConfig::default());
+        engine.pre_forward(0).unwrap();
+        engine.param_grad(0).unwrap();
+        let e = engine.begin_write().unwrap_err();
+        assert!(e.status == Status::InvalidState && e.message.contains("(root)"), "{e}");
+        engine.finish_backward().unwrap();
+        engine.begin_write().unwrap();
+        let e = engine.param_grad(0).unwrap_err();
+        assert!(e.message.contains("\"embed\""), "{e}");
+        assert!(engine.param_data(0).is_err());
+    });
+}
