@@ -108,10 +108,12 @@ impl ModuleTree {
         let bytes = shape.iter().try_fold(dtype.size(), |n, d| n.checked_mul(*d as usize));
         match bytes {
             None => return Err(err!(InvalidArgument, "parameter \"{fqn}\" has more bytes than an address can hold")),
-            Some(n) if n > 0 && data.is_null() => return Err(err!(
+            Some(n) if n > 0 && data.is_null() => {
+                return Err(err!(
                 Unsupported,
                 "parameter \"{fqn}\" has no storage (data is NULL); parameters without storage are not supported yet"
-            )),
+            ))
+            }
             Some(_) => {}
         }
         self.names.insert(fqn.clone());

@@ -4,6 +4,7 @@ use super::handle::{fsdp_comm_t, get, insert, remove};
 use super::status::{boundary, fsdp_status_t, out, read_sized, string, Sized_};
 use super::tensor::{fsdp_tensor_t, HostTensor};
 use crate::comm::{env, shm, single, ReduceOp};
+use crate::dtype::DType;
 use crate::error::{err, Result};
 use std::ffi::c_char;
 use std::time::Duration;
@@ -179,7 +180,7 @@ pub unsafe extern "C" fn fsdp_comm_broadcast(
 }
 
 /// Concatenates the ranks' inputs in rank order into every rank's output. Collective; blocks. `output` has world_size
-/// times the elements of `input`; both are borrowed for the call and must not overlap. Since 0.1.
+/// times the elements of `input`; both are borrowed for the call and must not overlap (FSDP_ERR_INVALID_ARGUMENT). Since 0.1.
 ///
 /// # Safety
 /// As fsdp_comm_all_reduce, for both tensors.
@@ -192,19 +193,16 @@ pub unsafe extern "C" fn fsdp_comm_all_gather(
     boundary(|| {
         let comm = get(comm as *const fsdp_comm_t)?;
         // SAFETY: the caller's promise.
-        let ((input, from), (output, to)) = unsafe { (host(input, "input")?, host(output, "output")?) };
-        check_pair(
-            &input,
-            &output,
-            from.len() * comm.world_size() == to.len(),
-            "world_size times the elements of input",
-        )?;
-        comm.all_gather_host(from, to, input.dtype)
+        let (from, to, dtype) = unsafe { pair(input, output) }?;
+        if from.len().checked_mul(comm.world_size()) != Some(to.len()) {
+            return Err(sizes(from.len(), to.len(), "world_size times the bytes of input"));
+        }
+        comm.all_gather_host(from, to, dtype)
     })
 }
 
 /// Combines the ranks' inputs in rank order and leaves range `rank` of the result in each rank's output. Collective;
-/// blocks. `input` has world_size times the elements of `output`; both are borrowed for the call and must not overlap.
+/// blocks. `input` has world_size times the elements of `output`; both are borrowed for the call and must not overlap (FSDP_ERR_INVALID_ARGUMENT).
 /// Since 0.1.
 ///
 /// # Safety
@@ -219,9 +217,11 @@ pub unsafe extern "C" fn fsdp_comm_reduce_scatter(
     boundary(|| {
         let comm = get(comm as *const fsdp_comm_t)?;
         // SAFETY: the caller's promise.
-        let ((input, from), (output, to)) = unsafe { (host(input, "input")?, host(output, "output")?) };
-        check_pair(&input, &output, to.len() * comm.world_size() == from.len(), "the elements of input / world_size")?;
-        comm.reduce_scatter_host(from, to, input.dtype, reduce_op(op)?)
+        let (from, to, dtype) = unsafe { pair(input, output) }?;
+        if to.len().checked_mul(comm.world_size()) != Some(from.len()) {
+            return Err(sizes(from.len(), to.len(), "the bytes of input divided by world_size"));
+        }
+        comm.reduce_scatter_host(from, to, dtype, reduce_op(op)?)
     })
 }
 
@@ -270,19 +270,29 @@ unsafe fn host<'a>(tensor: *const fsdp_tensor_t, name: &str) -> Result<(HostTens
     }
 }
 
-fn check_pair(input: &HostTensor, output: &HostTensor, fits: bool, expected: &str) -> Result<()> {
-    if input.dtype != output.dtype {
-        return Err(err!(InvalidArgument, "input is {} but output is {}", input.dtype, output.dtype));
+/// Input and output of one collective: same dtype, no overlap.
+///
+/// # Safety
+/// As [`host`], for both.
+unsafe fn pair<'a>(
+    input: *const fsdp_tensor_t,
+    output: *const fsdp_tensor_t,
+) -> Result<(&'a [u8], &'a mut [u8], DType)> {
+    // SAFETY: the caller's promise.
+    let (from, to) = unsafe { (HostTensor::read(input, "input")?, HostTensor::read(output, "output")?) };
+    if from.dtype != to.dtype {
+        return Err(err!(InvalidArgument, "input is {} but output is {}", from.dtype, to.dtype));
     }
-    if !fits {
-        return Err(err!(
-            InvalidArgument,
-            "input has shape {:?} and output {:?}: output must have {expected}",
-            input.shape,
-            output.shape
-        ));
+    let (a, b) = (from.data as usize, to.data as usize);
+    if a < b.saturating_add(to.bytes()) && b < a.saturating_add(from.bytes()) {
+        return Err(err!(InvalidArgument, "input and output overlap"));
     }
-    Ok(())
+    // SAFETY: the caller's promise; checked not to overlap.
+    unsafe { Ok((from.slice("input")?, to.slice("output")?, from.dtype)) }
+}
+
+fn sizes(input: usize, output: usize, expected: &str) -> crate::error::Error {
+    err!(InvalidArgument, "input has {input} bytes and output {output}: output must have {expected}")
 }
 
 fn reduce_op(op: i32) -> Result<ReduceOp> {

@@ -171,10 +171,11 @@ pub trait Communicator: Send + Sync {
 
     // ---- data plane: on memory of the communicator ----
 
-    /// Zeroed memory that every rank sees: one copy a host. Freed when the last clone on every rank is dropped.
+    /// Zeroed memory that every rank sees: one copy a host. Taken at once, so that a lack of it is an error; freed when
+    /// the last clone on every rank is dropped.
     fn alloc_arena(&self, bytes: usize) -> Result<Arena>;
-    /// `sizes.len()` gradient slots on each rank, slot i of `sizes[i]` bytes with room for `flags` presence bytes each;
-    /// freed with the returned owner. Memory is touched (and so used) only where it is written.
+    /// `sizes.len()` gradient slots on each rank, slot i of `sizes[i]` bytes with room for `flags` presence bytes each.
+    /// Taken at once; freed with the returned owner.
     fn alloc_slots(&self, sizes: &[usize], flags: usize) -> Result<(Vec<Slot>, Arc<dyn std::any::Any + Send + Sync>)>;
 
     /// READ phase begins: this rank's shards hold their new values and are not written until `wait_writable`.

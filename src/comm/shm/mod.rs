@@ -142,12 +142,11 @@ impl Shm {
         local: &mut Local,
         what: Announcement,
         bytes: usize,
-        reserve: bool,
         map: impl FnOnce(&OwnedFd, u64) -> Result<T>,
     ) -> Result<T> {
         self.announce(local, &what)?;
         let id = local.allocations;
-        let mapped = handover::segment(&self.group, &what, id, bytes, reserve).and_then(|fd| map(&fd, id));
+        let mapped = handover::segment(&self.group, &what, id, bytes).and_then(|fd| map(&fd, id));
         let mapped = mapped.map_err(|e| {
             let doing = format!("rank {}: {}", self.group.rank, self.group.describe(&what));
             self.group.fail(e.context(doing))
@@ -215,7 +214,7 @@ impl Communicator for Shm {
         let total = ArenaSegment::segment_bytes(bytes)?;
         let (what, number) = (Announcement::arena_allocation(bytes), self.number);
         let map = |fd: &OwnedFd, id| ArenaSegment::map(fd, bytes, number, id);
-        let segment = self.allocate(&mut *self.working()?, what, total, true, map)?;
+        let segment = self.allocate(&mut *self.working()?, what, total, map)?;
         Ok(Arena { base: segment.base(), bytes, id: segment.id, owner: Arc::new(segment) })
     }
 
@@ -225,7 +224,7 @@ impl Communicator for Shm {
         let what = Announcement::sized(Kind::Alloc, DType::U8, total, Detail::Layout(layout.digest()));
         let local = &mut *self.working()?;
         let map = |fd: &OwnedFd, id| SlotSegment::map(fd, layout, id as u32);
-        let segment = Arc::new(self.allocate(local, what, total, false, map)?);
+        let segment = Arc::new(self.allocate(local, what, total, map)?);
         local.reductions.add(&segment);
         let rank = self.group.rank;
         let slot = |(index, &bytes)| Slot { index, data: segment.data(rank, index), bytes };

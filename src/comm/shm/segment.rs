@@ -7,14 +7,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Creates a zeroed segment of `bytes` whose size is sealed. `reserve`: its memory is taken now, so that a lack of it is
-/// an error here and not a SIGBUS at first touch; otherwise only pages that are touched take memory.
-pub fn create(name: &std::ffi::CStr, bytes: usize, reserve: bool) -> Result<OwnedFd> {
+/// Creates a zeroed segment of `bytes` whose size is sealed. Its memory is taken now, so that a lack of it is an error
+/// here and not a SIGBUS at first touch.
+pub fn create(name: &std::ffi::CStr, bytes: usize) -> Result<OwnedFd> {
     let what = || format!("shared memory segment of {bytes} bytes");
-    if reserve {
-        if let Some(available) = available_bytes().filter(|a| bytes as u64 > *a) {
-            return Err(err!(OutOfMemory, "{}: only {available} bytes of memory are available", what()));
-        }
+    if let Some(available) = available_bytes().filter(|a| bytes as u64 > *a) {
+        return Err(err!(OutOfMemory, "{}: only {available} bytes of memory are available", what()));
     }
     // SAFETY: the name is a C string; the call makes a new descriptor.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
@@ -33,7 +31,7 @@ pub fn create(name: &std::ffi::CStr, bytes: usize, reserve: bool) -> Result<Owne
         return Err(failed(io::Error::last_os_error()));
     }
     // SAFETY: as above.
-    while reserve && length > 0 && unsafe { libc::fallocate(fd.as_raw_fd(), 0, 0, length) } != 0 {
+    while length > 0 && unsafe { libc::fallocate(fd.as_raw_fd(), 0, 0, length) } != 0 {
         let e = io::Error::last_os_error();
         if e.raw_os_error() != Some(libc::EINTR) {
             return Err(failed(e));
@@ -200,7 +198,7 @@ mod tests {
 
     #[test]
     fn a_segment_is_zeroed_sealed_and_of_its_size() {
-        let fd = create(c"fsdp-test", 10_000, true).unwrap();
+        let fd = create(c"fsdp-test", 10_000).unwrap();
         check_size(fd.as_fd(), 10_000).unwrap();
         assert!(check_size(fd.as_fd(), 9_999).is_err());
         // SAFETY: a call on our own descriptor.
@@ -209,7 +207,7 @@ mod tests {
 
     #[test]
     fn more_memory_than_there_is_is_an_error() {
-        let e = create(c"fsdp-test", 1 << 50, true).unwrap_err();
+        let e = create(c"fsdp-test", 1 << 50).unwrap_err();
         assert_eq!(e.status, Status::OutOfMemory, "{e}");
         assert!(ArenaSegment::segment_bytes(usize::MAX - 5).is_err());
         assert!(SlotLayout::new(&[usize::MAX - 70], 1, 2).is_err());
@@ -219,7 +217,7 @@ mod tests {
     #[test]
     fn slots_are_aligned_and_apart() {
         let layout = SlotLayout::new(&[100, 0, 5000], 3, 4).unwrap();
-        let fd = create(c"fsdp-test", layout.total, false).unwrap();
+        let fd = create(c"fsdp-test", layout.total).unwrap();
         let slots = SlotSegment::map(&fd, layout.clone(), 0).unwrap();
         let mut ranges = Vec::new();
         for rank in 0..4 {

@@ -1,0 +1,39 @@
+//! The `fsdp` command-line tool: reads the arguments and calls the command's file.
+
+mod launch;
+mod output;
+mod run;
+mod signals;
+
+use clap::{Parser, Subcommand};
+
+/// Fully sharded data parallel training: the command-line tool.
+#[derive(Parser)]
+#[command(name = "fsdp", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start N ranks of a program on this machine and watch over them.
+    ///
+    /// Each rank gets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR,
+    /// MASTER_PORT, TORCHELASTIC_RUN_ID) and, unless it is already set, OMP_NUM_THREADS = cores / N. Standard input
+    /// goes to rank 0 when it is not a terminal; the other ranks read end of file.
+    ///
+    /// SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 are passed on to every rank; a third SIGINT or SIGTERM ends the
+    /// ranks at once. The exit status is 0 when every rank succeeded, else that of the rank that failed first
+    /// (128 + the signal's number for a rank that a signal ended; 127: program not found; 126: it cannot be executed;
+    /// 2: bad arguments).
+    #[command(verbatim_doc_comment)]
+    Run(launch::RunArgs),
+}
+
+fn main() {
+    let code = match Cli::parse().command {
+        Command::Run(args) => run::run(&args),
+    };
+    std::process::exit(code);
+}
