@@ -1,0 +1,192 @@
+// The engine: a model cut over the ranks, its hooks, its shards and its checkpoints.
+#pragma once
+
+#include <fsdp.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fsdp/communicator.hpp"
+#include "fsdp/error.hpp"
+#include "fsdp/model.hpp"
+
+namespace fsdp {
+
+/// Counters and sizes of one rank; see fsdp_stats_t.
+using Stats = fsdp_stats_t;
+/// A unit's name, parameters and sizes; see fsdp_unit_info_t. Pointers live as long as the engine.
+using UnitInfo = fsdp_unit_info_t;
+/// A parameter's name, shape and place; see fsdp_param_info_t. Pointers live as long as the engine.
+using ParamInfo = fsdp_param_info_t;
+/// This rank's piece of a parameter and of its gradient; see fsdp_shard_t.
+using Shard = fsdp_shard_t;
+
+/// An engine. Copies share it; the last one destroys it, after which no pointer obtained from it
+/// may be used. One thread at a time. Which functions are collective is said in fsdp.h.
+class Engine {
+ public:
+  /// Cuts the model over the communicator's ranks, copying this rank's piece of every parameter.
+  /// Collective: all ranks must describe the same model. `gradient_slots` as in
+  /// fsdp_engine_config_t, 0 for the default.
+  Engine(const Model& model, const Communicator& comm, std::uint32_t gradient_slots = 0)
+      : comm_(comm) {
+    fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
+    config.gradient_slots = gradient_slots;
+    fsdp_engine_t* engine = nullptr;
+    check(fsdp_engine_create(model.get(), comm.get(), &config, &engine), "cannot shard the model");
+    handle_.reset(engine, fsdp_engine_destroy);
+  }
+
+  /// How many units there are. Local.
+  std::uint32_t unit_count() const {
+    std::uint32_t count = 0;
+    check(fsdp_engine_unit_count(get(), &count));
+    return count;
+  }
+
+  /// How many parameters there are, tied ones counted once. Local.
+  std::uint32_t param_count() const {
+    std::uint32_t count = 0;
+    check(fsdp_engine_param_count(get(), &count));
+    return count;
+  }
+
+  /// About one unit. Local.
+  UnitInfo unit_info(std::uint32_t unit) const {
+    UnitInfo info{};
+    info.struct_size = sizeof(info);
+    check(fsdp_engine_unit_info(get(), unit, &info));
+    return info;
+  }
+
+  /// About one parameter. Local.
+  ParamInfo param_info(std::uint32_t param) const {
+    ParamInfo info{};
+    info.struct_size = sizeof(info);
+    check(fsdp_engine_param_info(get(), param, &info));
+    return info;
+  }
+
+  /// The unit that a module is, or whose parameters it has. Local.
+  std::uint32_t unit_of_module(std::uint32_t module) const {
+    std::uint32_t unit = 0;
+    check(fsdp_engine_unit_of_module(get(), module, &unit));
+    return unit;
+  }
+
+  /// Whether the next forwards are followed by a backward (the default) or not. Local.
+  void set_grad_enabled(bool enabled) {
+    check(fsdp_engine_set_grad_enabled(get(), enabled ? 1 : 0));
+  }
+
+  /// The hook before a unit's forward: its parameters can be read afterwards. Collective.
+  void pre_forward(std::uint32_t unit) { check(fsdp_engine_pre_forward(get(), unit)); }
+  /// The hook after a unit's forward.
+  void post_forward(std::uint32_t unit) { check(fsdp_engine_post_forward(get(), unit)); }
+  /// The hook before a unit's backward: its parameters can be read afterwards. Collective.
+  void pre_backward(std::uint32_t unit) { check(fsdp_engine_pre_backward(get(), unit)); }
+  /// The hook after a unit's backward: its gradients are complete. Collective.
+  void post_backward(std::uint32_t unit) { check(fsdp_engine_post_backward(get(), unit)); }
+
+  /// Makes a unit's parameters readable and returns the unit buffer. Collective.
+  float* unshard(std::uint32_t unit) {
+    void* buffer = nullptr;
+    check(fsdp_engine_unshard(get(), unit, &buffer));
+    return static_cast<float*>(buffer);
+  }
+  /// Ends reading a unit. Local.
+  void reshard(std::uint32_t unit) { check(fsdp_engine_reshard(get(), unit)); }
+  /// Starts reducing a unit's gradients, which are complete. Collective.
+  void reduce(std::uint32_t unit) { check(fsdp_engine_reduce(get(), unit)); }
+  /// Ends a forward that no backward follows.
+  void finish_forward() { check(fsdp_engine_finish_forward(get())); }
+  /// Ends a backward: every gradient shard is complete and shards may be written. Collective.
+  void finish_backward() { check(fsdp_engine_finish_backward(get())); }
+  /// Waits until this rank's shards may be written. Collective.
+  void begin_write() { check(fsdp_engine_begin_write(get())); }
+
+  /// The full parameter inside the unit buffer; an error while its unit is sharded. Local.
+  fsdp_tensor_t param_data(std::uint32_t param) const {
+    fsdp_tensor_t tensor{};
+    check(fsdp_engine_param_data(get(), param, &tensor));
+    return tensor;
+  }
+
+  /// The full-size gradient region of a parameter, and whether to add to it (true) or to write it
+  /// (false: its contents are undefined). Marks the gradient present.
+  std::pair<fsdp_tensor_t, bool> param_grad(std::uint32_t param) {
+    fsdp_tensor_t tensor{};
+    std::int32_t accumulate = 0;
+    check(fsdp_engine_param_grad(get(), param, &tensor, &accumulate));
+    return {tensor, accumulate != 0};
+  }
+
+  /// Writes or adds a full-size gradient into its region.
+  void accumulate_grad(std::uint32_t param, const TensorView& grad) {
+    const fsdp_tensor_t c_tensor = grad.c_tensor();
+    check(fsdp_engine_accumulate_grad(get(), param, &c_tensor));
+  }
+
+  /// This rank's piece of a parameter and of its gradient (null while absent). Local.
+  Shard shard(std::uint32_t param) const {
+    Shard shard{};
+    check(fsdp_engine_shard(get(), param, &shard));
+    return shard;
+  }
+
+  /// Forgets a parameter's gradient shard. Local.
+  void clear_grad(std::uint32_t param) { check(fsdp_engine_clear_grad(get(), param)); }
+  /// Forgets every gradient shard. Local.
+  void zero_grad() { check(fsdp_engine_zero_grad(get())); }
+
+  /// Sizes and counters of this rank. Local.
+  Stats stats() const {
+    Stats stats{};
+    stats.struct_size = sizeof(stats);
+    check(fsdp_engine_stats(get(), &stats));
+    return stats;
+  }
+
+  /// Writes shards and `states` (per-parameter arrays as long as the shard) to `dir`, complete or
+  /// not at all, with a JSON text of the caller's. Every rank names the same states in the same
+  /// order. Collective.
+  void save_checkpoint(const std::string& dir, const std::vector<fsdp_state_t>& states = {},
+                       const std::string& metadata_json = "{}") const {
+    check(fsdp_checkpoint_save(get(), dir.c_str(), states.data(), states.size(),
+                               metadata_json.c_str()),
+          "cannot save the checkpoint '" + dir + "'");
+  }
+
+  /// Fills shards and `states` from a checkpoint of any world size; on error nothing has changed.
+  /// Collective.
+  void load_checkpoint(const std::string& dir, const std::vector<fsdp_state_t>& states = {}) {
+    check(fsdp_checkpoint_load(get(), dir.c_str(), states.data(), states.size()),
+          "cannot load the checkpoint '" + dir + "'");
+  }
+
+  /// The communicator this engine was made on.
+  const Communicator& communicator() const noexcept { return comm_; }
+
+  /// The C handle, owned by this object.
+  fsdp_engine_t* get() const noexcept { return handle_.get(); }
+
+ private:
+  Communicator comm_;
+  std::shared_ptr<fsdp_engine_t> handle_;
+};
+
+/// The JSON text given when the checkpoint was saved (with one member added by the LibTorch binding
+/// when it saved an optimizer). Local; throws when there is no complete checkpoint.
+inline std::string checkpoint_metadata(const std::string& dir) {
+  const std::string context = "cannot read the metadata of the checkpoint '" + dir + "'";
+  std::size_t size = 0;
+  check(fsdp_checkpoint_metadata(dir.c_str(), nullptr, 0, &size), context);
+  std::vector<char> text(size + 1, '\0');
+  check(fsdp_checkpoint_metadata(dir.c_str(), text.data(), text.size(), &size), context);
+  return std::string(text.data());
+}
+
+}  // namespace fsdp

@@ -1,0 +1,12 @@
+// The whole C++ layer over fsdp.h: exceptions, communicator, model description and engine.
+//
+// Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model or Engine
+// copies a reference, and the last copy destroys the C handle. Every function throws fsdp::Error
+// when the C call behind it fails, and is otherwise as documented in fsdp.h.
+#pragma once
+
+#include "fsdp/communicator.hpp"
+#include "fsdp/engine.hpp"
+#include "fsdp/error.hpp"
+#include "fsdp/model.hpp"
+#include "fsdp/tensor_view.hpp"

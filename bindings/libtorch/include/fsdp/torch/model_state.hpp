@@ -1,0 +1,347 @@
+// What happens between fully_shard and the end of the handle: the life of a forward and a backward.
+//
+// Units are unsharded when an operator touches them, inside the handle's forward (on its thread) or
+// inside a backward pass, and are errors elsewhere. A unit is resharded when a unit that is neither
+// its ancestor nor its descendant is touched, when its gradients have been reduced, and at the end
+// of a forward or backward. Nothing is kept in thread-local storage.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "fsdp/torch/accumulator.hpp"
+#include "fsdp/torch/shard_leaf.hpp"
+#include "fsdp/torch/unit_storage.hpp"
+
+namespace fsdp::detail {
+
+/// A parameter of the module and its two faces.
+struct ParamState {
+  std::string name;   ///< dotted name from the root
+  UnitStorage* unit;  ///< owned by the model state
+  at::Tensor leaf;    ///< the module's own tensor, over the unit's storage
+  at::Tensor shard;   ///< the sharded leaf that optimizers get
+  at::Tensor poison;  ///< the leaf's `.grad`
+  c10::intrusive_ptr<torch::autograd::Node> node;
+  bool arrived = false;  ///< has a gradient since its unit's last reduction
+};
+
+class ModelState final : public UnitHost,
+                         public GradientSink,
+                         public std::enable_shared_from_this<ModelState> {
+ public:
+  /// Filled by shard_module() right after construction.
+  explicit ModelState(const Engine& engine) : writes(std::make_shared<ShardWrites>(engine)) {}
+
+  ModelState(const ModelState&) = delete;
+  ModelState& operator=(const ModelState&) = delete;
+
+  ~ModelState() {
+    writes->detach();
+    for (const auto& unit : units) unit->orphan();
+  }
+
+  const std::shared_ptr<ShardWrites> writes;
+  std::vector<std::shared_ptr<UnitStorage>> units;  ///< by unit number
+  std::vector<ParamState> params;                   ///< by parameter number
+
+  Engine& engine() { return writes->engine(); }
+
+  // ---- forward ----
+
+  /// Opens the scope in which this thread's operators unshard. Nests. Collective only when the
+  /// last backward failed.
+  void begin_forward() {
+    const std::thread::id self = std::this_thread::get_id();
+    if (forward_thread_.load() == self) {
+      ++forward_depth_;
+      return;
+    }
+    std::thread::id nobody;
+    if (!forward_thread_.compare_exchange_strong(nobody, self)) {
+      throw Error(FSDP_ERR_INVALID_STATE,
+                  "forward of a sharded model was called while another thread is inside it");
+    }
+    forward_depth_ = 1;
+    try {
+      if (!backward_open_) settle();
+    } catch (...) {
+      leave_forward();
+      throw;
+    }
+  }
+
+  /// Closes the scope. `backward_follows` says whether autograd recorded a graph.
+  void end_forward(bool backward_follows) {
+    if (--forward_depth_ > 0) return;
+    leave_forward();
+    reshard_all();
+    if (!backward_follows && !backward_open_) {
+      engine().finish_forward();
+      writes->on_closed();
+    }
+  }
+
+  /// Closes the scope while an exception is on its way out.
+  void abandon_forward() noexcept {
+    try {
+      end_forward(false);
+    } catch (...) {
+      // The error that is being thrown already is the one to report.
+    }
+  }
+
+  // ---- touches ----
+
+  void touch(UnitStorage& unit, const c10::OperatorHandle& op,
+             const c10::TensorImpl& tensor) override {
+    if (forward_thread_.load(std::memory_order_relaxed) != std::this_thread::get_id()) {
+      if (in_backward()) {
+        enter_backward();
+      } else if ((unit.pinned() && at::in_parallel_region()) || reads_no_data(op)) {
+        return;  // the former: a worker thread of an operator that was let through
+      } else {
+        throw Error(FSDP_ERR_INVALID_STATE,
+                    "parameter '" + unit.param_at(tensor) + "' is sharded and was used by " +
+                        operator_name(op) +
+                        " outside the sharded model's forward and backward: call the model "
+                        "through the handle that fsdp::fully_shard returned (not the module's own "
+                        "forward), and read shards and build optimizers from its parameters()");
+      }
+    }
+    if (&unit != active_) activate(unit);
+  }
+
+  // ---- backward ----
+
+  /// Called at the first sign of a backward pass; later calls in the same pass do nothing. Arranges
+  /// for finish_backward at the end of the current graph task.
+  void enter_backward() {
+    if (backward_open_) return;
+    settle();
+    torch::autograd::Engine::get_default_engine().queue_callback(
+        [token = std::make_shared<BackwardToken>(weak_from_this())] { token->finish(); });
+    backward_open_ = true;
+    for (const auto& unit : units) unit->expected = unit->arrived = 0;
+    for (std::size_t i = 0; i < params.size(); ++i) {
+      ParamState& param = params[i];
+      param.arrived = false;
+      if (param.leaf.requires_grad()) ++param.unit->expected;
+      if (!holds_our_gradient(param, static_cast<std::uint32_t>(i))) {
+        engine().clear_grad(static_cast<std::uint32_t>(i));
+      }
+    }
+  }
+
+  void accept_gradient(std::uint32_t index, const at::Tensor& gradient) override {
+    enter_backward();
+    ParamState& param = params[index];
+    // A backward that needs no parameter's value still takes part in an iteration.
+    if (!writes->reading()) activate(*param.unit);
+    const auto [region, accumulate] = engine().param_grad(index);
+    store_gradient(region, accumulate, param, gradient);
+    UnitStorage& unit = *param.unit;
+    if (!param.arrived) {
+      param.arrived = true;
+      ++unit.arrived;
+    }
+    if (unit.arrived == unit.expected) {
+      engine().reduce(unit.index);
+      for (std::uint32_t id : unit.param_ids) params[id].arrived = false;
+      unit.arrived = 0;
+      if (!unit.pinned()) reshard(unit);
+    }
+  }
+
+  /// Finishes what a backward that threw has left open: a barrier first, so that a rank that failed
+  /// alone is an error on every rank, then all gradients are dropped. Collective when there is
+  /// something to finish.
+  void settle() {
+    if (!failed_) return;
+    engine().communicator().barrier();
+    engine().finish_forward();
+    engine().zero_grad();
+    failed_ = false;
+    writes->on_closed();
+    for (ParamState& param : params) param.shard.mutable_grad().reset();
+    restore_poison();
+  }
+
+  /// Puts back the `.grad` of the module's own parameters that zero_grad() has dropped.
+  void restore_poison() {
+    for (ParamState& param : params) {
+      at::Tensor& grad = param.leaf.mutable_grad();
+      if (!grad.defined()) grad = param.poison;
+    }
+  }
+
+ private:
+  /// Owned by autograd's graph task: either its end is reached, or it is dropped because of an
+  /// exception.
+  class BackwardToken {
+   public:
+    explicit BackwardToken(std::weak_ptr<ModelState> state) : state_(std::move(state)) {}
+    BackwardToken(const BackwardToken&) = delete;
+    BackwardToken& operator=(const BackwardToken&) = delete;
+    ~BackwardToken() {
+      if (const auto state = state_.lock()) state->abandon_backward();
+    }
+    void finish() {
+      const auto state = state_.lock();
+      if (!state) return;
+      state->finish_backward();
+      state_.reset();
+    }
+
+   private:
+    std::weak_ptr<ModelState> state_;
+  };
+
+  static bool reads_no_data(const c10::OperatorHandle& op) {
+    const std::string& name = op.operator_name().name;
+    return name == "aten::_has_compatible_shallow_copy_type" || name == "aten::is_same_size" ||
+           name == "aten::size" || name == "aten::stride" || name == "aten::sym_size" ||
+           name == "aten::sym_stride" || name == "aten::sym_numel" || name == "aten::numel";
+  }
+
+  static bool in_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
+
+  void leave_forward() {
+    forward_depth_ = 0;
+    forward_thread_.store(std::thread::id());
+  }
+
+  /// Unsharding in an order that depends only on what is touched, so that all ranks agree.
+  void activate(UnitStorage& unit) {
+    for (std::size_t i = unsharded_.size(); i-- > 0;) {
+      UnitStorage& other = *unsharded_[i];
+      const bool related =
+          (other.tree_begin <= unit.tree_begin && unit.tree_begin < other.tree_end) ||
+          (unit.tree_begin <= other.tree_begin && other.tree_begin < unit.tree_end);
+      if (!related && !other.pinned()) reshard(other);
+    }
+    if (!unit.unsharded()) {
+      writes->on_unshard();
+      unit.mark_unsharded(engine().unshard(unit.index));
+      unsharded_.push_back(&unit);
+    }
+    active_ = &unit;
+  }
+
+  void reshard(UnitStorage& unit) {
+    if (!unit.unsharded()) return;
+    unit.mark_sharded();
+    unsharded_.erase(std::find(unsharded_.begin(), unsharded_.end(), &unit));
+    if (active_ == &unit) active_ = nullptr;
+    engine().reshard(unit.index);
+  }
+
+  void reshard_all() {
+    while (!unsharded_.empty()) reshard(*unsharded_.back());
+  }
+
+  bool holds_our_gradient(const ParamState& param, std::uint32_t index) {
+    const at::Tensor& grad = param.shard.grad();
+    return grad.defined() && is_shard_view(grad, engine().shard(index));
+  }
+
+  static bool is_shard_view(const at::Tensor& grad, const Shard& shard) {
+    return shard.grad != nullptr && grad.numel() == shard.numel && !is_sharded(grad) &&
+           grad.scalar_type() == at::kFloat &&
+           (shard.numel == 0 || grad.const_data_ptr() == shard.grad);
+  }
+
+  static void store_gradient(const fsdp_tensor_t& region, bool accumulate, const ParamState& param,
+                             const at::Tensor& gradient) {
+    constexpr std::int64_t kSmall = 1 << 16;  // below, a plain copy beats an operator's overhead
+    const std::int64_t numel = gradient.numel();
+    if (numel == 0) return;
+    char* data = static_cast<char*>(region.data) + region.byte_offset;
+    const bool plain = gradient.is_contiguous() && gradient.scalar_type() == at::kFloat &&
+                       !gradient.is_neg() && !is_sharded(gradient);
+    if (!accumulate && plain && numel <= kSmall) {
+      std::memcpy(data, gradient.const_data_ptr(), static_cast<std::size_t>(numel) * sizeof(float));
+      return;
+    }
+    at::Tensor target = at::from_blob(data, param.leaf.sizes(), at::kFloat);
+    if (accumulate) {
+      target.add_(gradient);
+    } else {
+      target.copy_(gradient);
+    }
+  }
+
+  void finish_backward() {
+    backward_open_ = false;
+    failed_ = true;  // until everything below has succeeded
+    reshard_all();
+    engine().finish_backward();
+    writes->on_writable();
+    const torch::NoGradGuard no_grad;
+    for (std::size_t i = 0; i < params.size(); ++i) publish_gradient(static_cast<std::uint32_t>(i));
+    restore_poison();
+    failed_ = false;
+  }
+
+  void publish_gradient(std::uint32_t index) {
+    const Shard shard = engine().shard(index);
+    if (shard.grad == nullptr) return;
+    at::Tensor& grad = params[index].shard.mutable_grad();
+    if (!grad.defined()) {
+      grad = grad_shard_view(writes, index);
+    } else if (!is_shard_view(grad, shard)) {
+      grad.add_(grad_shard_view(writes, index));  // a tensor of the user's own
+    }
+  }
+
+  void abandon_backward() noexcept {
+    if (!backward_open_) return;
+    backward_open_ = false;
+    failed_ = true;
+    try {
+      reshard_all();
+    } catch (...) {
+      // The engine's own error comes again at the next call, which settles.
+    }
+  }
+
+  std::atomic<std::thread::id> forward_thread_{};
+  int forward_depth_ = 0;
+  bool backward_open_ = false;
+  bool failed_ = false;
+  UnitStorage* active_ = nullptr;        ///< the unit touched last, while unsharded
+  std::vector<UnitStorage*> unsharded_;  ///< in the order of unsharding
+};
+
+/// Opens a forward scope for as long as it lives.
+class ForwardScope {
+ public:
+  explicit ForwardScope(ModelState& state) : state_(state) { state_.begin_forward(); }
+  ForwardScope(const ForwardScope&) = delete;
+  ForwardScope& operator=(const ForwardScope&) = delete;
+  ~ForwardScope() {
+    if (!finished_) state_.abandon_forward();
+  }
+  /// The regular end; without it the forward counts as failed.
+  void finish(bool backward_follows) {
+    finished_ = true;
+    state_.end_forward(backward_follows);
+  }
+
+ private:
+  ModelState& state_;
+  bool finished_ = false;
+};
+
+}  // namespace fsdp::detail

@@ -1,0 +1,147 @@
+// The sharded leaves: one 1-D tensor per parameter over this rank's shard, for optimizers.
+//
+// Reading one is always allowed. Before the first operator that writes one, the engine is asked to
+// wait until no other rank reads the old values (begin_write), so that any in-place operation by
+// anybody is safe and none is silently early.
+#pragma once
+
+#include <torch/csrc/autograd/variable.h>
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fsdp/torch/dispatch.hpp"
+
+namespace fsdp::detail {
+
+/// When this rank's shards may be written. Shared by the model and every sharded leaf, which keep
+/// the engine alive.
+class ShardWrites {
+ public:
+  explicit ShardWrites(Engine engine) : engine_(std::move(engine)) {}
+
+  const Engine& engine() const noexcept { return engine_; }
+  Engine& engine() noexcept { return engine_; }
+
+  /// A unit has been unsharded: this rank and its peers may be reading shards.
+  void on_unshard() noexcept {
+    reading_ = true;
+    writable_ = false;
+    written_ = false;
+  }
+
+  /// This rank reads no more; peers may.
+  void on_closed() noexcept { reading_ = false; }
+
+  /// The engine said that shards may be written.
+  void on_writable() noexcept {
+    reading_ = false;
+    writable_ = true;
+  }
+
+  /// Whether a unit was unsharded since the last forward or backward ended.
+  bool reading() const noexcept { return reading_; }
+
+  /// Call before writing a shard. Collective when it has to wait.
+  void before_write() {
+    if (written_) return;
+    if (!writable_) {
+      if (recover_) recover_();
+      engine_.begin_write();
+      on_writable();
+    }
+    // Graphs that saved the old values must not run backward with the new ones.
+    for (const at::Tensor& leaf : module_leaves_) torch::autograd::impl::bump_version(leaf);
+    written_ = true;
+  }
+
+  /// `leaves`: the module's own parameters, whose saved versions a write makes stale. `recover` is
+  /// run before the engine is asked anything. Both are dropped by detach().
+  void attach(std::vector<at::Tensor> leaves, std::function<void()> recover) {
+    module_leaves_ = std::move(leaves);
+    recover_ = std::move(recover);
+  }
+
+  /// The model is being destroyed; the leaves stay usable.
+  void detach() {
+    module_leaves_.clear();
+    recover_ = nullptr;
+  }
+
+ private:
+  Engine engine_;
+  bool reading_ = false;
+  bool writable_ = false;
+  bool written_ = false;
+  std::vector<at::Tensor> module_leaves_;
+  std::function<void()> recover_;
+};
+
+/// Answers for the storage of one sharded leaf.
+class ShardTag final : public StorageTag {
+ public:
+  explicit ShardTag(std::shared_ptr<ShardWrites> writes) : writes_(std::move(writes)) {}
+
+  void before_operator(const c10::OperatorHandle&, const c10::TensorImpl&, bool writes) override {
+    if (writes) writes_->before_write();
+  }
+
+ private:
+  std::shared_ptr<ShardWrites> writes_;
+};
+
+/// The sharded leaf of parameter `param`: shape {shard_numel}, this rank's piece of the flattened
+/// parameter. It keeps the engine alive. Collective behaviour as ShardWrites.
+inline at::Tensor make_shard_leaf(const std::shared_ptr<ShardWrites>& writes, std::uint32_t param,
+                                  bool requires_grad) {
+  const Shard shard = writes->engine().shard(param);
+  const auto storage = tagged_storage(
+      shard.data, static_cast<std::size_t>(shard.numel) * sizeof(float), new ShardTag(writes));
+  at::Tensor leaf = tagged_tensor(storage, 0, {shard.numel});
+  leaf.set_requires_grad(requires_grad);
+  return leaf;
+}
+
+/// A view of parameter `param`'s gradient shard, undefined while it has none. It keeps the engine
+/// alive; an ordinary tensor otherwise, which may be written at any time.
+inline at::Tensor grad_shard_view(const std::shared_ptr<ShardWrites>& writes, std::uint32_t param) {
+  const Shard shard = writes->engine().shard(param);
+  if (shard.grad == nullptr) return at::Tensor();
+  return at::from_blob(shard.grad, {shard.numel}, [writes](void*) {}, at::kFloat);
+}
+
+/// Answers for the `.grad` of a module's own parameter, which exists only to make an optimizer or
+/// a clipping function that was given the wrong parameters fail with a message.
+class PoisonTag final : public StorageTag {
+ public:
+  explicit PoisonTag(std::string name) : name_(std::move(name)) {}
+
+  void before_operator(const c10::OperatorHandle& op, const c10::TensorImpl&, bool) override {
+    throw Error(FSDP_ERR_INVALID_STATE,
+                "the gradient of the module's own parameter '" + name_ + "' was used by " +
+                    op.operator_name().name +
+                    ", but the model is sharded: build optimizers on, and read gradients from, "
+                    "the parameters() of the handle that fsdp::fully_shard returned, and clear "
+                    "them with its zero_grad()");
+  }
+
+ private:
+  std::string name_;
+};
+
+/// A tensor of `shape` without data, any operator on which throws, naming parameter `name`.
+inline at::Tensor make_poison_grad(const std::string& name, at::IntArrayRef shape) {
+  auto storage = tagged_storage(nullptr, 0, new PoisonTag(name));
+  storage->release_data_and_set_meta_custom_data_ptr_error_msg_(
+      "the gradient of the sharded parameter '" + name +
+      "' is not here: read gradients from the parameters() of the handle that "
+      "fsdp::fully_shard returned");
+  return tagged_tensor(storage, 0, shape);
+}
+
+}  // namespace fsdp::detail

@@ -1,0 +1,246 @@
+// The handle of a sharded model: forward, sharded parameters, norms, checkpoints.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "fsdp/torch/build.hpp"
+#include "fsdp/torch/optimizer_state.hpp"
+#include "fsdp/torch/outputs.hpp"
+
+namespace fsdp {
+
+namespace detail {
+
+/// The sum of squares, in double, in an order that depends only on `count`.
+inline double sum_of_squares(const float* data, std::int64_t count) {
+  constexpr std::int64_t kLanes = 8;
+  double lanes[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+      const double value = data[i + lane];
+      lanes[lane] += value * value;
+    }
+  }
+  for (; i < count; ++i) {
+    const double value = data[i];
+    lanes[0] += value * value;
+  }
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+}  // namespace detail
+
+/// A sharded module. Copies share it; when the last one is destroyed, the module's parameters
+/// become unusable (every use is an error that names the parameter), while the tensors that
+/// parameters() returned stay valid as long as somebody holds them.
+///
+/// One training thread at a time. Other threads may run any operators on other tensors meanwhile.
+/// Functions marked collective must be called by all ranks in the same order; all throw
+/// fsdp::Error. After an exception out of forward or backward the handle may be used again; if
+/// backward was left by one rank only, the next use is an error on every rank.
+template <class Impl>
+class ShardedModule {
+ public:
+  /// Made by fully_shard.
+  ShardedModule(std::shared_ptr<Impl> module, std::shared_ptr<detail::ModelState> state)
+      : module_(std::move(module)), state_(std::move(state)) {}
+
+  /// Calls the module's forward with these arguments and returns what it returns. Units are
+  /// unsharded when an operator touches their parameters. When gradients are enabled and the output
+  /// requires them, a backward pass from the output reduces (averages over ranks) the gradients
+  /// and fills `.grad` of parameters(), adding to what is there; otherwise the forward is complete
+  /// in itself. Collective.
+  template <class... Args>
+  decltype(auto) forward(Args&&... args) {
+    detail::ForwardScope scope(*state_);
+    using Output = decltype(module_->forward(std::forward<Args>(args)...));
+    if constexpr (std::is_void_v<Output>) {
+      module_->forward(std::forward<Args>(args)...);
+      scope.finish(at::GradMode::is_enabled());
+    } else if constexpr (std::is_reference_v<Output>) {
+      Output output = module_->forward(std::forward<Args>(args)...);
+      scope.finish(watch(output));
+      return static_cast<Output>(output);
+    } else {
+      Output output = module_->forward(std::forward<Args>(args)...);
+      scope.finish(watch(output));
+      return output;
+    }
+  }
+
+  /// The same as forward(). Collective.
+  template <class... Args>
+  decltype(auto) operator()(Args&&... args) {
+    return forward(std::forward<Args>(args)...);
+  }
+
+  /// The wrapped module, for everything but its parameters' values: train(), eval(), buffers,
+  /// options. Its own forward must not be called directly.
+  Impl* operator->() const noexcept { return module_.get(); }
+
+  /// The wrapped module.
+  const std::shared_ptr<Impl>& module() const noexcept { return module_; }
+
+  /// The sharded leaves, in the order of the module's own parameters(), tied ones once: 1-D float
+  /// tensors with this rank's piece of each flattened parameter (possibly empty). After a backward,
+  /// `.grad` holds the piece of the averaged gradient, and is undefined where no rank has one.
+  /// Build optimizers on them. Any in-place operator on them waits until no rank reads the old
+  /// values (collective when it has to). Do not write through data_ptr(). Local.
+  std::vector<at::Tensor> parameters() const {
+    std::vector<at::Tensor> leaves;
+    leaves.reserve(state_->params.size());
+    for (const auto& param : state_->params) leaves.push_back(param.shard);
+    return leaves;
+  }
+
+  /// parameters() with the names they have in the module's named_parameters(); a tied parameter
+  /// goes by its first name. Local.
+  torch::OrderedDict<std::string, at::Tensor> named_parameters() const {
+    torch::OrderedDict<std::string, at::Tensor> named;
+    for (const auto& param : state_->params) named.insert(param.name, param.shard);
+    return named;
+  }
+
+  /// Makes every `.grad` of parameters() undefined. Local.
+  void zero_grad() {
+    for (auto& param : state_->params) param.shard.mutable_grad().reset();
+  }
+
+  /// Scales the gradients so that their L2 norm over all parameters and ranks is at most
+  /// `max_norm`, and returns the norm before. Each parameter counts once. Squares are summed in
+  /// double, the ranks' sums in rank order: every rank gets the same value. The factor is
+  /// min(1, max_norm / (norm + 1e-6)), as in torch::nn::utils::clip_grad_norm_; a norm that is not
+  /// finite makes the gradients so too. Collective.
+  double clip_grad_norm_(double max_norm) {
+    const torch::NoGradGuard no_grad;
+    state_->settle();
+    double sum = 0;
+    for (const auto& param : state_->params) {
+      const at::Tensor& grad = param.shard.grad();
+      if (!grad.defined() || grad.numel() == 0) continue;
+      const at::Tensor flat = grad.contiguous();
+      sum += detail::sum_of_squares(flat.template data_ptr<float>(), flat.numel());
+    }
+    state_->engine().communicator().all_reduce(&sum, 1, ReduceOp::sum);
+    const double norm = std::sqrt(sum);
+    const double factor = max_norm / (norm + 1e-6);
+    if (!(factor >= 1)) {
+      for (const auto& param : state_->params) {
+        at::Tensor grad = param.shard.grad();
+        if (grad.defined()) grad.mul_(factor);
+      }
+    }
+    return norm;
+  }
+
+  /// Writes the parameters to directory `dir`, complete or not at all. `metadata_json` is a JSON
+  /// object of the caller's, which checkpoint_metadata(dir) returns. Buffers are not saved.
+  /// Collective.
+  void save_checkpoint(const std::string& dir, const std::string& metadata_json = "{}") {
+    state_->settle();
+    state_->engine().save_checkpoint(dir, {}, metadata_json);
+  }
+
+  /// As above with the state of an AdamW, Adam or SGD built on parameters(). The metadata gets a
+  /// member "fsdp_optimizer" with its step counts; learning rates and other options are the
+  /// caller's to save. Collective.
+  void save_checkpoint(const std::string& dir, torch::optim::Optimizer& optimizer,
+                       const std::string& metadata_json = "{}") {
+    state_->settle();
+    const auto snapshot = detail::snapshot_optimizer(optimizer, *state_);
+    state_->engine().save_checkpoint(
+        dir, snapshot.states,
+        detail::with_member(metadata_json, detail::kOptimizerMember, snapshot.description));
+  }
+
+  /// Reads the parameters from a checkpoint of the same parameters, at any world size and
+  /// wrapping. On error nothing has changed. Collective.
+  void load_checkpoint(const std::string& dir) {
+    state_->settle();
+    state_->writes->before_write();
+    state_->engine().load_checkpoint(dir);
+  }
+
+  /// As above with the state of the optimizer, which must be of the kind that was saved.
+  /// Collective.
+  void load_checkpoint(const std::string& dir, torch::optim::Optimizer& optimizer) {
+    state_->settle();
+    auto target = detail::prepare_optimizer_load(checkpoint_metadata(dir), optimizer, *state_);
+    state_->writes->before_write();
+    state_->engine().load_checkpoint(dir, target.states);
+    detail::install_optimizer_state(target, optimizer, *state_);
+  }
+
+  /// Sizes and counters of this rank. Local.
+  Stats stats() const { return state_->engine().stats(); }
+
+  /// Bytes of this rank's share of parameters and gradients, padding included; an optimizer adds
+  /// its own, in proportion to parameters(). Local.
+  std::uint64_t rank_state_bytes() const {
+    const Stats values = stats();
+    return values.param_shard_bytes + values.grad_shard_bytes;
+  }
+
+  /// The engine behind this model, for what only the C++ layer offers. Unsharding, resharding and
+  /// reducing through it is not for users of this handle.
+  const Engine& engine() const { return state_->engine(); }
+
+ private:
+  /// Arranges that a backward from `output` is recognized from its start; whether one may come.
+  template <class Output>
+  bool watch(const Output& output) {
+    if (!at::GradMode::is_enabled()) return false;
+    if constexpr (!detail::outputs_known<Output>) {
+      return true;
+    } else {
+      bool any = false;
+      const std::weak_ptr<detail::ModelState> weak = state_;
+      detail::visit_outputs(output, [&](const at::Tensor& tensor) {
+        if (!tensor.requires_grad()) return;
+        any = true;
+        tensor.register_hook([weak](const at::Tensor&) {
+          if (const auto state = weak.lock()) state->enter_backward();
+        });
+      });
+      return any;
+    }
+  }
+
+  std::shared_ptr<Impl> module_;
+  std::shared_ptr<detail::ModelState> state_;
+};
+
+/// Shards `module` in place over `options.comm`: each rank keeps its cut of every parameter and
+/// the memory of the full ones is freed. The module's code does not change; afterwards it is called
+/// through the returned handle. Each rank cuts the values its own module has, so initialize all
+/// ranks alike (same seed). Parameters must be float32 on the CPU; any wrong one is an error that
+/// names it and leaves the module unchanged. Collective.
+template <class Impl>
+ShardedModule<Impl> fully_shard(std::shared_ptr<Impl> module, const ShardOptions& options) {
+  if (module == nullptr) throw Error(FSDP_ERR_INVALID_ARGUMENT, "fully_shard: the module is null");
+  auto state = detail::shard_module(*module, options);
+  return ShardedModule<Impl>(std::move(module), std::move(state));
+}
+
+/// As above for a module holder, as TORCH_MODULE makes them. Collective.
+template <class Impl>
+ShardedModule<Impl> fully_shard(const torch::nn::ModuleHolder<Impl>& module,
+                                const ShardOptions& options) {
+  if (module.is_empty()) {
+    throw Error(FSDP_ERR_INVALID_ARGUMENT, "fully_shard: the module holder is empty");
+  }
+  return fully_shard(module.ptr(), options);
+}
+
+}  // namespace fsdp

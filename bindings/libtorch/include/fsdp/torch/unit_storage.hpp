@@ -1,0 +1,140 @@
+// The storage behind one unit's parameters: an address while unsharded, an error while sharded.
+//
+// All parameters of a unit, and every view of them that autograd saves, share this one storage
+// object, so swapping its pointer unshards and reshards them all.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fsdp/torch/dispatch.hpp"
+
+namespace fsdp::detail {
+
+class UnitStorage;
+
+/// Decides what happens when an operator touches a unit. Implemented by ModelState.
+class UnitHost {
+ public:
+  /// Makes `unit` readable, or throws. `op` and `tensor` are what touched it.
+  virtual void touch(UnitStorage& unit, const c10::OperatorHandle& op,
+                     const c10::TensorImpl& tensor) = 0;
+
+ protected:
+  ~UnitHost() = default;
+};
+
+/// A parameter's place in its unit.
+struct UnitParam {
+  std::string name;     ///< dotted name from the root
+  std::int64_t offset;  ///< elements from the start of the unit buffer
+  std::int64_t numel;
+};
+
+inline std::string operator_name(const c10::OperatorHandle& op) { return op.operator_name().name; }
+
+/// One unit's storage and its state as the binding sees it. Made by ModelState; lives as long as
+/// any tensor of the unit, which may be longer than the model: then every use is an error.
+class UnitStorage final : public StorageTag {
+ public:
+  /// A sharded unit of `bytes` bytes. `params` are sorted by offset.
+  UnitStorage(UnitHost* host, std::uint32_t index, const std::string& name, std::size_t bytes,
+              std::vector<UnitParam> params)
+      : index(index),
+        name(name.empty() ? "(root)" : name),
+        host_(host),
+        params_(std::move(params)),
+        storage_(tagged_storage(nullptr, bytes, this)) {
+    mark_sharded();
+  }
+
+  void before_operator(const c10::OperatorHandle& op, const c10::TensorImpl& tensor,
+                       bool writes) override {
+    if (host_ == nullptr) {
+      throw Error(FSDP_ERR_INVALID_STATE,
+                  "parameter '" + param_at(tensor) + "' was used by " + operator_name(op) +
+                      " after the sharded model it belongs to was destroyed; keep the handle that "
+                      "fsdp::fully_shard returned");
+    }
+    host_->touch(*this, op, tensor);
+    if (writes) {
+      throw Error(FSDP_ERR_UNSUPPORTED,
+                  "parameter '" + param_at(tensor) + "' is sharded and cannot be written by " +
+                      operator_name(op) +
+                      ": write the shards that the handle's parameters() returns instead");
+    }
+    pins_.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  void after_operator() noexcept override { pins_.fetch_sub(1, std::memory_order_relaxed); }
+
+  /// Whether an operator that got a tensor of this unit is running.
+  bool pinned() const noexcept { return pins_.load(std::memory_order_relaxed) != 0; }
+
+  bool unsharded() const noexcept { return unsharded_; }
+
+  /// From here on tensors of the unit read `data`.
+  void mark_unsharded(void* data) {
+    storage_->clear_data_ptr_access_error_msg_();
+    storage_->set_data_ptr_noswap(tagged_pointer(data, this));
+    unsharded_ = true;
+  }
+
+  /// From here on every access to the data that does not go through an operator throws.
+  void mark_sharded() {
+    forbid_access("the parameters of unit '" + name +
+                  "' are sharded: their data cannot be read here. Call the model through the "
+                  "handle that fsdp::fully_shard returned, and read shards through its "
+                  "parameters()");
+  }
+
+  /// The model is gone: every later use is an error that says so.
+  void orphan() {
+    host_ = nullptr;
+    forbid_access("the sharded model that the parameters of unit '" + name +
+                  "' belong to was destroyed; keep the handle that fsdp::fully_shard returned");
+    storage_.reset();
+  }
+
+  /// The name of the parameter that `tensor`, a parameter or a view of one, starts in.
+  const std::string& param_at(const c10::TensorImpl& tensor) const {
+    const std::int64_t offset = tensor.storage_offset();
+    const UnitParam* best = nullptr;
+    for (const UnitParam& param : params_) {
+      if (best == nullptr || (param.offset <= offset && (param.numel > 0 || offset == 0))) {
+        best = &param;
+      }
+    }
+    return best == nullptr ? name : best->name;
+  }
+
+  const c10::intrusive_ptr<c10::StorageImpl>& storage() const noexcept { return storage_; }
+
+  const std::uint32_t index;  ///< the unit's number in the engine
+  const std::string name;     ///< the dotted name of its module, "(root)" for the root
+
+  // Owned by ModelState:
+  std::uint32_t tree_begin = 0;  ///< its module's number; descendants' follow
+  std::uint32_t tree_end = 0;    ///< one past its module's last descendant
+  std::uint32_t expected = 0;    ///< gradients that complete the unit in this backward
+  std::uint32_t arrived = 0;     ///< parameters with a gradient since the last reduction
+  std::vector<std::uint32_t> param_ids;
+
+ private:
+  void forbid_access(std::string message) {
+    storage_->set_data_ptr_noswap(tagged_pointer(nullptr, this));
+    storage_->release_data_and_set_meta_custom_data_ptr_error_msg_(std::move(message));
+    unsharded_ = false;
+  }
+
+  UnitHost* host_;
+  std::vector<UnitParam> params_;
+  c10::intrusive_ptr<c10::StorageImpl> storage_;
+  std::atomic<int> pins_{0};
+  bool unsharded_ = false;
+};
+
+}  // namespace fsdp::detail

@@ -1,0 +1,159 @@
+/* link_abi: the numbers of the C ABI that a compiled program relies on: sizes, offsets, constants. Compiled as C11
+ * and as C++17, linked against the shared and the static library. A change here is a change of the ABI: existing
+ * values never change; a struct that begins with struct_size may only grow at its end. */
+#include <fsdp.h>
+#include <stdio.h>
+#include <string.h>
+
+#ifdef __cplusplus
+#define ABI_ASSERT(condition, text) static_assert(condition, text)
+#else
+#define ABI_ASSERT(condition, text) _Static_assert(condition, text)
+#endif
+#define SIZE(type, bytes) ABI_ASSERT(sizeof(type) == (bytes), "size of " #type)
+#define FIELD(type, field, offset) \
+  ABI_ASSERT(offsetof(type, field) == (offset), "offset of " #type "." #field)
+#define VALUE(name, number) ABI_ASSERT((name) == (number), "value of " #name)
+
+#if UINTPTR_MAX != 0xffffffffffffffff
+#error "fsdp is for 64-bit machines: the numbers below are theirs"
+#endif
+
+SIZE(fsdp_state_t, 24);
+FIELD(fsdp_state_t, param, 0);
+FIELD(fsdp_state_t, name, 8);
+FIELD(fsdp_state_t, data, 16);
+
+SIZE(fsdp_shm_config_t, 40);
+FIELD(fsdp_shm_config_t, struct_size, 0);
+FIELD(fsdp_shm_config_t, job, 8);
+FIELD(fsdp_shm_config_t, rank, 16);
+FIELD(fsdp_shm_config_t, world_size, 20);
+FIELD(fsdp_shm_config_t, rendezvous_timeout_ms, 24);
+FIELD(fsdp_shm_config_t, timeout_ms, 32);
+
+SIZE(fsdp_device_t, 8);
+FIELD(fsdp_device_t, device_type, 0);
+FIELD(fsdp_device_t, device_id, 4);
+
+SIZE(fsdp_dtype_t, 4);
+FIELD(fsdp_dtype_t, code, 0);
+FIELD(fsdp_dtype_t, bits, 1);
+FIELD(fsdp_dtype_t, lanes, 2);
+
+SIZE(fsdp_tensor_t, 48);
+FIELD(fsdp_tensor_t, data, 0);
+FIELD(fsdp_tensor_t, device, 8);
+FIELD(fsdp_tensor_t, ndim, 16);
+FIELD(fsdp_tensor_t, dtype, 20);
+FIELD(fsdp_tensor_t, shape, 24);
+FIELD(fsdp_tensor_t, strides, 32);
+FIELD(fsdp_tensor_t, byte_offset, 40);
+
+SIZE(fsdp_engine_config_t, 16);
+FIELD(fsdp_engine_config_t, struct_size, 0);
+FIELD(fsdp_engine_config_t, gradient_slots, 8);
+
+SIZE(fsdp_unit_info_t, 64);
+FIELD(fsdp_unit_info_t, struct_size, 0);
+FIELD(fsdp_unit_info_t, name, 8);
+FIELD(fsdp_unit_info_t, module, 16);
+FIELD(fsdp_unit_info_t, param_count, 20);
+FIELD(fsdp_unit_info_t, params, 24);
+FIELD(fsdp_unit_info_t, unit_bytes, 32);
+FIELD(fsdp_unit_info_t, shard_bytes, 40);
+FIELD(fsdp_unit_info_t, padding_bytes, 48);
+FIELD(fsdp_unit_info_t, state, 56);
+
+SIZE(fsdp_param_info_t, 72);
+FIELD(fsdp_param_info_t, struct_size, 0);
+FIELD(fsdp_param_info_t, name, 8);
+FIELD(fsdp_param_info_t, unit, 16);
+FIELD(fsdp_param_info_t, ndim, 20);
+FIELD(fsdp_param_info_t, shape, 24);
+FIELD(fsdp_param_info_t, numel, 32);
+FIELD(fsdp_param_info_t, unit_offset, 40);
+FIELD(fsdp_param_info_t, shard_offset, 48);
+FIELD(fsdp_param_info_t, shard_numel, 56);
+FIELD(fsdp_param_info_t, requires_grad, 64);
+
+SIZE(fsdp_shard_t, 24);
+FIELD(fsdp_shard_t, data, 0);
+FIELD(fsdp_shard_t, grad, 8);
+FIELD(fsdp_shard_t, numel, 16);
+
+SIZE(fsdp_stats_t, 88);
+FIELD(fsdp_stats_t, struct_size, 0);
+FIELD(fsdp_stats_t, param_shard_bytes, 8);
+FIELD(fsdp_stats_t, grad_shard_bytes, 16);
+FIELD(fsdp_stats_t, gradient_slot_bytes, 24);
+FIELD(fsdp_stats_t, padding_bytes, 32);
+FIELD(fsdp_stats_t, unit_buffer_bytes, 40);
+FIELD(fsdp_stats_t, all_gathers, 48);
+FIELD(fsdp_stats_t, all_gather_bytes_moved, 56);
+FIELD(fsdp_stats_t, reduce_scatters, 64);
+FIELD(fsdp_stats_t, reduce_scatter_bytes, 72);
+FIELD(fsdp_stats_t, slots_peak, 80);
+FIELD(fsdp_stats_t, overflow_peak, 84);
+
+SIZE(fsdp_status_t, 4);
+VALUE(FSDP_REDUCE_SUM, 0);
+VALUE(FSDP_REDUCE_AVG, 1);
+VALUE(FSDP_REDUCE_MAX, 2);
+VALUE(FSDP_REDUCE_MIN, 3);
+VALUE(FSDP_UNIT_SHARDED, 0);
+VALUE(FSDP_UNIT_UNSHARDED, 1);
+VALUE(FSDP_OK, 0);
+VALUE(FSDP_ERR_INVALID_ARGUMENT, 1);
+VALUE(FSDP_ERR_INVALID_HANDLE, 2);
+VALUE(FSDP_ERR_INVALID_STATE, 3);
+VALUE(FSDP_ERR_UNSUPPORTED, 4);
+VALUE(FSDP_ERR_OUT_OF_MEMORY, 5);
+VALUE(FSDP_ERR_IO, 6);
+VALUE(FSDP_ERR_RENDEZVOUS, 7);
+VALUE(FSDP_ERR_PEER_DIED, 8);
+VALUE(FSDP_ERR_TIMEOUT, 9);
+VALUE(FSDP_ERR_MISMATCH, 10);
+VALUE(FSDP_ERR_ABORTED, 11);
+VALUE(FSDP_ERR_CHECKPOINT, 12);
+VALUE(FSDP_ERR_CALLBACK, 13);
+VALUE(FSDP_ERR_PANIC, 14);
+VALUE(FSDP_DEVICE_CPU, 1);
+VALUE(FSDP_DTYPE_INT, 0);
+VALUE(FSDP_DTYPE_UINT, 1);
+VALUE(FSDP_DTYPE_FLOAT, 2);
+
+/* Where a dlpack.h is at hand: a DLTensor may be passed as an fsdp_tensor_t. */
+#ifdef FSDP_TEST_DLPACK
+#include <ATen/dlpack.h>
+#define SAME(ours, our_field, theirs, their_field) \
+  ABI_ASSERT(offsetof(ours, our_field) == offsetof(theirs, their_field), "DLPack's " #their_field)
+ABI_ASSERT(sizeof(fsdp_tensor_t) == sizeof(DLTensor), "DLTensor");
+ABI_ASSERT(sizeof(fsdp_device_t) == sizeof(DLDevice), "DLDevice");
+ABI_ASSERT(sizeof(fsdp_dtype_t) == sizeof(DLDataType), "DLDataType");
+SAME(fsdp_tensor_t, data, DLTensor, data);
+SAME(fsdp_tensor_t, device, DLTensor, device);
+SAME(fsdp_tensor_t, ndim, DLTensor, ndim);
+SAME(fsdp_tensor_t, dtype, DLTensor, dtype);
+SAME(fsdp_tensor_t, shape, DLTensor, shape);
+SAME(fsdp_tensor_t, strides, DLTensor, strides);
+SAME(fsdp_tensor_t, byte_offset, DLTensor, byte_offset);
+SAME(fsdp_device_t, device_id, DLDevice, device_id);
+SAME(fsdp_dtype_t, bits, DLDataType, bits);
+SAME(fsdp_dtype_t, lanes, DLDataType, lanes);
+VALUE(FSDP_DEVICE_CPU, kDLCPU);
+VALUE(FSDP_DTYPE_INT, kDLInt);
+VALUE(FSDP_DTYPE_UINT, kDLUInt);
+VALUE(FSDP_DTYPE_FLOAT, kDLFloat);
+#endif
+
+int main(void) {
+  /* The header that was compiled against and the library that was loaded are of one version. */
+  char expected[32];
+  snprintf(expected, sizeof expected, "%d.%d.%d", FSDP_VERSION_MAJOR, FSDP_VERSION_MINOR, FSDP_VERSION_PATCH);
+  if (strcmp(expected, fsdp_version()) != 0) {
+    fprintf(stderr, "the header is of %s, the library of %s\n", expected, fsdp_version());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,141 @@
+// The model as the training loop sees it, sharded over the ranks or whole: all that differs is in
+// this file.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <fsdp/torch.hpp>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+
+#include "gpt.hpp"
+#include "ranks.hpp"
+
+/// What the parameters, their gradients and the buffers around them take, in bytes.
+struct ModelBytes {
+  std::uint64_t parameters = 0;      ///< this rank's, padding included
+  std::uint64_t gradients = 0;       ///< this rank's, padding included
+  std::uint64_t padding = 0;         ///< of it, bytes that only round the shards up
+  std::uint64_t unit_buffers = 0;    ///< shared by all ranks of the host
+  std::uint64_t gradient_slots = 0;  ///< full gradients of units that wait for their reduction
+};
+
+/// A model being trained. Except `named_parameters` and `bytes` every function is collective.
+class TrainedModel {
+ public:
+  virtual ~TrainedModel() = default;
+  virtual torch::Tensor forward(const torch::Tensor& tokens) = 0;
+  /// What the optimizer updates, by the original names: this rank's shards, or the whole
+  /// parameters.
+  virtual torch::OrderedDict<std::string, torch::Tensor> named_parameters() = 0;
+  virtual void zero_grad() = 0;
+  /// Scales all gradients so that their norm over all parameters and ranks is at most `limit`;
+  /// returns what it was.
+  virtual double clip_gradients(double limit) = 0;
+  virtual ModelBytes bytes() = 0;
+  /// Writes parameters, optimizer state and `metadata` (JSON) to `folder`, which is complete or
+  /// absent.
+  virtual void save(const std::string& folder, torch::optim::AdamW& optimizer,
+                    const std::string& metadata) = 0;
+  /// Reads what save wrote; throws when it does not fit this model or is not complete.
+  virtual void load(const std::string& folder, torch::optim::AdamW& optimizer) = 0;
+};
+
+/// Sharded over the ranks by fsdp; each transformer block is a unit.
+class ShardedModel final : public TrainedModel {
+ public:
+  ShardedModel(Gpt gpt, const fsdp::Communicator& comm)
+      : model_(fsdp::fully_shard(gpt, options(comm))) {}
+
+  torch::Tensor forward(const torch::Tensor& tokens) override { return model_.forward(tokens); }
+  torch::OrderedDict<std::string, torch::Tensor> named_parameters() override {
+    return model_.named_parameters();
+  }
+  void zero_grad() override { model_.zero_grad(); }
+  double clip_gradients(double limit) override { return model_.clip_grad_norm_(limit); }
+  ModelBytes bytes() override {
+    const auto stats = model_.stats();
+    return {stats.param_shard_bytes, stats.grad_shard_bytes, stats.padding_bytes,
+            stats.unit_buffer_bytes, stats.gradient_slot_bytes};
+  }
+  void save(const std::string& folder, torch::optim::AdamW& optimizer,
+            const std::string& metadata) override {
+    model_.save_checkpoint(folder, optimizer, metadata);
+  }
+  void load(const std::string& folder, torch::optim::AdamW& optimizer) override {
+    model_.load_checkpoint(folder, optimizer);
+  }
+  static std::string metadata(const std::string& folder) {
+    return fsdp::checkpoint_metadata(folder);
+  }
+
+ private:
+  static fsdp::ShardOptions options(const fsdp::Communicator& comm) {
+    fsdp::ShardOptions options;
+    options.comm = comm;
+    options.wrap = fsdp::wrap_class("BlockImpl");
+    return options;
+  }
+
+  decltype(fsdp::fully_shard(std::declval<Gpt>(), std::declval<fsdp::ShardOptions>())) model_;
+};
+
+/// The same model whole on one rank, in plain LibTorch, for comparison.
+class WholeModel final : public TrainedModel {
+ public:
+  explicit WholeModel(Gpt gpt) : gpt_(std::move(gpt)) {}
+
+  torch::Tensor forward(const torch::Tensor& tokens) override { return gpt_->forward(tokens); }
+  torch::OrderedDict<std::string, torch::Tensor> named_parameters() override {
+    return gpt_->named_parameters();
+  }
+  void zero_grad() override { gpt_->zero_grad(); }
+  double clip_gradients(double limit) override {
+    return torch::nn::utils::clip_grad_norm_(gpt_->parameters(), limit);
+  }
+  ModelBytes bytes() override {
+    ModelBytes bytes;
+    for (const auto& parameter : gpt_->parameters()) bytes.parameters += parameter.nbytes();
+    bytes.gradients = bytes.parameters;
+    return bytes;
+  }
+  void save(const std::string& folder, torch::optim::AdamW& optimizer,
+            const std::string& metadata) override {
+    namespace fs = std::filesystem;
+    const std::string aside = folder + ".partial";
+    fs::remove_all(aside);
+    fs::create_directories(aside);
+    torch::save(gpt_, aside + "/model.pt");
+    torch::save(optimizer, aside + "/optimizer.pt");
+    if (!(std::ofstream(aside + "/metadata.json") << metadata << std::flush)) {
+      throw std::runtime_error("cannot write '" + aside + "/metadata.json'");
+    }
+    fs::rename(aside, folder);
+  }
+  void load(const std::string& folder, torch::optim::AdamW& optimizer) override {
+    torch::load(gpt_, folder + "/model.pt");
+    torch::load(optimizer, folder + "/optimizer.pt");
+  }
+  static std::string metadata(const std::string& folder) {
+    std::ifstream stream(folder + "/metadata.json");
+    if (!stream) {
+      throw UsageError("--resume: '" + folder + "' is no checkpoint of a --no-shard run");
+    }
+    return std::string(std::istreambuf_iterator<char>(stream), {});
+  }
+
+ private:
+  Gpt gpt_;
+};
+
+inline std::unique_ptr<TrainedModel> make_model(const Gpt& gpt, const Ranks& ranks, bool no_shard) {
+  if (no_shard) return std::make_unique<WholeModel>(gpt);
+  return std::make_unique<ShardedModel>(gpt, ranks.communicator());
+}
+
+/// The metadata that the checkpoint in `folder` was saved with. Local.
+inline std::string checkpoint_metadata(const std::string& folder, bool no_shard) {
+  return no_shard ? WholeModel::metadata(folder) : ShardedModel::metadata(folder);
+}

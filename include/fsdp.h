@@ -1,0 +1,951 @@
+/* fsdp.h: the C interface of fsdp, fully sharded data parallel training.
+ * Generated from src/capi by cbindgen; edit there, then run `make header`. */
+
+#ifndef FSDP_H
+#define FSDP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FSDP_VERSION_MAJOR 0
+#define FSDP_VERSION_MINOR 1
+#define FSDP_VERSION_PATCH 0
+/* Initializers of the structs below: struct_size, and every default. */
+#define FSDP_SHM_CONFIG_INIT { sizeof(fsdp_shm_config_t), NULL, 0, 1, 0, 0 }
+#define FSDP_ENGINE_CONFIG_INIT { sizeof(fsdp_engine_config_t), 0 }
+
+/**
+ * Sum over the ranks, in rank order.
+ */
+#define FSDP_REDUCE_SUM 0
+
+/**
+ * Sum divided by the world size; floating dtypes only.
+ */
+#define FSDP_REDUCE_AVG 1
+
+/**
+ * Largest of the ranks' values.
+ */
+#define FSDP_REDUCE_MAX 2
+
+/**
+ * Smallest of the ranks' values.
+ */
+#define FSDP_REDUCE_MIN 3
+
+/**
+ * fsdp_unit_info_t.state: the unit's parameters cannot be read.
+ */
+#define FSDP_UNIT_SHARDED 0
+
+/**
+ * The unit's parameters can be read as views of the unit buffer.
+ */
+#define FSDP_UNIT_UNSHARDED 1
+
+/**
+ * Success.
+ */
+#define FSDP_OK 0
+
+/**
+ * An argument is NULL, out of range, malformed, or names something that does not exist.
+ */
+#define FSDP_ERR_INVALID_ARGUMENT 1
+
+/**
+ * A handle was destroyed, never existed, or is of another kind.
+ */
+#define FSDP_ERR_INVALID_HANDLE 2
+
+/**
+ * The call is not allowed now, e.g. reading a parameter of a sharded unit.
+ */
+#define FSDP_ERR_INVALID_STATE 3
+
+/**
+ * A thing this version cannot do, e.g. a dtype.
+ */
+#define FSDP_ERR_UNSUPPORTED 4
+
+/**
+ * No memory (host, or shared between ranks).
+ */
+#define FSDP_ERR_OUT_OF_MEMORY 5
+
+/**
+ * The operating system failed a call on a file or a socket.
+ */
+#define FSDP_ERR_IO 6
+
+/**
+ * The ranks could not find each other, or do not fit together.
+ */
+#define FSDP_ERR_RENDEZVOUS 7
+
+/**
+ * Another rank's process ended. The communicator is broken.
+ */
+#define FSDP_ERR_PEER_DIED 8
+
+/**
+ * Another rank did not arrive within the deadline. The communicator is broken.
+ */
+#define FSDP_ERR_TIMEOUT 9
+
+/**
+ * Ranks run different collectives or have different models.
+ */
+#define FSDP_ERR_MISMATCH 10
+
+/**
+ * A rank called fsdp_comm_abort. The communicator is broken.
+ */
+#define FSDP_ERR_ABORTED 11
+
+/**
+ * A checkpoint is incomplete, damaged, or of another model.
+ */
+#define FSDP_ERR_CHECKPOINT 12
+
+/**
+ * A callback of the host reported failure.
+ */
+#define FSDP_ERR_CALLBACK 13
+
+/**
+ * A defect of the library. The engine concerned is unusable.
+ */
+#define FSDP_ERR_PANIC 14
+
+/**
+ * Device type of host memory (DLPack's kDLCPU).
+ */
+#define FSDP_DEVICE_CPU 1
+
+/**
+ * Type codes of fsdp_dtype_t (DLPack's): signed integers.
+ */
+#define FSDP_DTYPE_INT 0
+
+/**
+ * Unsigned integers.
+ */
+#define FSDP_DTYPE_UINT 1
+
+/**
+ * IEEE floating point.
+ */
+#define FSDP_DTYPE_FLOAT 2
+
+/**
+ * A communicator: how this process and the other ranks reach each other.
+ */
+typedef struct fsdp_comm_t fsdp_comm_t;
+
+/**
+ * A sharded model.
+ */
+typedef struct fsdp_engine_t fsdp_engine_t;
+
+/**
+ * A host's tree of modules and parameters, and which modules are units.
+ */
+typedef struct fsdp_model_t fsdp_model_t;
+
+/**
+ * What every fallible function returns: FSDP_OK or one of the FSDP_ERR_ codes. Numbers are never reused.
+ */
+typedef int32_t fsdp_status_t;
+
+/**
+ * A tensor of optimizer state that is sharded like its parameter.
+ */
+typedef struct {
+  /**
+   * The parameter it belongs to.
+   */
+  uint32_t param;
+  /**
+   * The optimizer's name for it, e.g. "exp_avg"; not empty, no colon.
+   */
+  const char *name;
+  /**
+   * float32, as many as the parameter's piece on this rank (fsdp_shard_t.numel).
+   */
+  void *data;
+} fsdp_state_t;
+
+/**
+ * How a rank joins a job on one host. Initialize with FSDP_SHM_CONFIG_INIT, then set what differs.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_shm_config_t).
+   */
+  size_t struct_size;
+  /**
+   * The job's name, the same on every rank and used by no other running job of this user. Borrowed for the call.
+   */
+  const char *job;
+  /**
+   * This process's rank, 0 to world_size - 1.
+   */
+  int32_t rank;
+  /**
+   * Number of processes of the job.
+   */
+  int32_t world_size;
+  /**
+   * Milliseconds to wait for the other ranks to join; 0: 120,000.
+   */
+  int64_t rendezvous_timeout_ms;
+  /**
+   * Milliseconds to wait for a living rank in a collective; 0: 600,000. A dead rank is noticed at once.
+   */
+  int64_t timeout_ms;
+} fsdp_shm_config_t;
+
+/**
+ * Where a tensor lies; DLPack's DLDevice.
+ */
+typedef struct {
+  /**
+   * FSDP_DEVICE_CPU.
+   */
+  int32_t device_type;
+  /**
+   * 0 for host memory.
+   */
+  int32_t device_id;
+} fsdp_device_t;
+
+/**
+ * An element type; DLPack's DLDataType. float32 is {FSDP_DTYPE_FLOAT, 32, 1}.
+ */
+typedef struct {
+  /**
+   * FSDP_DTYPE_INT, FSDP_DTYPE_UINT or FSDP_DTYPE_FLOAT.
+   */
+  uint8_t code;
+  /**
+   * Bits of one element.
+   */
+  uint8_t bits;
+  /**
+   * 1.
+   */
+  uint16_t lanes;
+} fsdp_dtype_t;
+
+/**
+ * A tensor; laid out as DLPack's DLTensor, so that a DLTensor can be passed. As an argument it borrows data, shape and
+ * strides for the call (or as long as the function says); as a result they are borrowed from the engine until
+ * fsdp_engine_destroy.
+ */
+typedef struct {
+  /**
+   * Start of the memory; may be NULL only if there are no elements.
+   */
+  void *data;
+  fsdp_device_t device;
+  /**
+   * Number of dimensions; 0 for a scalar.
+   */
+  int32_t ndim;
+  fsdp_dtype_t dtype;
+  /**
+   * ndim sizes.
+   */
+  int64_t *shape;
+  /**
+   * ndim strides in elements, or NULL for a contiguous tensor (row-major). Other tensors are refused.
+   */
+  int64_t *strides;
+  /**
+   * Bytes from data to the first element.
+   */
+  uint64_t byte_offset;
+} fsdp_tensor_t;
+
+/**
+ * Options of an engine, the same on every rank. Initialize with FSDP_ENGINE_CONFIG_INIT, then set what differs.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_engine_config_t).
+   */
+  size_t struct_size;
+  /**
+   * Buffers per rank for a unit's full gradients: how many units may collect or reduce gradients at once. 0: one
+   * more than the levels of nested units. A unit that finds all taken collects in memory of its own.
+   */
+  uint32_t gradient_slots;
+} fsdp_engine_config_t;
+
+/**
+ * A unit. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_unit_info_t).
+   */
+  size_t struct_size;
+  /**
+   * Fully qualified name of its module, "" for the root.
+   */
+  const char *name;
+  /**
+   * Number of its module.
+   */
+  uint32_t module;
+  /**
+   * Parameters that it owns.
+   */
+  uint32_t param_count;
+  /**
+   * Their numbers, in order of registration.
+   */
+  const uint32_t *params;
+  /**
+   * Bytes of the unit buffer: world_size times shard_bytes.
+   */
+  uint64_t unit_bytes;
+  /**
+   * Bytes of this rank's shard.
+   */
+  uint64_t shard_bytes;
+  /**
+   * Bytes of the unit buffer that belong to no parameter.
+   */
+  uint64_t padding_bytes;
+  /**
+   * FSDP_UNIT_SHARDED or FSDP_UNIT_UNSHARDED.
+   */
+  int32_t state;
+} fsdp_unit_info_t;
+
+/**
+ * A parameter and its place. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_param_info_t).
+   */
+  size_t struct_size;
+  /**
+   * Fully qualified name of its first registration.
+   */
+  const char *name;
+  /**
+   * The unit that owns it.
+   */
+  uint32_t unit;
+  /**
+   * Number of dimensions.
+   */
+  int32_t ndim;
+  /**
+   * ndim sizes.
+   */
+  const int64_t *shape;
+  /**
+   * Elements.
+   */
+  int64_t numel;
+  /**
+   * First element in the unit buffer, in elements from its start.
+   */
+  int64_t unit_offset;
+  /**
+   * First element of this rank's piece in the flattened (row-major) parameter; 0 if the piece is empty.
+   */
+  int64_t shard_offset;
+  /**
+   * Elements of this rank's piece; may be 0.
+   */
+  int64_t shard_numel;
+  /**
+   * 0 if it is frozen.
+   */
+  int32_t requires_grad;
+} fsdp_param_info_t;
+
+/**
+ * This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
+ * said at fsdp_engine_begin_write.
+ */
+typedef struct {
+  /**
+   * numel elements.
+   */
+  float *data;
+  /**
+   * The mean gradient of the piece, numel elements; NULL while there is none. May be written any time outside
+   * backward, e.g. to clip it.
+   */
+  float *grad;
+  /**
+   * Elements; may be 0.
+   */
+  int64_t numel;
+} fsdp_shard_t;
+
+/**
+ * What an engine uses and has done. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_stats_t).
+   */
+  size_t struct_size;
+  /**
+   * Bytes of this rank's shards of all units, padding included.
+   */
+  uint64_t param_shard_bytes;
+  /**
+   * Bytes of this rank's gradient shards, padding and alignment included.
+   */
+  uint64_t grad_shard_bytes;
+  /**
+   * Bytes of this rank's gradient slots, when all are used to the full.
+   */
+  uint64_t gradient_slot_bytes;
+  /**
+   * Bytes of all unit buffers that belong to no parameter.
+   */
+  uint64_t padding_bytes;
+  /**
+   * Bytes of all unit buffers. On shm they are the ranks' shards laid end to end: one copy a host.
+   */
+  uint64_t unit_buffer_bytes;
+  /**
+   * All-gathers so far.
+   */
+  uint64_t all_gathers;
+  /**
+   * Bytes that they copied; 0 on shm.
+   */
+  uint64_t all_gather_bytes_moved;
+  /**
+   * Reduce-scatters so far.
+   */
+  uint64_t reduce_scatters;
+  /**
+   * Bytes of the unit buffers that they reduced.
+   */
+  uint64_t reduce_scatter_bytes;
+  /**
+   * Most gradient slots in use at once.
+   */
+  uint32_t slots_peak;
+  /**
+   * Most units at once that collected gradients in memory of their own.
+   */
+  uint32_t overflow_peak;
+} fsdp_stats_t;
+
+/**
+ * Decides whether a module becomes a unit: positive yes, 0 no, negative stops with FSDP_ERR_CALLBACK. `fqn` and
+ * `class_name` are borrowed for the call; `numel` counts the elements in and below the module. Called in the calling
+ * thread, parents before their children; must not throw or unwind.
+ */
+typedef int32_t (*fsdp_wrap_fn)(uint32_t module,
+                                const char *fqn,
+                                const char *class_name,
+                                uint64_t numel,
+                                void *user_data);
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * Saves all shards and `states` into the new folder `dir`: a safetensors file per rank and a manifest with checksums,
+ * written aside, flushed, and renamed when complete, so that `dir` is complete or absent whenever a process ends.
+ * Collective: same `dir` (on a file system all ranks share) and states of the same parameters and names on every rank;
+ * a failure on one rank is the error of all. `metadata_json`: any JSON to keep with it (rank 0's is kept), NULL for
+ * null. All pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT if `dir` exists,
+ * FSDP_ERR_IO, FSDP_ERR_OUT_OF_MEMORY for a full disk. Since 0.1.
+ *
+ * # Safety
+ * Strings are NULL or NUL-terminated; `states` points to `state_count` entries whose data are readable.
+ */
+fsdp_status_t fsdp_checkpoint_save(fsdp_engine_t *engine,
+                                   const char *dir,
+                                   const fsdp_state_t *states,
+                                   size_t state_count,
+                                   const char *metadata_json);
+
+/**
+ * Fills all shards and the data of `states` from the checkpoint in `dir`, saved at any world size and wrapping of the
+ * same model. Collective. Nothing is changed on any rank unless every rank has read and checked all of its part. All
+ * pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT names the file and the
+ * parameter if it is absent, incomplete, damaged, or of another model. Since 0.1.
+ *
+ * # Safety
+ * `dir` is NULL or NUL-terminated; `states` points to `state_count` entries whose data are writable.
+ */
+fsdp_status_t fsdp_checkpoint_load(fsdp_engine_t *engine,
+                                   const char *dir,
+                                   const fsdp_state_t *states,
+                                   size_t state_count);
+
+/**
+ * The metadata_json that the checkpoint in `dir` was saved with. *out_size is its size with the terminating NUL;
+ * `buffer` of `buffer_size` bytes receives it, or may be NULL (with buffer_size 0) to ask for the size.
+ * FSDP_ERR_INVALID_ARGUMENT if the buffer is too small. Local. Since 0.1.
+ *
+ * # Safety
+ * `dir` is NULL or NUL-terminated, `buffer` is NULL or has `buffer_size` writable bytes, `out_size` is NULL or writable.
+ */
+fsdp_status_t fsdp_checkpoint_metadata(const char *dir,
+                                       char *buffer,
+                                       size_t buffer_size,
+                                       size_t *out_size);
+
+/**
+ * Makes a communicator of world size 1. Local. *out is owned by the caller: fsdp_comm_destroy. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_comm_init_single(fsdp_comm_t **out);
+
+/**
+ * Joins a job of ranks on this host. Collective: returns when all ranks of the job have joined. Uses abstract unix
+ * sockets and memory files: nothing in the file system, nothing left behind however a process ends. *out is owned by
+ * the caller: fsdp_comm_destroy. Errors: FSDP_ERR_RENDEZVOUS names missing ranks at the deadline, ranks claimed twice,
+ * different world sizes, and a job name in use; a process of another user is refused. Since 0.1.
+ *
+ * # Safety
+ * `config` is NULL or points to `struct_size` readable bytes, `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_comm_init_shm(const fsdp_shm_config_t *config,
+                                 fsdp_comm_t **out);
+
+/**
+ * Joins the job that a launcher started this process in, by its environment variables: `fsdp run` and torchrun (RANK,
+ * WORLD_SIZE, MASTER_ADDR, MASTER_PORT), Open MPI, Slurm, MPICH. None set: world size 1. FSDP_JOB names the job where
+ * the launcher's own variables should not; FSDP_TIMEOUT_MS and FSDP_RENDEZVOUS_TIMEOUT_MS are as in
+ * fsdp_shm_config_t. Else as fsdp_comm_init_shm. Errors: FSDP_ERR_INVALID_ARGUMENT names a variable that is missing or
+ * no number, FSDP_ERR_UNSUPPORTED says that ranks are on several hosts. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_comm_init_env(fsdp_comm_t **out);
+
+/**
+ * This process's rank. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_comm_rank(const fsdp_comm_t *comm, int32_t *out);
+
+/**
+ * Number of ranks. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_comm_world_size(const fsdp_comm_t *comm, int32_t *out);
+
+/**
+ * Returns when every rank has called it. Collective. Since 0.1.
+ */
+fsdp_status_t fsdp_comm_barrier(fsdp_comm_t *comm);
+
+/**
+ * Combines the ranks' tensors in place, in rank order, so that every rank gets the same bits. Collective; blocks.
+ * `tensor`: same dtype (float32, float64, int32, int64, uint8) and elements on every rank, borrowed for the call.
+ * `op`: FSDP_REDUCE_*. Since 0.1.
+ *
+ * # Safety
+ * `tensor` is NULL or describes memory that this call alone may read and write.
+ */
+fsdp_status_t fsdp_comm_all_reduce(fsdp_comm_t *comm,
+                                   const fsdp_tensor_t *tensor,
+                                   int32_t op);
+
+/**
+ * Copies rank `root`'s tensor into every rank's. Collective; blocks. `tensor`: same dtype and elements on every rank,
+ * borrowed for the call. Since 0.1.
+ *
+ * # Safety
+ * As fsdp_comm_all_reduce.
+ */
+fsdp_status_t fsdp_comm_broadcast(fsdp_comm_t *comm,
+                                  const fsdp_tensor_t *tensor,
+                                  int32_t root);
+
+/**
+ * Concatenates the ranks' inputs in rank order into every rank's output. Collective; blocks. `output` has world_size
+ * times the elements of `input`; both are borrowed for the call and must not overlap. Since 0.1.
+ *
+ * # Safety
+ * As fsdp_comm_all_reduce, for both tensors.
+ */
+fsdp_status_t fsdp_comm_all_gather(fsdp_comm_t *comm,
+                                   const fsdp_tensor_t *input,
+                                   const fsdp_tensor_t *output);
+
+/**
+ * Combines the ranks' inputs in rank order and leaves range `rank` of the result in each rank's output. Collective;
+ * blocks. `input` has world_size times the elements of `output`; both are borrowed for the call and must not overlap.
+ * Since 0.1.
+ *
+ * # Safety
+ * As fsdp_comm_all_reduce, for both tensors.
+ */
+fsdp_status_t fsdp_comm_reduce_scatter(fsdp_comm_t *comm,
+                                       const fsdp_tensor_t *input,
+                                       const fsdp_tensor_t *output,
+                                       int32_t op);
+
+/**
+ * Breaks the communicator on every rank: their pending and later calls return FSDP_ERR_ABORTED with a message that
+ * names this rank and `reason`. Local, from any thread. `reason`: NUL-terminated, borrowed for the call. Since 0.1.
+ *
+ * # Safety
+ * `reason` is NULL or a NUL-terminated string.
+ */
+fsdp_status_t fsdp_comm_abort(fsdp_comm_t *comm,
+                              const char *reason);
+
+/**
+ * The error that broke the communicator (a peer's death, an abort), without waiting: returns its status and leaves its
+ * message for fsdp_last_error_message; FSDP_OK while it works. Local, from any thread. Since 0.1.
+ */
+fsdp_status_t fsdp_comm_async_error(const fsdp_comm_t *comm);
+
+/**
+ * Leaves the job; NULL does nothing. Local: peers that still wait for this rank get an error that says it has left.
+ * Engines made on the communicator keep it until they are destroyed. Since 0.1.
+ */
+void fsdp_comm_destroy(fsdp_comm_t *comm);
+
+/**
+ * Shards a model over the ranks of `comm`: copies this rank's cut of every parameter; the host's own memory is not
+ * needed afterwards. Collective: same model, wrapping and configuration on every rank, else FSDP_ERR_MISMATCH names
+ * the first parameter that differs. `config` may be NULL for the defaults. `model` and `comm` stay the caller's and may
+ * be destroyed while the engine lives. *out is owned by the caller: fsdp_engine_destroy. Since 0.1.
+ *
+ * # Safety
+ * The data of every parameter of `model` is readable; `config` is NULL or points to `struct_size` readable bytes; `out`
+ * is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_create(const fsdp_model_t *model,
+                                 fsdp_comm_t *comm,
+                                 const fsdp_engine_config_t *config,
+                                 fsdp_engine_t **out);
+
+/**
+ * Frees the engine and this rank's shards; NULL does nothing. Local. All pointers got from it end here. Since 0.1.
+ */
+void fsdp_engine_destroy(fsdp_engine_t *engine);
+
+/**
+ * Number of units; unit 0 is the root, the others follow in depth-first order of the module tree. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_unit_count(const fsdp_engine_t *engine,
+                                     uint32_t *out);
+
+/**
+ * Number of parameters, tied ones counted once; numbers are those of the model. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_param_count(const fsdp_engine_t *engine, uint32_t *out);
+
+/**
+ * Describes a unit. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or points to `struct_size` writable bytes.
+ */
+fsdp_status_t fsdp_engine_unit_info(const fsdp_engine_t *engine,
+                                    uint32_t unit,
+                                    fsdp_unit_info_t *out);
+
+/**
+ * Describes a parameter. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or points to `struct_size` writable bytes.
+ */
+fsdp_status_t fsdp_engine_param_info(const fsdp_engine_t *engine,
+                                     uint32_t param,
+                                     fsdp_param_info_t *out);
+
+/**
+ * The unit that a module belongs to: itself if it was wrapped, else its nearest wrapped ancestor. Local. Since 0.1.
+ *
+ * # Safety
+ * `out_unit` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_unit_of_module(const fsdp_engine_t *engine,
+                                         uint32_t module,
+                                         uint32_t *out_unit);
+
+/**
+ * Says whether a backward follows the forwards from here on (default: 1). With 0 the root's post_forward ends the
+ * iteration. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_grad_enabled(fsdp_engine_t *engine,
+                                           int32_t enabled);
+
+/**
+ * Call before a unit's forward, in the same order on every rank: unshards the unit. A unit may be used several times
+ * and nested in itself. Collective. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_pre_forward(fsdp_engine_t *engine,
+                                      uint32_t unit);
+
+/**
+ * Call after a unit's forward: reshards it. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_post_forward(fsdp_engine_t *engine,
+                                       uint32_t unit);
+
+/**
+ * Call before the backward of each use of a unit: unshards it. FSDP_ERR_INVALID_STATE without a forward that had
+ * gradients enabled. Collective. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_pre_backward(fsdp_engine_t *engine,
+                                       uint32_t unit);
+
+/**
+ * Call after the backward of each use of a unit. After that of its last use, its gradients (all uses summed) are
+ * reduced to their mean over the ranks and the unit is resharded. The root's ends the iteration: when it returns, every
+ * gradient is in its shard and this rank may write its shards. Collective. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_post_backward(fsdp_engine_t *engine,
+                                        uint32_t unit);
+
+/**
+ * Unshards a unit; nothing happens if it is unsharded already. *out_unit_buffer is the unit buffer (NULL for a unit
+ * without elements), readable until the unit is resharded; it is at the same address every time. Collective. For hosts
+ * that see parameters being touched instead of modules being entered. Since 0.1.
+ *
+ * # Safety
+ * `out_unit_buffer` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_unshard(fsdp_engine_t *engine,
+                                  uint32_t unit,
+                                  void **out_unit_buffer);
+
+/**
+ * Reshards a unit; nothing happens if it is sharded already. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_reshard(fsdp_engine_t *engine, uint32_t unit);
+
+/**
+ * Starts the reduction of the gradients collected for a unit; nothing happens if there are none. More gradients may
+ * come later in the same backward: they are reduced again, and added. Collective: same order on every rank. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_reduce(fsdp_engine_t *engine,
+                                 uint32_t unit);
+
+/**
+ * Ends an iteration that has no backward: reshards all units and drops gradients being collected. Waits for reductions
+ * that were started, else local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_finish_forward(fsdp_engine_t *engine);
+
+/**
+ * Ends a backward: reduces what is left, and returns when every gradient is in its shard, all units are resharded, and
+ * this rank may write its shards. Collective. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_finish_backward(fsdp_engine_t *engine);
+
+/**
+ * From its return until the next unshard this rank may write the data of its shards. Needed for writes that do not
+ * follow a backward (loading, clamping, averaging weights): it ends a forward without backward and waits until no rank
+ * reads any more. Collective; returns at once after a backward. FSDP_ERR_INVALID_STATE during a backward. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_begin_write(fsdp_engine_t *engine);
+
+/**
+ * The full parameter, as a view of the unit buffer, to be read until its unit is resharded. FSDP_ERR_INVALID_STATE
+ * while the unit is sharded. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_param_data(const fsdp_engine_t *engine,
+                                     uint32_t param,
+                                     fsdp_tensor_t *out);
+
+/**
+ * The memory that collects a parameter's full gradient in this backward, in the parameter's shape. *out_accumulate 0:
+ * overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
+ * on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
+ * if the parameter is frozen or nothing was unsharded since the last iteration ended. Since 0.1.
+ *
+ * # Safety
+ * `out` and `out_accumulate` are NULL or writable.
+ */
+fsdp_status_t fsdp_engine_param_grad(fsdp_engine_t *engine,
+                                     uint32_t param,
+                                     fsdp_tensor_t *out,
+                                     int32_t *out_accumulate);
+
+/**
+ * Adds a full gradient (contiguous float32 of the parameter's shape, borrowed for the call) to what this backward has
+ * collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
+ *
+ * # Safety
+ * `grad` is NULL or describes readable memory.
+ */
+fsdp_status_t fsdp_engine_accumulate_grad(fsdp_engine_t *engine,
+                                          uint32_t param,
+                                          const fsdp_tensor_t *grad);
+
+/**
+ * This rank's piece of a parameter and of its gradient. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_shard(const fsdp_engine_t *engine, uint32_t param, fsdp_shard_t *out);
+
+/**
+ * Forgets a parameter's gradient: the next reduction overwrites it. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_clear_grad(fsdp_engine_t *engine, uint32_t param);
+
+/**
+ * Forgets all gradients. Without it the next backward adds to them. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_zero_grad(fsdp_engine_t *engine);
+
+/**
+ * What the engine uses and has done so far. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or points to `struct_size` writable bytes.
+ */
+fsdp_status_t fsdp_engine_stats(const fsdp_engine_t *engine, fsdp_stats_t *out);
+
+/**
+ * Makes a model that has its root module only: number 0, name "". `class_name` is borrowed for the call. *out is owned
+ * by the caller: fsdp_model_destroy. Local. Since 0.1.
+ *
+ * # Safety
+ * `class_name` is NULL or a NUL-terminated string, `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_model_create(const char *class_name,
+                                fsdp_model_t **out);
+
+/**
+ * Adds a module below `parent`; *out_module is its number. `name` has no dots and is unique below its parent; both
+ * strings are borrowed for the call. Register in the same order on every rank. Local. Since 0.1.
+ *
+ * # Safety
+ * The strings are NULL or NUL-terminated, `out_module` is NULL or writable.
+ */
+fsdp_status_t fsdp_model_add_module(fsdp_model_t *model,
+                                    uint32_t parent,
+                                    const char *name,
+                                    const char *class_name,
+                                    uint32_t *out_module);
+
+/**
+ * Adds a parameter that `module` owns; *out_param is its number. `tensor`: contiguous float32 in host memory; its data
+ * is borrowed until the last fsdp_engine_create on this model has returned, shape and name for the call. `requires_grad`:
+ * 0 for a frozen parameter. Local. Errors: FSDP_ERR_UNSUPPORTED for other dtypes, devices and layouts. Since 0.1.
+ *
+ * # Safety
+ * `name` is NULL or NUL-terminated, `tensor` is NULL or readable, `out_param` is NULL or writable.
+ */
+fsdp_status_t fsdp_model_add_parameter(fsdp_model_t *model,
+                                       uint32_t module,
+                                       const char *name,
+                                       const fsdp_tensor_t *tensor,
+                                       int32_t requires_grad,
+                                       uint32_t *out_param);
+
+/**
+ * Registers an existing parameter again, in `module` under `name` (borrowed for the call): a tied parameter. It is
+ * sharded once, in the innermost unit that contains all modules which use it. Local. Since 0.1.
+ *
+ * # Safety
+ * `name` is NULL or NUL-terminated.
+ */
+fsdp_status_t fsdp_model_tie_parameter(fsdp_model_t *model,
+                                       uint32_t module,
+                                       const char *name,
+                                       uint32_t param);
+
+/**
+ * Makes `module` a unit. FSDP_ERR_INVALID_STATE if it is one already (the root always is). Local. Since 0.1.
+ */
+fsdp_status_t fsdp_model_wrap_module(fsdp_model_t *model,
+                                     uint32_t module);
+
+/**
+ * Makes every module a unit, like PyTorch's always_wrap_policy. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_model_wrap_always(fsdp_model_t *model);
+
+/**
+ * Makes every module of the class a unit, like PyTorch's ModuleWrapPolicy. FSDP_ERR_INVALID_ARGUMENT if there is none.
+ * `class_name` is borrowed for the call. Local. Since 0.1.
+ *
+ * # Safety
+ * `class_name` is NULL or NUL-terminated.
+ */
+fsdp_status_t fsdp_model_wrap_class(fsdp_model_t *model,
+                                    const char *class_name);
+
+/**
+ * Children first, makes a module a unit whose parameters not yet in a nested unit have at least `min_numel` (1 or
+ * more) elements, like PyTorch's size_based_auto_wrap_policy. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_model_wrap_size(fsdp_model_t *model,
+                                   uint64_t min_numel);
+
+/**
+ * Makes every module a unit for which `fn` says so, like PyTorch's CustomPolicy. If `fn` stops, no module is wrapped.
+ * `user_data` is passed on untouched. Local. Since 0.1.
+ *
+ * # Safety
+ * `fn_` is NULL or a function that may be called with `user_data`.
+ */
+fsdp_status_t fsdp_model_wrap_if(fsdp_model_t *model,
+                                 fsdp_wrap_fn fn_,
+                                 void *user_data);
+
+/**
+ * Frees the model; NULL does nothing. Engines made from it live on. Local. Since 0.1.
+ */
+void fsdp_model_destroy(fsdp_model_t *model);
+
+/**
+ * What went wrong in this thread's latest call that returns a status: a sentence that names the parameter, unit, rank
+ * or file. "" if that call succeeded. Local; the pointer is valid until the thread's next call that returns a status.
+ */
+const char *fsdp_last_error_message(void);
+
+/**
+ * A short name of a status code, e.g. "peer died"; "unknown status" for other numbers. Static, never NULL.
+ */
+const char *fsdp_status_name(fsdp_status_t status);
+
+/**
+ * The library's version, "major.minor.patch". Static, never NULL.
+ */
+const char *fsdp_version(void);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* FSDP_H */

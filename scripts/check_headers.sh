@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Every public header compiles alone and included twice, without a warning: C headers as C11 and C++17, C++ headers
+# as C++17, LibTorch's layer as C++20 (where LibTorch was set up).
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+cd "$root" || exit 1
+warnings=(-Wall -Wextra -Wpedantic -Werror -fsyntax-only)
+
+# twice NAME LANGUAGE FLAGS...: a program of nothing but the header, twice.
+twice() {
+    local name=$1 language=$2 compiler=${CXX:-c++}
+    shift 2
+    [ "$language" = c ] && compiler=${CC:-cc}
+    printf '#include <%s>\n#include <%s>\nint main(void) { return 0; }\n' "$name" "$name" |
+        "$compiler" -x "$language" "${warnings[@]}" "$@" -
+}
+
+# headers DIR: the header files below it, as they are included.
+headers() { [ -d "$1" ] && (cd "$1" && find . -name '*.h' -o -name '*.hpp' | sed 's|^\./||' | LC_ALL=C sort); }
+
+for header in $(headers include); do
+    step "header-c11-${header//\//-}" twice "$header" c -std=c11 -Iinclude
+    step "header-c++17-${header//\//-}" twice "$header" c++ -std=c++17 -Iinclude
+done
+for header in $(headers bindings/cpp/include); do
+    step "header-c++17-${header//\//-}" twice "$header" c++ -std=c++17 -Iinclude -Ibindings/cpp/include
+done
+torch=$(cat "$BUILD/torch.dir" 2>/dev/null)
+if [ -n "$torch" ]; then
+    flags=(-std=c++20 -Iinclude -Ibindings/cpp/include -Ibindings/libtorch/include
+        -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include")
+    # LibTorch's headers take 20 s to parse: once for the header that users include, really alone, and once as a
+    # precompiled header for the parts below it.
+    precompiled=$BUILD/header_check/torch.hpp
+    mkdir -p "${precompiled%/*}"
+    echo '#include <torch/torch.h>' >"$precompiled"
+    step "header-torch-precompiled" "${CXX:-c++}" -x c++-header "${flags[@]}" -Wall -Wextra -Wpedantic \
+        "$precompiled" -o "$precompiled.gch"
+    for header in $(headers bindings/libtorch/include); do
+        before=(-include "$precompiled")
+        [ "${header%/*}" = fsdp ] && before=()
+        step "header-c++20-${header//\//-}" twice "$header" c++ "${flags[@]}" "${before[@]}"
+    done
+    rm -rf "${precompiled%/*}"
+else
+    echo "headers of bindings/libtorch: not checked, $BUILD/torch.dir names no LibTorch"
+fi
+[ "$failed" -eq 0 ]
