@@ -1,5 +1,5 @@
-/* The communicator: making and destroying it, and each collective's arguments. World size 1; what several ranks compute
- * together is in feature_collectives.c. */
+/* The communicator: making and destroying it, and each collective's arguments. World size 1; what
+ * several ranks compute together is in feature_collectives.c. */
 #include "test.h"
 
 static fsdp_comm_t *single(void) {
@@ -9,7 +9,8 @@ static fsdp_comm_t *single(void) {
   return comm;
 }
 
-/* A destroyed communicator, a model, and a number that was never a handle: what every function must refuse. */
+/* A destroyed communicator, a model, and a number that was never a handle: what every function must
+ * refuse. */
 typedef struct {
   fsdp_comm_t *destroyed;
   fsdp_comm_t *model;
@@ -78,7 +79,8 @@ static void shm_configuration(void) {
   int32_t value = -7;
   CHECK_EQ(config.struct_size, sizeof config);
   CHECK_EQ(config.world_size, 1);
-  CHECK_ERR(fsdp_comm_init_shm(NULL, &comm), FSDP_ERR_INVALID_ARGUMENT, "fsdp_shm_config_t is NULL");
+  CHECK_ERR(fsdp_comm_init_shm(NULL, &comm), FSDP_ERR_INVALID_ARGUMENT,
+            "fsdp_shm_config_t is NULL");
   CHECK_ERR(fsdp_comm_init_shm(&config, &comm), FSDP_ERR_INVALID_ARGUMENT, "job is NULL");
   config.job = "api_comm";
   CHECK_ERR(fsdp_comm_init_shm(&config, NULL), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
@@ -124,7 +126,8 @@ static void shm_configuration_of_another_size(void) {
   const size_t wrong[] = {0, 1, sizeof(size_t), sizeof defaults - 1, 1 << 20, SIZE_MAX};
   for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
     big.config.struct_size = wrong[i];
-    CHECK_ERR(fsdp_comm_init_shm(&big.config, &comm), FSDP_ERR_INVALID_ARGUMENT, "fsdp_shm_config_t.struct_size");
+    CHECK_ERR(fsdp_comm_init_shm(&big.config, &comm), FSDP_ERR_INVALID_ARGUMENT,
+              "fsdp_shm_config_t.struct_size");
   }
   big.config.struct_size = sizeof big;
   big.newer[31] = 1;
@@ -140,9 +143,11 @@ static void all_reduce_arguments(bad_handles_t bad) {
   float values[6] = {1, -2, 3, 4, 5, 6};
   int64_t shape[2] = {2, 3};
   fsdp_tensor_t t = tensor_f32(values, 2, shape);
-  for (int32_t op = FSDP_REDUCE_SUM; op <= FSDP_REDUCE_MIN; op++) CHECK_OK(fsdp_comm_all_reduce(good, &t, op));
+  for (int32_t op = FSDP_REDUCE_SUM; op <= FSDP_REDUCE_MIN; op++)
+    CHECK_OK(fsdp_comm_all_reduce(good, &t, op));
   CHECK(values[0] == 1 && values[1] == -2 && values[5] == 6);
-  CHECK_ERR(fsdp_comm_all_reduce(good, NULL, FSDP_REDUCE_SUM), FSDP_ERR_INVALID_ARGUMENT, "tensor is NULL");
+  CHECK_ERR(fsdp_comm_all_reduce(good, NULL, FSDP_REDUCE_SUM), FSDP_ERR_INVALID_ARGUMENT,
+            "tensor is NULL");
   CHECK_ERR(fsdp_comm_all_reduce(good, &t, -1), FSDP_ERR_INVALID_ARGUMENT, "op -1");
   CHECK_ERR(fsdp_comm_all_reduce(good, &t, 4), FSDP_ERR_INVALID_ARGUMENT, "op 4");
   CHECK_BAD_HANDLES(bad, fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM));
@@ -164,11 +169,13 @@ static void tensor_descriptions(void) {
   t.strides = strides;
   CHECK_OK(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM));
   strides[0] = 4;
-  CHECK_ERR(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_UNSUPPORTED, "tensor is not contiguous");
+  CHECK_ERR(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_UNSUPPORTED,
+            "tensor is not contiguous");
   t = tensor_f32(values, 2, shape);
   t.device.device_type = 2;
   CHECK_ERR(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_UNSUPPORTED, "device");
-  const uint8_t bad_types[][2] = {{FSDP_DTYPE_FLOAT, 16}, {FSDP_DTYPE_UINT, 32}, {FSDP_DTYPE_INT, 7}, {9, 32}};
+  const uint8_t bad_types[][2] = {
+      {FSDP_DTYPE_FLOAT, 16}, {FSDP_DTYPE_UINT, 32}, {FSDP_DTYPE_INT, 7}, {9, 32}};
   for (size_t i = 0; i < sizeof bad_types / sizeof bad_types[0]; i++) {
     t = tensor_of(values, 2, shape, bad_types[i][0], bad_types[i][1]);
     CHECK_ERR(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_UNSUPPORTED, "dtype");
@@ -179,7 +186,8 @@ static void tensor_descriptions(void) {
   const int32_t bad_ndim[] = {-1, 65, INT32_MAX};
   for (size_t i = 0; i < sizeof bad_ndim / sizeof bad_ndim[0]; i++) {
     t = tensor_f32(values, bad_ndim[i], shape);
-    CHECK_ERR(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_INVALID_ARGUMENT, "dimensions");
+    CHECK_ERR(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_INVALID_ARGUMENT,
+              "dimensions");
   }
   t = tensor_f32(values, 2, NULL);
   CHECK_ERR(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_INVALID_ARGUMENT, "shape");
@@ -221,7 +229,8 @@ static void gather_and_scatter_arguments(bad_handles_t bad) {
   double doubles[3] = {0};
   int64_t three[1] = {3}, four[1] = {4};
   fsdp_tensor_t input = tensor_f32(from, 1, three), output = tensor_f32(to, 1, three);
-  fsdp_tensor_t longer = tensor_f32(to, 1, four), other = tensor_of(doubles, 1, three, FSDP_DTYPE_FLOAT, 64);
+  fsdp_tensor_t longer = tensor_f32(to, 1, four),
+                other = tensor_of(doubles, 1, three, FSDP_DTYPE_FLOAT, 64);
   CHECK_ERR(fsdp_comm_all_gather(good, NULL, &output), FSDP_ERR_INVALID_ARGUMENT, "input is NULL");
   CHECK_ERR(fsdp_comm_all_gather(good, &input, NULL), FSDP_ERR_INVALID_ARGUMENT, "output is NULL");
   CHECK_ERR(fsdp_comm_all_gather(good, &input, &longer), FSDP_ERR_INVALID_ARGUMENT, "world_size");
@@ -231,10 +240,14 @@ static void gather_and_scatter_arguments(bad_handles_t bad) {
   CHECK_OK(fsdp_comm_all_gather(good, &input, &output));
   CHECK(to[0] == 1 && to[2] == 3 && to[3] == -1);
   to[0] = to[1] = to[2] = -1;
-  CHECK_ERR(fsdp_comm_reduce_scatter(good, NULL, &output, FSDP_REDUCE_SUM), FSDP_ERR_INVALID_ARGUMENT, "input");
-  CHECK_ERR(fsdp_comm_reduce_scatter(good, &input, NULL, FSDP_REDUCE_SUM), FSDP_ERR_INVALID_ARGUMENT, "output");
-  CHECK_ERR(fsdp_comm_reduce_scatter(good, &input, &longer, FSDP_REDUCE_SUM), FSDP_ERR_INVALID_ARGUMENT, "output");
-  CHECK_ERR(fsdp_comm_reduce_scatter(good, &input, &other, FSDP_REDUCE_SUM), FSDP_ERR_INVALID_ARGUMENT, "float64");
+  CHECK_ERR(fsdp_comm_reduce_scatter(good, NULL, &output, FSDP_REDUCE_SUM),
+            FSDP_ERR_INVALID_ARGUMENT, "input");
+  CHECK_ERR(fsdp_comm_reduce_scatter(good, &input, NULL, FSDP_REDUCE_SUM),
+            FSDP_ERR_INVALID_ARGUMENT, "output");
+  CHECK_ERR(fsdp_comm_reduce_scatter(good, &input, &longer, FSDP_REDUCE_SUM),
+            FSDP_ERR_INVALID_ARGUMENT, "output");
+  CHECK_ERR(fsdp_comm_reduce_scatter(good, &input, &other, FSDP_REDUCE_SUM),
+            FSDP_ERR_INVALID_ARGUMENT, "float64");
   CHECK_ERR(fsdp_comm_reduce_scatter(good, &input, &output, 9), FSDP_ERR_INVALID_ARGUMENT, "op 9");
   CHECK_BAD_HANDLES(bad, fsdp_comm_reduce_scatter(comm, &input, &output, FSDP_REDUCE_AVG));
   CHECK(to[0] == -1 && to[3] == -1);
@@ -258,7 +271,8 @@ static void abort_breaks_the_communicator(bad_handles_t bad) {
   CHECK_ERR(fsdp_comm_all_reduce(good, &t, FSDP_REDUCE_SUM), FSDP_ERR_ABORTED, "the disk is full");
   CHECK_ERR(fsdp_comm_broadcast(good, &t, 0), FSDP_ERR_ABORTED, "the disk is full");
   CHECK_ERR(fsdp_comm_all_gather(good, &t, &output), FSDP_ERR_ABORTED, "the disk is full");
-  CHECK_ERR(fsdp_comm_reduce_scatter(good, &t, &output, FSDP_REDUCE_SUM), FSDP_ERR_ABORTED, "the disk is full");
+  CHECK_ERR(fsdp_comm_reduce_scatter(good, &t, &output, FSDP_REDUCE_SUM), FSDP_ERR_ABORTED,
+            "the disk is full");
   CHECK(result == -1);
   /* The first reason stays. */
   CHECK_OK(fsdp_comm_abort(good, "something else"));

@@ -1,22 +1,43 @@
-/* fsdp_comm_init_env: which launcher's variables it reads, and what it says about missing or malformed ones. World size
- * 1 throughout: nothing here waits for another process. */
+/* fsdp_comm_init_env: which launcher's variables it reads, and what it says about missing or
+ * malformed ones. World size 1 throughout: nothing here waits for another process. */
 #include "test.h"
 
-static const char *const ALL_VARIABLES[] = {
-    "RANK",           "WORLD_SIZE",     "LOCAL_RANK",      "LOCAL_WORLD_SIZE",     "MASTER_ADDR",
-    "MASTER_PORT",    "GROUP_RANK",     "FSDP_JOB",        "FSDP_TIMEOUT_MS",      "FSDP_RENDEZVOUS_TIMEOUT_MS",
-    "SLURM_PROCID",   "SLURM_NTASKS",   "SLURM_LOCALID",   "SLURM_NNODES",         "SLURM_JOB_ID",
-    "SLURM_STEP_ID",  "PMI_RANK",       "PMI_SIZE",        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-    "PMIX_NAMESPACE", "PMIX_RANK",      "OMPI_MCA_orte_hnp_uri",
-    "TORCHELASTIC_RUN_ID",              "OMPI_COMM_WORLD_LOCAL_RANK",              "OMPI_COMM_WORLD_LOCAL_SIZE"};
+static const char *const ALL_VARIABLES[] = {"RANK",
+                                            "WORLD_SIZE",
+                                            "LOCAL_RANK",
+                                            "LOCAL_WORLD_SIZE",
+                                            "MASTER_ADDR",
+                                            "MASTER_PORT",
+                                            "GROUP_RANK",
+                                            "FSDP_JOB",
+                                            "FSDP_TIMEOUT_MS",
+                                            "FSDP_RENDEZVOUS_TIMEOUT_MS",
+                                            "SLURM_PROCID",
+                                            "SLURM_NTASKS",
+                                            "SLURM_LOCALID",
+                                            "SLURM_NNODES",
+                                            "SLURM_JOB_ID",
+                                            "SLURM_STEP_ID",
+                                            "PMI_RANK",
+                                            "PMI_SIZE",
+                                            "OMPI_COMM_WORLD_RANK",
+                                            "OMPI_COMM_WORLD_SIZE",
+                                            "PMIX_NAMESPACE",
+                                            "PMIX_RANK",
+                                            "OMPI_MCA_orte_hnp_uri",
+                                            "TORCHELASTIC_RUN_ID",
+                                            "OMPI_COMM_WORLD_LOCAL_RANK",
+                                            "OMPI_COMM_WORLD_LOCAL_SIZE"};
 
 static void forget_everything(void) {
-  for (size_t i = 0; i < sizeof ALL_VARIABLES / sizeof ALL_VARIABLES[0]; i++) unsetenv(ALL_VARIABLES[i]);
+  for (size_t i = 0; i < sizeof ALL_VARIABLES / sizeof ALL_VARIABLES[0]; i++)
+    unsetenv(ALL_VARIABLES[i]);
 }
 
 static void set(const char *name, const char *value) { CHECK_EQ(setenv(name, value, 1), 0); }
 
-/* torchrun's variables for a job of one rank. The job's name must differ from other jobs' that run meanwhile. */
+/* torchrun's variables for a job of one rank. The job's name must differ from other jobs' that run
+ * meanwhile. */
 static void torchrun_of_one(const char *port) {
   forget_everything();
   set("RANK", "0");

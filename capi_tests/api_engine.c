@@ -1,4 +1,5 @@
-/* The engine: creating and destroying it, and what it says about units and parameters. World size 1. */
+/* The engine: creating and destroying it, and what it says about units and parameters. World
+ * size 1. */
 #include "toy.h"
 
 static void creating(void) {
@@ -9,11 +10,16 @@ static void creating(void) {
   CHECK_EQ(config.struct_size, sizeof config);
   CHECK_EQ(config.gradient_slots, 0);
   CHECK_OK(fsdp_comm_init_single(&comm));
-  CHECK_ERR(fsdp_engine_create(NULL, comm, &config, &out), FSDP_ERR_INVALID_ARGUMENT, "model is NULL");
-  CHECK_ERR(fsdp_engine_create(model, NULL, &config, &out), FSDP_ERR_INVALID_ARGUMENT, "communicator is NULL");
-  CHECK_ERR(fsdp_engine_create(model, comm, &config, NULL), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
-  CHECK_ERR(fsdp_engine_create((fsdp_model_t *)(void *)comm, comm, NULL, &out), FSDP_ERR_INVALID_HANDLE, "a communicator");
-  CHECK_ERR(fsdp_engine_create(model, (fsdp_comm_t *)(void *)model, NULL, &out), FSDP_ERR_INVALID_HANDLE, "a model");
+  CHECK_ERR(fsdp_engine_create(NULL, comm, &config, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "model is NULL");
+  CHECK_ERR(fsdp_engine_create(model, NULL, &config, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "communicator is NULL");
+  CHECK_ERR(fsdp_engine_create(model, comm, &config, NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "out is NULL");
+  CHECK_ERR(fsdp_engine_create((fsdp_model_t *)(void *)comm, comm, NULL, &out),
+            FSDP_ERR_INVALID_HANDLE, "a communicator");
+  CHECK_ERR(fsdp_engine_create(model, (fsdp_comm_t *)(void *)model, NULL, &out),
+            FSDP_ERR_INVALID_HANDLE, "a model");
   CHECK(out == NO_SUCH_HANDLE(fsdp_engine_t));
   CHECK_OK(fsdp_engine_create(model, comm, NULL, &out));
   fsdp_engine_destroy(out);
@@ -49,7 +55,8 @@ static void configuration_of_another_size(void) {
   }
   big.config.struct_size = sizeof big;
   big.newer[0] = 1;
-  CHECK_ERR(fsdp_engine_create(toy.model, toy.comm, &big.config, &out), FSDP_ERR_UNSUPPORTED, "fsdp_engine_config_t");
+  CHECK_ERR(fsdp_engine_create(toy.model, toy.comm, &big.config, &out), FSDP_ERR_UNSUPPORTED,
+            "fsdp_engine_config_t");
   CHECK(out == NO_SUCH_HANDLE(fsdp_engine_t));
   big.newer[0] = 0;
   CHECK_OK(fsdp_engine_create(toy.model, toy.comm, &big.config, &out));
@@ -57,7 +64,8 @@ static void configuration_of_another_size(void) {
   toy_destroy(toy);
 }
 
-/* Model and communicator may be destroyed, and the host's memory overwritten, while the engine lives. */
+/* Model and communicator may be destroyed, and the host's memory overwritten, while the engine
+ * lives. */
 static void outlives_what_it_was_made_from(void) {
   float values[3] = {1, 2, 3};
   int64_t three = 3;
@@ -118,14 +126,17 @@ static void unit_infos(void) {
   CHECK_ERR(fsdp_engine_unit_info(toy.engine, 0, NULL), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
   info.module = 77;
   before = info;
-  CHECK_ERR(fsdp_engine_unit_info(toy.engine, TOY_UNITS, &info), FSDP_ERR_INVALID_ARGUMENT, "unit 3");
-  CHECK_ERR(fsdp_engine_unit_info(toy.engine, UINT32_MAX, &info), FSDP_ERR_INVALID_ARGUMENT, "4294967295");
+  CHECK_ERR(fsdp_engine_unit_info(toy.engine, TOY_UNITS, &info), FSDP_ERR_INVALID_ARGUMENT,
+            "unit 3");
+  CHECK_ERR(fsdp_engine_unit_info(toy.engine, UINT32_MAX, &info), FSDP_ERR_INVALID_ARGUMENT,
+            "4294967295");
   CHECK_BAD_ENGINES(fsdp_engine_unit_info(engine, 0, &info));
   CHECK_EQ(memcmp(&info, &before, sizeof info), 0);
   const size_t wrong[] = {0, sizeof info - 8, 1 << 20, SIZE_MAX};
   for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
     info.struct_size = wrong[i];
-    CHECK_ERR(fsdp_engine_unit_info(toy.engine, 0, &info), FSDP_ERR_INVALID_ARGUMENT, "fsdp_unit_info_t.struct_size");
+    CHECK_ERR(fsdp_engine_unit_info(toy.engine, 0, &info), FSDP_ERR_INVALID_ARGUMENT,
+              "fsdp_unit_info_t.struct_size");
     CHECK_EQ(info.module, 77);
   }
   toy_destroy(toy);
@@ -154,16 +165,19 @@ static void param_infos(void) {
   CHECK_ERR(fsdp_engine_param_info(toy.engine, 0, NULL), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
   info.unit = 77;
   before = info;
-  CHECK_ERR(fsdp_engine_param_info(toy.engine, TOY_PARAMS, &info), FSDP_ERR_INVALID_ARGUMENT, "parameter 5");
+  CHECK_ERR(fsdp_engine_param_info(toy.engine, TOY_PARAMS, &info), FSDP_ERR_INVALID_ARGUMENT,
+            "parameter 5");
   CHECK_BAD_ENGINES(fsdp_engine_param_info(engine, 0, &info));
   CHECK_EQ(memcmp(&info, &before, sizeof info), 0);
   info.struct_size = sizeof info - 1;
-  CHECK_ERR(fsdp_engine_param_info(toy.engine, 0, &info), FSDP_ERR_INVALID_ARGUMENT, "fsdp_param_info_t.struct_size");
+  CHECK_ERR(fsdp_engine_param_info(toy.engine, 0, &info), FSDP_ERR_INVALID_ARGUMENT,
+            "fsdp_param_info_t.struct_size");
   CHECK_EQ(info.unit, 77);
   toy_destroy(toy);
 }
 
-/* A host built against a newer header passes a larger struct: what this library knows is filled, the rest untouched. */
+/* A host built against a newer header passes a larger struct: what this library knows is filled,
+ * the rest untouched. */
 static void outputs_of_a_newer_header(void) {
   struct {
     fsdp_unit_info_t info;
@@ -192,14 +206,16 @@ static void outputs_of_a_newer_header(void) {
   CHECK_STR(unit.info.name, "a");
   CHECK_STR(param.info.name, "a.x.v");
   CHECK_EQ(stats.info.all_gathers, 0);
-  for (int i = 0; i < 16; i++) CHECK(unit.newer[i] == 0xab && param.newer[i] == 0xab && stats.newer[i] == 0xab);
+  for (int i = 0; i < 16; i++)
+    CHECK(unit.newer[i] == 0xab && param.newer[i] == 0xab && stats.newer[i] == 0xab);
   toy_destroy(toy);
 }
 
 static void units_of_modules(void) {
   toy_t toy = toy_create();
   uint32_t out = 77, module = 0;
-  CHECK_ERR(fsdp_engine_unit_of_module(toy.engine, 0, NULL), FSDP_ERR_INVALID_ARGUMENT, "out_unit is NULL");
+  CHECK_ERR(fsdp_engine_unit_of_module(toy.engine, 0, NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "out_unit is NULL");
   CHECK_ERR(fsdp_engine_unit_of_module(toy.engine, 3, &out), FSDP_ERR_INVALID_ARGUMENT, "module 3");
   CHECK_BAD_ENGINES(fsdp_engine_unit_of_module(engine, 0, &out));
   CHECK_EQ(out, 77);
@@ -210,7 +226,8 @@ static void units_of_modules(void) {
   /* Modules added to the model later are none of this engine's, but of the next. */
   fsdp_engine_t *next = NULL;
   CHECK_OK(fsdp_model_add_module(toy.model, 1, "plain", "Plain", &module));
-  CHECK_ERR(fsdp_engine_unit_of_module(toy.engine, module, &out), FSDP_ERR_INVALID_ARGUMENT, "module 3");
+  CHECK_ERR(fsdp_engine_unit_of_module(toy.engine, module, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "module 3");
   CHECK_OK(fsdp_engine_create(toy.model, toy.comm, NULL, &next));
   CHECK_OK(fsdp_engine_unit_of_module(next, module, &out));
   CHECK_EQ(out, TOY_A);

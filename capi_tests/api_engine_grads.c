@@ -1,4 +1,5 @@
-/* Full gradients on their way in: param_grad and accumulate_grad, and the full parameters beside them. */
+/* Full gradients on their way in: param_grad and accumulate_grad, and the full parameters beside
+ * them. */
 #include "toy.h"
 
 static void full_parameters(void) {
@@ -6,12 +7,15 @@ static void full_parameters(void) {
   fsdp_tensor_t out, before;
   memset(&out, 0x5a, sizeof out);
   before = out;
-  CHECK_ERR(fsdp_engine_param_data(toy.engine, TOY_WEIGHT, &out), FSDP_ERR_INVALID_STATE, "\"a\" is sharded");
-  CHECK_ERR(fsdp_engine_param_data(toy.engine, TOY_PARAMS, &out), FSDP_ERR_INVALID_ARGUMENT, "parameter 5");
+  CHECK_ERR(fsdp_engine_param_data(toy.engine, TOY_WEIGHT, &out), FSDP_ERR_INVALID_STATE,
+            "\"a\" is sharded");
+  CHECK_ERR(fsdp_engine_param_data(toy.engine, TOY_PARAMS, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "parameter 5");
   CHECK_BAD_ENGINES(fsdp_engine_param_data(engine, 0, &out));
   CHECK_EQ(memcmp(&out, &before, sizeof out), 0);
   CHECK_OK(fsdp_engine_pre_forward(toy.engine, TOY_A));
-  CHECK_ERR(fsdp_engine_param_data(toy.engine, TOY_WEIGHT, NULL), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
+  CHECK_ERR(fsdp_engine_param_data(toy.engine, TOY_WEIGHT, NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "out is NULL");
   CHECK_ERR(fsdp_engine_param_data(toy.engine, TOY_BIAS, &out), FSDP_ERR_INVALID_STATE, "(root)");
   CHECK_OK(fsdp_engine_param_data(toy.engine, TOY_WEIGHT, &out));
   CHECK_EQ(out.ndim, 2);
@@ -37,13 +41,18 @@ static void regions(void) {
   int32_t accumulate = -7;
   memset(&out, 0x5a, sizeof out);
   before = out;
-  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_V, &out, &accumulate), FSDP_ERR_INVALID_STATE, "\"a.x.v\"");
+  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_V, &out, &accumulate), FSDP_ERR_INVALID_STATE,
+            "\"a.x.v\"");
   toy_forward(toy.engine);
   CHECK_OK(fsdp_engine_pre_backward(toy.engine, TOY_X));
-  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_V, NULL, &accumulate), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
-  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_V, &out, NULL), FSDP_ERR_INVALID_ARGUMENT, "out_accumulate is NULL");
-  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_PARAMS, &out, &accumulate), FSDP_ERR_INVALID_ARGUMENT, "parameter 5");
-  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_FROZEN, &out, &accumulate), FSDP_ERR_INVALID_STATE, "\"a.frozen\"");
+  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_V, NULL, &accumulate), FSDP_ERR_INVALID_ARGUMENT,
+            "out is NULL");
+  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_V, &out, NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "out_accumulate is NULL");
+  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_PARAMS, &out, &accumulate),
+            FSDP_ERR_INVALID_ARGUMENT, "parameter 5");
+  CHECK_ERR(fsdp_engine_param_grad(toy.engine, TOY_FROZEN, &out, &accumulate),
+            FSDP_ERR_INVALID_STATE, "\"a.frozen\"");
   CHECK_BAD_ENGINES(fsdp_engine_param_grad(engine, 0, &out, &accumulate));
   CHECK_EQ(accumulate, -7);
   CHECK_EQ(memcmp(&out, &before, sizeof out), 0);
@@ -75,27 +84,36 @@ static void adding(void) {
   int64_t shape[2] = {7, 3}, transposed[2] = {3, 7}, flat[1] = {21}, ten[1] = {10};
   for (int i = 0; i < 21; i++) grad[i] = (float)i;
   fsdp_tensor_t t = tensor_f32(grad, 2, shape);
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &t), FSDP_ERR_INVALID_STATE, "\"a.weight\"");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &t), FSDP_ERR_INVALID_STATE,
+            "\"a.weight\"");
   toy_forward(toy.engine);
   CHECK_OK(fsdp_engine_pre_backward(toy.engine, TOY_A));
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, NULL), FSDP_ERR_INVALID_ARGUMENT, "\"a.weight\" is NULL");
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_PARAMS, &t), FSDP_ERR_INVALID_ARGUMENT, "parameter 5");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "\"a.weight\" is NULL");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_PARAMS, &t), FSDP_ERR_INVALID_ARGUMENT,
+            "parameter 5");
   CHECK_BAD_ENGINES(fsdp_engine_accumulate_grad(engine, TOY_WEIGHT, &t));
   fsdp_tensor_t bad = tensor_f32(grad, 2, transposed);
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT, "[3, 7]");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT,
+            "[3, 7]");
   bad = tensor_f32(grad, 1, flat);
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT, "[21]");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT,
+            "[21]");
   bad = tensor_f32(NULL, 2, shape);
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT, "NULL");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT,
+            "NULL");
   double doubles[21] = {0};
   bad = tensor_of(doubles, 2, shape, FSDP_DTYPE_FLOAT, 64);
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT, "float64");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT,
+            "float64");
   bad = tensor_f32(grad, 2, shape);
   bad.device.device_type = 2;
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_UNSUPPORTED, "\"a.weight\"");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_UNSUPPORTED,
+            "\"a.weight\"");
   int64_t four[1] = {4};
   bad = tensor_f32(grad, 1, four);
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_FROZEN, &bad), FSDP_ERR_INVALID_STATE, "\"a.frozen\"");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_FROZEN, &bad), FSDP_ERR_INVALID_STATE,
+            "\"a.frozen\"");
 
   CHECK_OK(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &t));
   CHECK_OK(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &t));
@@ -107,11 +125,13 @@ static void adding(void) {
   fsdp_shard_t shard = toy_shard(toy.engine, TOY_WEIGHT);
   for (int i = 0; i < 21; i++) CHECK(shard.grad[i] == (float)(2 * i));
   CHECK(toy_shard(toy.engine, TOY_V).grad[9] == 9);
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &t), FSDP_ERR_INVALID_STATE, "\"a.weight\"");
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &t), FSDP_ERR_INVALID_STATE,
+            "\"a.weight\"");
   toy_destroy(toy);
 }
 
-/* With one slot, nested units that collect at once overflow into private memory; the results are the same. */
+/* With one slot, nested units that collect at once overflow into private memory; the results are
+ * the same. */
 static void with_few_slots(void) {
   toy_t one = toy_with_slots(1), many = toy_with_slots(0);
   fsdp_engine_t *engines[2];

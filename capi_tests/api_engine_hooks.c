@@ -28,8 +28,9 @@ static void an_iteration(void) {
 typedef fsdp_status_t hook_fn(fsdp_engine_t *engine, uint32_t unit);
 
 static void arguments(void) {
-  hook_fn *const hooks[] = {fsdp_engine_pre_forward,   fsdp_engine_post_forward, fsdp_engine_pre_backward,
-                            fsdp_engine_post_backward, fsdp_engine_reshard,      fsdp_engine_reduce};
+  hook_fn *const hooks[] = {fsdp_engine_pre_forward,  fsdp_engine_post_forward,
+                            fsdp_engine_pre_backward, fsdp_engine_post_backward,
+                            fsdp_engine_reshard,      fsdp_engine_reduce};
   toy_t toy = toy_create();
   for (size_t i = 0; i < sizeof hooks / sizeof hooks[0]; i++) {
     CHECK_BAD_ENGINES(hooks[i](engine, 0));
@@ -41,8 +42,10 @@ static void arguments(void) {
   CHECK_BAD_ENGINES(fsdp_engine_finish_backward(engine));
   CHECK_BAD_ENGINES(fsdp_engine_begin_write(engine));
   void *buffer = &toy;
-  CHECK_ERR(fsdp_engine_unshard(toy.engine, 0, NULL), FSDP_ERR_INVALID_ARGUMENT, "out_unit_buffer is NULL");
-  CHECK_ERR(fsdp_engine_unshard(toy.engine, TOY_UNITS, &buffer), FSDP_ERR_INVALID_ARGUMENT, "unit 3");
+  CHECK_ERR(fsdp_engine_unshard(toy.engine, 0, NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "out_unit_buffer is NULL");
+  CHECK_ERR(fsdp_engine_unshard(toy.engine, TOY_UNITS, &buffer), FSDP_ERR_INVALID_ARGUMENT,
+            "unit 3");
   CHECK_BAD_ENGINES(fsdp_engine_unshard(engine, 0, &buffer));
   CHECK(buffer == (void *)&toy);
   /* None of that has begun an iteration. */
@@ -131,7 +134,8 @@ static void parts_of_the_hooks(void) {
   CHECK_EQ(stats_of(e).all_gathers, 1);
   CHECK_OK(fsdp_engine_param_info(e, TOY_FROZEN, &info));
   for (int64_t i = 0; i < 21; i++) CHECK(((float *)buffer)[i] == toy_value(TOY_WEIGHT, i));
-  for (int64_t i = 0; i < 4; i++) CHECK(((float *)buffer)[info.unit_offset + i] == toy_value(TOY_FROZEN, i));
+  for (int64_t i = 0; i < 4; i++)
+    CHECK(((float *)buffer)[info.unit_offset + i] == toy_value(TOY_FROZEN, i));
   CHECK_OK(fsdp_engine_reshard(e, TOY_A));
   CHECK_EQ(toy_state(e, TOY_A), FSDP_UNIT_SHARDED);
   CHECK_OK(fsdp_engine_reshard(e, TOY_A));
@@ -156,7 +160,8 @@ static void parts_of_the_hooks(void) {
   toy_destroy(toy);
 }
 
-/* When shards may be written: at first, after a backward, after begin_write; never during a backward. */
+/* When shards may be written: at first, after a backward, after begin_write; never during a
+ * backward. */
 static void writing(void) {
   toy_t toy = toy_create();
   fsdp_engine_t *e = toy.engine;

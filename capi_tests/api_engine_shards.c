@@ -7,7 +7,8 @@ static void shards(void) {
   memset(&out, 0x5a, sizeof out);
   before = out;
   CHECK_ERR(fsdp_engine_shard(toy.engine, 0, NULL), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
-  CHECK_ERR(fsdp_engine_shard(toy.engine, TOY_PARAMS, &out), FSDP_ERR_INVALID_ARGUMENT, "parameter 5");
+  CHECK_ERR(fsdp_engine_shard(toy.engine, TOY_PARAMS, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "parameter 5");
   CHECK_BAD_ENGINES(fsdp_engine_shard(engine, 0, &out));
   CHECK_EQ(memcmp(&out, &before, sizeof out), 0);
   for (uint32_t p = 0; p < TOY_PARAMS; p++) {
@@ -27,7 +28,8 @@ static void shards(void) {
 
 static void clearing(void) {
   toy_t toy = toy_create();
-  CHECK_ERR(fsdp_engine_clear_grad(toy.engine, TOY_PARAMS), FSDP_ERR_INVALID_ARGUMENT, "parameter 5");
+  CHECK_ERR(fsdp_engine_clear_grad(toy.engine, TOY_PARAMS), FSDP_ERR_INVALID_ARGUMENT,
+            "parameter 5");
   CHECK_BAD_ENGINES(fsdp_engine_clear_grad(engine, 0));
   CHECK_BAD_ENGINES(fsdp_engine_zero_grad(engine));
   CHECK_OK(fsdp_engine_clear_grad(toy.engine, TOY_V));
@@ -60,7 +62,8 @@ static void statistics(void) {
   const size_t wrong[] = {0, 8, sizeof out - 8, 1 << 20, SIZE_MAX};
   for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
     out.struct_size = wrong[i];
-    CHECK_ERR(fsdp_engine_stats(toy.engine, &out), FSDP_ERR_INVALID_ARGUMENT, "fsdp_stats_t.struct_size");
+    CHECK_ERR(fsdp_engine_stats(toy.engine, &out), FSDP_ERR_INVALID_ARGUMENT,
+              "fsdp_stats_t.struct_size");
     CHECK_EQ(out.slots_peak, 0x5a5a5a5a);
   }
   out.struct_size = sizeof out;

@@ -1,5 +1,5 @@
-/* The model: registering modules and parameters, tying, and every wrap policy. What the units then are is read back
- * through an engine of world size 1. */
+/* The model: registering modules and parameters, tying, and every wrap policy. What the units then
+ * are is read back through an engine of world size 1. */
 #include "test.h"
 
 static fsdp_model_t *net(void) {
@@ -9,7 +9,8 @@ static fsdp_model_t *net(void) {
   return model;
 }
 
-static uint32_t add(fsdp_model_t *model, uint32_t parent, const char *name, const char *class_name) {
+static uint32_t add(fsdp_model_t *model, uint32_t parent, const char *name,
+                    const char *class_name) {
   uint32_t module = UINT32_MAX;
   CHECK_OK(fsdp_model_add_module(model, parent, name, class_name, &module));
   return module;
@@ -52,7 +53,8 @@ static const char *units(const fsdp_model_t *model) {
     fsdp_unit_info_t info = unit_info_init();
     CHECK_OK(fsdp_engine_unit_info(engine, u, &info));
     size_t used = strlen(text);
-    snprintf(text + used, sizeof text - used, "%s%s", u > 0 ? " " : "", u > 0 ? info.name : "(root)");
+    snprintf(text + used, sizeof text - used, "%s%s", u > 0 ? " " : "",
+             u > 0 ? info.name : "(root)");
   }
   fsdp_engine_destroy(engine);
   fsdp_comm_destroy(comm);
@@ -93,11 +95,15 @@ static void modules(void) {
   uint32_t out = 77;
   CHECK_EQ(add(m, 0, "a", "Block"), 1);
   CHECK_EQ(add(m, 1, "a", "Block"), 2);
-  CHECK_ERR(fsdp_model_add_module(m, 0, NULL, "Block", &out), FSDP_ERR_INVALID_ARGUMENT, "name is NULL");
-  CHECK_ERR(fsdp_model_add_module(m, 0, "b", NULL, &out), FSDP_ERR_INVALID_ARGUMENT, "class_name is NULL");
-  CHECK_ERR(fsdp_model_add_module(m, 0, "b", "Block", NULL), FSDP_ERR_INVALID_ARGUMENT, "out_module is NULL");
+  CHECK_ERR(fsdp_model_add_module(m, 0, NULL, "Block", &out), FSDP_ERR_INVALID_ARGUMENT,
+            "name is NULL");
+  CHECK_ERR(fsdp_model_add_module(m, 0, "b", NULL, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "class_name is NULL");
+  CHECK_ERR(fsdp_model_add_module(m, 0, "b", "Block", NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "out_module is NULL");
   CHECK_ERR(fsdp_model_add_module(m, 3, "b", "Block", &out), FSDP_ERR_INVALID_ARGUMENT, "module 3");
-  CHECK_ERR(fsdp_model_add_module(m, UINT32_MAX, "b", "Block", &out), FSDP_ERR_INVALID_ARGUMENT, "4294967295");
+  CHECK_ERR(fsdp_model_add_module(m, UINT32_MAX, "b", "Block", &out), FSDP_ERR_INVALID_ARGUMENT,
+            "4294967295");
   CHECK_ERR(fsdp_model_add_module(m, 0, "", "Block", &out), FSDP_ERR_INVALID_ARGUMENT, "empty");
   CHECK_ERR(fsdp_model_add_module(m, 0, "b.c", "Block", &out), FSDP_ERR_INVALID_ARGUMENT, "b.c");
   CHECK_ERR(fsdp_model_add_module(m, 0, "a", "Block", &out), FSDP_ERR_INVALID_ARGUMENT, "\"a\"");
@@ -115,10 +121,14 @@ static void parameters(void) {
   int64_t shape[2] = {3, 4}, none[1] = {0}, negative[1] = {-4};
   uint32_t out = 77;
   fsdp_tensor_t t = tensor_f32(memory, 2, shape);
-  CHECK_ERR(fsdp_model_add_parameter(m, 0, NULL, &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT, "name is NULL");
-  CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", NULL, 1, &out), FSDP_ERR_INVALID_ARGUMENT, "\"w\" is NULL");
-  CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &t, 1, NULL), FSDP_ERR_INVALID_ARGUMENT, "out_param is NULL");
-  CHECK_ERR(fsdp_model_add_parameter(m, 5, "w", &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT, "module 5");
+  CHECK_ERR(fsdp_model_add_parameter(m, 0, NULL, &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "name is NULL");
+  CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", NULL, 1, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "\"w\" is NULL");
+  CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &t, 1, NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "out_param is NULL");
+  CHECK_ERR(fsdp_model_add_parameter(m, 5, "w", &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "module 5");
   CHECK_ERR(fsdp_model_add_parameter(m, 0, "", &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT, "empty");
   CHECK_ERR(fsdp_model_add_parameter(m, 0, "w.b", &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT, "w.b");
   fsdp_tensor_t bad = tensor_of(memory, 2, shape, FSDP_DTYPE_FLOAT, 16);
@@ -130,7 +140,8 @@ static void parameters(void) {
   int64_t strides[2] = {1, 3};
   bad = tensor_f32(memory, 2, shape);
   bad.strides = strides;
-  CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &bad, 1, &out), FSDP_ERR_UNSUPPORTED, "\"w\" is not contiguous");
+  CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &bad, 1, &out), FSDP_ERR_UNSUPPORTED,
+            "\"w\" is not contiguous");
   bad = tensor_f32(memory, 2, shape);
   bad.device.device_type = 2;
   CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &bad, 1, &out), FSDP_ERR_UNSUPPORTED, "\"w\"");
@@ -139,7 +150,8 @@ static void parameters(void) {
 
   CHECK_OK(fsdp_model_add_parameter(m, 0, "w", &t, 1, &out));
   CHECK_EQ(out, 0);
-  CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT, "\"w\" is registered");
+  CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT,
+            "\"w\" is registered");
   uint32_t module = 77;
   CHECK_ERR(fsdp_model_add_module(m, 0, "w", "Block", &module), FSDP_ERR_INVALID_ARGUMENT, "\"w\"");
   t = tensor_f32(NULL, 1, none);
@@ -151,7 +163,8 @@ static void parameters(void) {
   fsdp_model_destroy(m);
 }
 
-/* A parameter of a dtype that collectives know but shards do not: refused by name, at the latest by the engine. */
+/* A parameter of a dtype that collectives know but shards do not: refused by name, at the latest by
+ * the engine. */
 static void double_parameters_are_refused(void) {
   fsdp_model_t *m = net();
   double value = 1;
@@ -239,11 +252,12 @@ typedef struct {
   fsdp_model_t *model;
 } decider_t;
 
-static int32_t decide(uint32_t module, const char *fqn, const char *class_name, uint64_t numel, void *user_data) {
+static int32_t decide(uint32_t module, const char *fqn, const char *class_name, uint64_t numel,
+                      void *user_data) {
   decider_t *d = (decider_t *)user_data;
   size_t used = strlen(d->seen);
-  snprintf(d->seen + used, sizeof d->seen - used, "%u %s %s %llu;", (unsigned)module, fqn, class_name,
-           (unsigned long long)numel);
+  snprintf(d->seen + used, sizeof d->seen - used, "%u %s %s %llu;", (unsigned)module, fqn,
+           class_name, (unsigned long long)numel);
   if (strcmp(fqn, "b") == 0 && d->code_for_b < 0) {
     /* Calls into the library from a callback are allowed, also failing ones. */
     CHECK_ERR(fsdp_model_wrap_module(d->model, 99), FSDP_ERR_INVALID_ARGUMENT, "99");

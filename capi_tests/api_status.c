@@ -25,19 +25,22 @@ static void codes_are_what_the_abi_says(void) {
     CHECK_EQ(codes[i], i);
     CHECK(fsdp_status_name(codes[i]) != NULL);
     CHECK(strcmp(fsdp_status_name(codes[i]), "unknown status") != 0);
-    for (int j = 0; j < i; j++) CHECK(strcmp(fsdp_status_name(codes[i]), fsdp_status_name(codes[j])) != 0);
+    for (int j = 0; j < i; j++)
+      CHECK(strcmp(fsdp_status_name(codes[i]), fsdp_status_name(codes[j])) != 0);
   }
   CHECK_STR(fsdp_status_name(FSDP_ERR_PEER_DIED), "peer died");
 }
 
 static void other_numbers_have_a_name_too(void) {
   const fsdp_status_t codes[] = {-1, 15, 1000, INT32_MAX, INT32_MIN};
-  for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) CHECK_STR(fsdp_status_name(codes[i]), "unknown status");
+  for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++)
+    CHECK_STR(fsdp_status_name(codes[i]), "unknown status");
 }
 
 static void version_is_that_of_the_header(void) {
   char version[32];
-  snprintf(version, sizeof version, "%d.%d.%d", FSDP_VERSION_MAJOR, FSDP_VERSION_MINOR, FSDP_VERSION_PATCH);
+  snprintf(version, sizeof version, "%d.%d.%d", FSDP_VERSION_MAJOR, FSDP_VERSION_MINOR,
+           FSDP_VERSION_PATCH);
   CHECK_STR(fsdp_version(), version);
 }
 
@@ -76,7 +79,8 @@ static void *fail_with_own_message(void *argument) {
   snprintf(name, sizeof name, "no.dots.%d", number);
   for (int i = 0; i < 2000; i++) {
     uint32_t module = 77;
-    CHECK_ERR(fsdp_model_add_module(model, 0, name, "Block", &module), FSDP_ERR_INVALID_ARGUMENT, name);
+    CHECK_ERR(fsdp_model_add_module(model, 0, name, "Block", &module), FSDP_ERR_INVALID_ARGUMENT,
+              name);
     CHECK_EQ(module, 77);
   }
   fsdp_model_destroy(model);

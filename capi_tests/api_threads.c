@@ -1,5 +1,6 @@
-/* One engine, model and communicator called from several threads at once: every call succeeds or fails as documented,
- * nothing crashes, and destroying a handle while others use it is an error for them, not a use of freed memory. */
+/* One engine, model and communicator called from several threads at once: every call succeeds or
+ * fails as documented, nothing crashes, and destroying a handle while others use it is an error for
+ * them, not a use of freed memory. */
 #include "toy.h"
 
 #include <pthread.h>
@@ -20,7 +21,8 @@ static void *read_all(void *argument) {
     CHECK_EQ(count, TOY_UNITS);
     CHECK_OK(fsdp_engine_unit_of_module(toy.engine, 1, &unit));
     for (uint32_t u = 0; u < TOY_UNITS; u++) (void)toy_state(toy.engine, u);
-    for (uint32_t p = 0; p < TOY_PARAMS; p++) CHECK_EQ(toy_shard(toy.engine, p).numel, TOY_NUMEL[p]);
+    for (uint32_t p = 0; p < TOY_PARAMS; p++)
+      CHECK_EQ(toy_shard(toy.engine, p).numel, TOY_NUMEL[p]);
     CHECK_EQ(stats_of(toy.engine).all_gather_bytes_moved, 0);
     CHECK_OK(fsdp_comm_async_error(toy.comm));
     fsdp_tensor_t out;
@@ -80,7 +82,8 @@ static void *call_anything(void *argument) {
         status = fsdp_engine_param_grad(w->toy.engine, unit, &grad, &accumulate);
       }
     }
-    CHECK(status == FSDP_OK || status == FSDP_ERR_INVALID_STATE || status == FSDP_ERR_INVALID_ARGUMENT);
+    CHECK(status == FSDP_OK || status == FSDP_ERR_INVALID_STATE ||
+          status == FSDP_ERR_INVALID_ARGUMENT);
     CHECK((status == FSDP_OK) == (fsdp_last_error_message()[0] == '\0'));
   }
   return NULL;

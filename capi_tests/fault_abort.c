@@ -1,5 +1,5 @@
-/* fsdp_comm_abort from any rank and any thread ends every rank's pending call with FSDP_ERR_ABORTED that names the rank
- * and its reason. The last rank is the one that aborts. */
+/* fsdp_comm_abort from any rank and any thread ends every rank's pending call with FSDP_ERR_ABORTED
+ * that names the rank and its reason. The last rank is the one that aborts. */
 #include "ranks.h"
 
 #include <pthread.h>
@@ -27,8 +27,9 @@ int main(void) {
     if (last && own_thread == 1) CHECK_EQ(pthread_create(&thread, NULL, abort_later, &job), 0);
     if (last && own_thread == 1) {
       /* Waits for ranks that wait for this one elsewhere: only the other thread's abort ends it. */
-      CHECK_ERR(fsdp_engine_begin_write(engine) == FSDP_OK ? fsdp_comm_barrier(job.comm) : FSDP_ERR_PANIC,
-                FSDP_ERR_ABORTED, "out of patience");
+      CHECK_ERR(
+          fsdp_engine_begin_write(engine) == FSDP_OK ? fsdp_comm_barrier(job.comm) : FSDP_ERR_PANIC,
+          FSDP_ERR_ABORTED, "out of patience");
       CHECK_EQ(pthread_join(thread, NULL), 0);
     } else if (own_thread == 1) {
       /* Does not come to the barrier until it has seen the abort. */
@@ -40,7 +41,8 @@ int main(void) {
     }
     CHECK(now_seconds() - start < 5);
     CHECK_ERR(fsdp_comm_barrier(job.comm), FSDP_ERR_ABORTED, name);
-    CHECK_ERR(fsdp_engine_finish_backward(engine) == FSDP_OK ? fsdp_engine_pre_forward(engine, 1) : FSDP_ERR_ABORTED,
+    CHECK_ERR(fsdp_engine_finish_backward(engine) == FSDP_OK ? fsdp_engine_pre_forward(engine, 1)
+                                                             : FSDP_ERR_ABORTED,
               FSDP_ERR_ABORTED, NULL);
     fsdp_engine_destroy(engine);
     fsdp_comm_destroy(job.comm);

@@ -1,5 +1,6 @@
-/* A rank that does not come within FSDP_TIMEOUT_MS: the others get FSDP_ERR_TIMEOUT that names it, soon after the
- * deadline; the late rank gets the same error when it comes. Rank 1 is the late one. */
+/* A rank that does not come within FSDP_TIMEOUT_MS: the others get FSDP_ERR_TIMEOUT that names it,
+ * soon after the deadline; the late rank gets the same error when it comes. Rank 1 is the late one.
+ */
 #include "ranks.h"
 
 enum { TIMEOUT_MS = 600, LATE_MS = 2000 };
@@ -12,7 +13,8 @@ static fsdp_status_t run(const job_t *job, fsdp_engine_t *engine, case_t which, 
   const int late_ms = late ? LATE_MS : 0;
   fsdp_status_t status = FSDP_OK;
   if (which == IN_FORWARD) sleep_ms(late_ms);
-  for (uint32_t u = 1; u <= 2 && status == FSDP_OK; u++) status = fsdp_engine_pre_forward(engine, u);
+  for (uint32_t u = 1; u <= 2 && status == FSDP_OK; u++)
+    status = fsdp_engine_pre_forward(engine, u);
   if (which == IN_BARRIER && status == FSDP_OK) {
     sleep_ms(late_ms);
     status = fsdp_comm_barrier(job->comm);

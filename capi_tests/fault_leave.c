@@ -1,10 +1,11 @@
-/* A rank that destroys its communicator while others need it is an error there that names it; leaving when nobody needs
- * one any more is none. Rank 1 is the one that leaves. */
+/* A rank that destroys its communicator while others need it is an error there that names it;
+ * leaving when nobody needs one any more is none. Rank 1 is the one that leaves. */
 #include "ranks.h"
 
 typedef enum { FROM_BARRIER, FROM_FORWARD, FROM_BACKWARD, FROM_CREATE, CASES } case_t;
 
-static const char *const CASE[CASES] = {"from a barrier", "from a forward", "from a backward", "from engine_create"};
+static const char *const CASE[CASES] = {"from a barrier", "from a forward", "from a backward",
+                                        "from engine_create"};
 
 static fsdp_status_t run(const job_t *job, fsdp_engine_t *engine, case_t which) {
   fsdp_status_t status = FSDP_OK;
@@ -12,7 +13,8 @@ static fsdp_status_t run(const job_t *job, fsdp_engine_t *engine, case_t which) 
   switch (which) {
     case FROM_BARRIER: return fsdp_comm_barrier(job->comm);
     case FROM_FORWARD:
-      /* What rank 1 had published can still be read; that it never says it has read is what shows. */
+      /* What rank 1 had published can still be read; that it never says it has read is what shows.
+       */
       status = fsdp_engine_pre_forward(engine, 2);
       return status != FSDP_OK ? status : fsdp_engine_begin_write(engine);
     case FROM_BACKWARD:

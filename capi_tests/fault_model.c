@@ -1,5 +1,5 @@
-/* Ranks whose models differ: every rank gets FSDP_ERR_MISMATCH with a message that names the first difference, and the
- * communicator works on. The last rank is the one that differs. */
+/* Ranks whose models differ: every rank gets FSDP_ERR_MISMATCH with a message that names the first
+ * difference, and the communicator works on. The last rank is the one that differs. */
 #include "ranks.h"
 
 typedef enum { SAME, SHAPE, NAME, FEWER, FROZEN, WRAPPED, SLOTS, CLASS_NAME } difference_t;

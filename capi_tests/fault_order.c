@@ -1,5 +1,6 @@
-/* Ranks that run different collectives: FSDP_ERR_MISMATCH on every rank, naming both ranks and what each of them runs.
- * Rank 1 is the one that differs. Each case joins the job anew, because the error breaks the communicator. */
+/* Ranks that run different collectives: FSDP_ERR_MISMATCH on every rank, naming both ranks and what
+ * each of them runs. Rank 1 is the one that differs. Each case joins the job anew, because the
+ * error breaks the communicator. */
 #include "ranks.h"
 
 typedef enum {
@@ -42,7 +43,8 @@ static fsdp_status_t run(const job_t *job, fsdp_engine_t *engine, case_t which) 
   if (status == FSDP_OK) status = fsdp_engine_post_forward(engine, 1);
   switch (which) {
     case UNITS_SWAPPED:
-      for (uint32_t i = 0; i < 2 && status == FSDP_OK; i++) status = fsdp_engine_pre_forward(engine, other ? 3 - i : 2 + i);
+      for (uint32_t i = 0; i < 2 && status == FSDP_OK; i++)
+        status = fsdp_engine_pre_forward(engine, other ? 3 - i : 2 + i);
       break;
     case UNIT_SKIPPED:
       if (!other) status = fsdp_engine_pre_forward(engine, 2);
@@ -63,16 +65,16 @@ static fsdp_status_t run(const job_t *job, fsdp_engine_t *engine, case_t which) 
     case OTHER_OP:
       status = fsdp_comm_all_reduce(job->comm, &t, other ? FSDP_REDUCE_MAX : FSDP_REDUCE_SUM);
       break;
-    case OTHER_ROOT:
-      status = fsdp_comm_broadcast(job->comm, &t, other);
-      break;
+    case OTHER_ROOT: status = fsdp_comm_broadcast(job->comm, &t, other); break;
     case OTHER_REDUCTION:
     case NO_GRADIENT:
-      for (uint32_t u = 2; u <= 3 && status == FSDP_OK; u++) status = fsdp_engine_pre_forward(engine, u);
+      for (uint32_t u = 2; u <= 3 && status == FSDP_OK; u++)
+        status = fsdp_engine_pre_forward(engine, u);
       for (uint32_t u = 3; u >= 2 && status == FSDP_OK; u--) {
         const uint32_t unit = other && which == OTHER_REDUCTION ? 5 - u : u;
         /* The host's mistake: on rank 1 the last layer gets no gradient at all. */
-        if (!(other && which == NO_GRADIENT && unit == 3)) status = stack_add_grad(engine, unit - 1, 1);
+        if (!(other && which == NO_GRADIENT && unit == 3))
+          status = stack_add_grad(engine, unit - 1, 1);
         if (status == FSDP_OK) status = fsdp_engine_reduce(engine, unit);
       }
       break;

@@ -1,11 +1,12 @@
-/* A rank for the fault tests: trains a small model until it has done its steps or a call of the library fails.
+/* A rank for the fault tests: trains a small model until it has done its steps or a call of the
+ * library fails.
  *
  *   fault_worker [--steps N] [--width N] [--pause PHASE STEP] [--after MS]
  *
- * Prints "at PHASE" when it reaches a phase of interest, and there sleeps if it was told to pause in that phase and step:
+ * Prints "at PHASE" in its first step, and again when it pauses, as told, in that phase and step:
  *   start (before joining), joined, forward, backward, optimizer, done
- * When a call fails it prints "error STATUS: MESSAGE" to stderr and exits with status 3. --after sleeps before joining.
- * Written without the checks of test.h: an error is what the drivers wait for.
+ * When a call fails it prints "error STATUS: MESSAGE" to stderr and exits with status 3. --after
+ * sleeps before joining. Written without the checks of test.h: an error is what the drivers wait for.
  */
 #include "test.h"
 
@@ -128,7 +129,8 @@ int main(int argc, char **argv) {
   try_call(fsdp_comm_init_env(&comm));
   at("joined", 0);
   fsdp_engine_t *engine = build(comm);
-  for (long step = 0; options.steps == 0 || step < options.steps; step++) train_step(engine, comm, step);
+  for (long step = 0; options.steps == 0 || step < options.steps; step++)
+    train_step(engine, comm, step);
   try_call(fsdp_comm_barrier(comm));
   at("done", 0);
   fsdp_engine_destroy(engine);

@@ -1,5 +1,5 @@
-/* The communicator's own collectives on several ranks: every dtype and operation, empty and large tensors, and the same
- * bits on every rank. Any world size. */
+/* The communicator's own collectives on several ranks: every dtype and operation, empty and large
+ * tensors, and the same bits on every rank. Any world size. */
 #include "ranks.h"
 
 #define COLLECTIVES_OF(NAME, TYPE, CODE, BITS) \
@@ -8,7 +8,8 @@
     TYPE *values = (TYPE *)malloc(sizeof(TYPE) * (size_t)(n * world + 1)); \
     TYPE *all = (TYPE *)malloc(sizeof(TYPE) * (size_t)(n * world + 1)); \
     int64_t wide = n * world; \
-    fsdp_tensor_t mine = tensor_of(values, 1, &n, CODE, BITS), whole = tensor_of(all, 1, &wide, CODE, BITS); \
+    fsdp_tensor_t mine = tensor_of(values, 1, &n, CODE, BITS), \
+                  whole = tensor_of(all, 1, &wide, CODE, BITS); \
     CHECK(values != NULL && all != NULL); \
     for (int32_t op = FSDP_REDUCE_SUM; op <= FSDP_REDUCE_MIN; op++) { \
       const int average = op == FSDP_REDUCE_AVG; \
@@ -18,7 +19,8 @@
       for (int64_t i = 0; i < wide; i++) all[i] = (TYPE)((i + 2 * job->rank) % 7); \
       for (int64_t i = 0; i < n; i++) CHECK(values[i] == NAME##_combined(world, i, 1, 5, op)); \
       CHECK_OK(fsdp_comm_reduce_scatter(job->comm, &whole, &mine, op)); \
-      for (int64_t i = 0; i < n; i++) CHECK(values[i] == NAME##_combined(world, job->rank * n + i, 2, 7, op)); \
+      for (int64_t i = 0; i < n; i++) \
+        CHECK(values[i] == NAME##_combined(world, job->rank * n + i, 2, 7, op)); \
     } \
     for (int64_t i = 0; i < n; i++) values[i] = (TYPE)(job->rank + i); \
     CHECK_OK(fsdp_comm_all_gather(job->comm, &mine, &whole)); \
@@ -37,7 +39,8 @@
 
 /* What the ranks' values (i + step * rank) % modulus give together. */
 #define COMBINED_OF(NAME, TYPE) \
-  static TYPE NAME##_combined(int32_t world, int64_t i, int64_t step, int64_t modulus, int32_t op) { \
+  static TYPE NAME##_combined(int32_t world, int64_t i, int64_t step, int64_t modulus, \
+                              int32_t op) { \
     TYPE result = (TYPE)(i % modulus); \
     for (int64_t r = 1; r < world; r++) { \
       const TYPE value = (TYPE)((i + step * r) % modulus); \
@@ -70,7 +73,8 @@ static void rank_order(const job_t *job) {
   static float values[N];
   int64_t n = N;
   fsdp_tensor_t t = tensor_f32(values, 1, &n);
-  for (int i = 0; i < N; i++) values[i] = 1.0f / (float)(3 * job->rank + i + 1) * (job->rank % 2 ? -1e4f : 1.0f);
+  for (int i = 0; i < N; i++)
+    values[i] = 1.0f / (float)(3 * job->rank + i + 1) * (job->rank % 2 ? -1e4f : 1.0f);
   CHECK_OK(fsdp_comm_all_reduce(job->comm, &t, FSDP_REDUCE_SUM));
   for (int i = 0; i < N; i++) {
     volatile float sum = 1.0f / (float)(i + 1);

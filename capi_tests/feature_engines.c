@@ -1,5 +1,5 @@
-/* Several engines on one communicator: their iterations may be interleaved in any way that is the same on every rank,
- * and an engine destroyed in the middle of one does not disturb the others. */
+/* Several engines on one communicator: their iterations may be interleaved in any way that is the
+ * same on every rank, and an engine destroyed in the middle of one does not disturb the others. */
 #include "ranks.h"
 
 enum { WIDTH = 1001 };
@@ -18,7 +18,8 @@ static void give(const job_t *job, fsdp_engine_t *engine, uint32_t param, float 
   CHECK_OK(stack_add_grad(engine, param, (float)(job->rank + 1) * scale));
 }
 
-/* One rank after the other is late, so that reductions are pending when the next engine is called. */
+/* One rank after the other is late, so that reductions are pending when the next engine is called.
+ */
 static void stagger(const job_t *job, int round) {
   if (job->rank == round % job->world) sleep_ms(20);
 }
@@ -44,7 +45,8 @@ static void one_after_the_other(const job_t *job) {
 
 /* As when one loss goes through two models: units of both are reduced in turn, in one backward. */
 static void interleaved(const job_t *job) {
-  fsdp_engine_t *a = stack_engine(job->comm, 3, WIDTH, 1), *b = stack_engine(job->comm, 3, WIDTH, 2);
+  fsdp_engine_t *a = stack_engine(job->comm, 3, WIDTH, 1),
+                *b = stack_engine(job->comm, 3, WIDTH, 2);
   for (int round = 0; round < 8; round++) {
     CHECK_OK(fsdp_engine_zero_grad(a));
     CHECK_OK(fsdp_engine_zero_grad(b));

@@ -1,6 +1,7 @@
-/* Sharded training equals data-parallel training bit for bit at every step: parameters, gradients and losses, for odd
- * sizes, every way of wrapping, tied, frozen, unused and shared parameters, gradient accumulation, one gradient slot,
- * and forwards without backward in between. Any world size up to 8. */
+/* Sharded training equals data-parallel training bit for bit at every step: parameters, gradients
+ * and losses, for odd sizes, every way of wrapping, tied, frozen, unused and shared parameters,
+ * gradient accumulation, one gradient slot, and forwards without backward in between. Any world
+ * size up to 8. */
 #include "ranks.h"
 #include "train.h"
 
@@ -28,7 +29,8 @@ static unsigned flags_of(bonus_t bonus, int rank, int world, int step) {
 }
 
 /* Mean over the ranks, as the library computes it and as the reference does. */
-static void check_loss(const sharded_t *sharded, float loss, const float *losses, const char *what, int step) {
+static void check_loss(const sharded_t *sharded, float loss, const float *losses, const char *what,
+                       int step) {
   int64_t one = 1;
   float sum = losses[0];
   fsdp_tensor_t t = tensor_f32(&loss, 1, &one);
@@ -56,7 +58,8 @@ static void run(const scenario_t *scenario, fsdp_comm_t *comm) {
       const unsigned flags = flags_of(scenario->bonus, sharded->rank, world, step);
       const float loss = sharded_backward(sharded, input, BATCH, flags);
       for (int r = 0; r < world; r++) {
-        losses[r] = reference_backward(reference, r, input, BATCH, flags_of(scenario->bonus, r, world, step));
+        losses[r] = reference_backward(reference, r, input, BATCH,
+                                       flags_of(scenario->bonus, r, world, step));
       }
       reference_reduce(reference);
       check_loss(sharded, loss, losses, scenario->name, step);
@@ -69,7 +72,8 @@ static void run(const scenario_t *scenario, fsdp_comm_t *comm) {
       CHECK_OK(fsdp_engine_set_grad_enabled(sharded->engine, 0));
       const float loss = sharded_forward(sharded, 1000 + step, BATCH, NET_BONUS);
       CHECK_OK(fsdp_engine_set_grad_enabled(sharded->engine, 1));
-      for (int r = 0; r < world; r++) losses[r] = reference_forward(reference, r, 1000 + step, BATCH, NET_BONUS);
+      for (int r = 0; r < world; r++)
+        losses[r] = reference_forward(reference, r, 1000 + step, BATCH, NET_BONUS);
       check_loss(sharded, loss, losses, scenario->name, step);
     }
   }

@@ -1,5 +1,6 @@
-/* Fewer gradient slots than units that collect gradients at once: the rest collects in private memory, counted by the
- * statistics, and the means are the same, whichever units a rank found a slot for. */
+/* Fewer gradient slots than units that collect gradients at once: the rest collects in private
+ * memory, counted by the statistics, and the means are the same, whichever units a rank found a
+ * slot for. */
 #include "ranks.h"
 
 enum { LAYERS = 4, WIDTH = 333, ROUNDS = 5 };
@@ -17,7 +18,8 @@ static fsdp_engine_t *create(const job_t *job, uint32_t slots) {
 
 static uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
-/* All layers collect at once, opened in an order that depends on the rank, then are reduced in one order on all. */
+/* All layers collect at once, opened in an order that depends on the rank, then are reduced in one
+ * order on all. */
 static void all_at_once(const job_t *job, uint32_t slots, int own_order, int by_finish) {
   fsdp_engine_t *engine = create(job, slots);
   for (int round = 0; round < ROUNDS; round++) {
@@ -63,7 +65,8 @@ int main(void) {
   for (uint32_t slots = 1; slots <= LAYERS + 1; slots++) {
     char text[64];
     for (int by_finish = 0; by_finish < 2; by_finish++) {
-      snprintf(text, sizeof text, "%u slots, own order, %s", (unsigned)slots, by_finish ? "finish" : "reduce");
+      snprintf(text, sizeof text, "%u slots, own order, %s", (unsigned)slots,
+               by_finish ? "finish" : "reduce");
       test_context(text);
       all_at_once(&job, slots, 1, by_finish);
     }

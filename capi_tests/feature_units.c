@@ -1,8 +1,9 @@
-/* Units as C sees them on several ranks: how parameters are cut, what is gathered and reduced how often, and the written
- * formulas for memory. Any world size. */
+/* Units as C sees them on several ranks: how parameters are cut, what is gathered and reduced how
+ * often, and the written formulas for memory. Any world size. */
 #include "ranks.h"
 
-/* root "r" [5]; a (unit) "w" [7, 3], "one" [1], "none" [0]; a.b (unit) "v" [100], tied into c as "t"; c (unit) "u" [3]. */
+/* root "r" [5]; a (unit) "w" [7, 3], "one" [1], "none" [0]; a.b (unit) "v" [100], tied into c as
+ * "t"; c (unit) "u" [3]. */
 enum { ROOT, A, B, C, UNITS };
 enum { R, W_, ONE, NONE, V, U, PARAMS };
 
@@ -75,8 +76,8 @@ static void memory_is_a_formula(const job_t *job) {
     CHECK_OK(fsdp_engine_unit_info(engine, u, &info));
     CHECK_EQ(info.unit_bytes, info.shard_bytes * world);
     CHECK_EQ(info.shard_bytes % 16, 0);
-    /* At most 60 bytes before each parameter but the first, and less than 16 a rank at the end, rounded up to a rank's
-     * whole elements. */
+    /* At most 60 bytes before each parameter but the first, and less than 16 a rank at the end,
+     * rounded up to a rank's whole elements. */
     CHECK(info.padding_bytes <= 60 * (info.param_count - 1) + 20 * world);
     bytes += info.unit_bytes;
     padding += info.padding_bytes;
@@ -92,8 +93,10 @@ static void memory_is_a_formula(const job_t *job) {
   CHECK_EQ(bytes, elements * 4 + padding);
   CHECK_EQ(stats.padding_bytes, padding);
   CHECK_EQ(stats.param_shard_bytes * world, bytes);
-  /* Gradient shards are as large, each unit's rounded up to a cache line; so are units in the shared buffer. */
-  CHECK(stats.grad_shard_bytes >= stats.param_shard_bytes && stats.grad_shard_bytes < stats.param_shard_bytes + 64 * UNITS);
+  /* Gradient shards are as large, each unit's rounded up to a cache line; so are units in the
+   * shared buffer. */
+  CHECK(stats.grad_shard_bytes >= stats.param_shard_bytes &&
+        stats.grad_shard_bytes < stats.param_shard_bytes + 64 * UNITS);
   CHECK(stats.unit_buffer_bytes >= bytes && stats.unit_buffer_bytes < bytes + 64 * UNITS);
   CHECK(stats.gradient_slot_bytes >= largest + second);
   fsdp_engine_destroy(engine);
@@ -133,7 +136,8 @@ static void check_grad(fsdp_engine_t *engine, uint32_t param, float value) {
   for (int64_t i = 0; i < shard.numel; i++) CHECK(shard.grad[i] == value);
 }
 
-/* Unit b runs twice inside a: gathered for each use, reduced once, its gradients summed over the uses. */
+/* Unit b runs twice inside a: gathered for each use, reduced once, its gradients summed over the
+ * uses. */
 static void what_is_gathered_and_reduced(const job_t *job) {
   fsdp_engine_t *engine = create(job->comm, 0, 0);
   fsdp_unit_info_t info = unit_info_init();

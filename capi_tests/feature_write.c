@@ -1,14 +1,17 @@
-/* No rank ever reads a half-written shard. Ranks write their shards element by element, slowly, while others are fast to
- * start the next forward or slow to end the last one; every value read must belong to the iteration that is read.
+/* No rank ever reads a half-written shard. Ranks write their shards element by element, slowly,
+ * while others are fast to start the next forward or slow to end the last one; every value read
+ * must belong to the iteration that is read.
  *
- * The weights of iteration i are all i. Each rank is in turn the slow reader and the slow writer. */
+ * The weights of iteration i are all i. Each rank is in turn the slow reader and the slow writer.
+ */
 #include "ranks.h"
 
 enum { LAYERS = 3, WIDTH = 203, ITERATIONS = 8 };
 
 typedef enum { AFTER_BACKWARD, AFTER_FORWARD, AFTER_FORWARD_AND_MORE_FORWARDS, CASES } case_t;
 
-static const char *const CASE[CASES] = {"writes after a backward", "writes after a forward", "writes after two forwards"};
+static const char *const CASE[CASES] = {"writes after a backward", "writes after a forward",
+                                        "writes after two forwards"};
 
 static void check_all(fsdp_engine_t *engine, uint32_t layer, float value) {
   fsdp_tensor_t out;
@@ -17,8 +20,8 @@ static void check_all(fsdp_engine_t *engine, uint32_t layer, float value) {
     /* volatile: every element is read when it is compared. */
     const float got = ((volatile float *)out.data)[i];
     if (got != value) {
-      test_fail(__FILE__, __LINE__, "layer %u, element %lld is %g in iteration %g", (unsigned)layer, (long long)i,
-                (double)got, (double)value);
+      test_fail(__FILE__, __LINE__, "layer %u, element %lld is %g in iteration %g", (unsigned)layer,
+                (long long)i, (double)got, (double)value);
     }
   }
 }
@@ -62,7 +65,8 @@ static void run(const job_t *job, case_t which) {
   fsdp_engine_t *engine = stack_engine(job->comm, LAYERS, WIDTH, 1);
   if (which != AFTER_BACKWARD) CHECK_OK(fsdp_engine_set_grad_enabled(engine, 0));
   for (int i = 1; i <= ITERATIONS; i++) {
-    const int slow_reader = job->rank == i % job->world, slow_writer = job->rank == (i + 1) % job->world;
+    const int slow_reader = job->rank == i % job->world,
+              slow_writer = job->rank == (i + 1) % job->world;
     read_layers(engine, (float)i, slow_reader);
     if (which == AFTER_FORWARD_AND_MORE_FORWARDS) read_layers(engine, (float)i, !slow_reader);
     if (which == AFTER_BACKWARD) read_backwards(engine, (float)i, slow_reader);

@@ -47,25 +47,33 @@ fsdp_model_t *net_model(const net_t *net) {
   static const struct {
     uint32_t parent;
     const char *name, *class_name;
-  } modules[NET_MODULES] = {{0, "", "Net"},          {NET_ROOT, "embed", "Linear"}, {NET_ROOT, "block", "Block"},
-                            {NET_BLOCK, "fc", "Linear"}, {NET_BLOCK, "none", "None"},   {NET_ROOT, "shared", "Linear"},
-                            {NET_ROOT, "spare", "Spare"}, {NET_ROOT, "head", "Linear"}};
+  } modules[NET_MODULES] = {{0, "", "Net"},
+                            {NET_ROOT, "embed", "Linear"},
+                            {NET_ROOT, "block", "Block"},
+                            {NET_BLOCK, "fc", "Linear"},
+                            {NET_BLOCK, "none", "None"},
+                            {NET_ROOT, "shared", "Linear"},
+                            {NET_ROOT, "spare", "Spare"},
+                            {NET_ROOT, "head", "Linear"}};
   static const struct {
     uint32_t module;
     const char *name;
-  } params[NET_PARAMS] = {{NET_ROOT, "temperature"}, {NET_EMBED, "weight"},  {NET_BLOCK, "scale"}, {NET_BLOCK, "bonus"},
-                          {NET_FC, "weight"},        {NET_FC, "bias"},       {NET_NONE, "empty"},  {NET_SHARED, "weight"},
-                          {NET_SHARED, "bias"},      {NET_SPARE, "weight"},  {NET_HEAD, "bias"}};
+  } params[NET_PARAMS] = {{NET_ROOT, "temperature"}, {NET_EMBED, "weight"},  {NET_BLOCK, "scale"},
+                          {NET_BLOCK, "bonus"},      {NET_FC, "weight"},     {NET_FC, "bias"},
+                          {NET_NONE, "empty"},       {NET_SHARED, "weight"}, {NET_SHARED, "bias"},
+                          {NET_SPARE, "weight"},     {NET_HEAD, "bias"}};
   static float values[NET_PARAMS][NET_MAX_NUMEL];
   const int64_t i = net->inputs, d = net->width;
-  int64_t shapes[NET_PARAMS][2] = {{0, 0}, {d, i}, {d, 0}, {d, 0}, {d, d}, {d, 0}, {0, 3}, {d, d}, {d, 0}, {3, 0}, {i, 0}};
+  int64_t shapes[NET_PARAMS][2] = {{0, 0}, {d, i}, {d, 0}, {d, 0}, {d, d}, {d, 0},
+                                   {0, 3}, {d, d}, {d, 0}, {3, 0}, {i, 0}};
   const int32_t ndim[NET_PARAMS] = {0, 2, 1, 1, 2, 1, 2, 2, 1, 1, 1};
   fsdp_model_t *model = NULL;
   CHECK(net->inputs <= NET_MAX_WIDTH && net->width <= NET_MAX_WIDTH);
   CHECK_OK(fsdp_model_create(modules[0].class_name, &model));
   for (uint32_t m = 1; m < NET_MODULES; m++) {
     uint32_t number = 0;
-    CHECK_OK(fsdp_model_add_module(model, modules[m].parent, modules[m].name, modules[m].class_name, &number));
+    CHECK_OK(fsdp_model_add_module(model, modules[m].parent, modules[m].name, modules[m].class_name,
+                                   &number));
     CHECK_EQ(number, m);
   }
   for (uint32_t p = 0; p < NET_PARAMS; p++) {
@@ -73,7 +81,8 @@ fsdp_model_t *net_model(const net_t *net) {
     for (int64_t e = 0; e < net_numel(net, p); e++) values[p][e] = net_initial(p, e);
     fsdp_tensor_t t = tensor_f32(p == NET_EMPTY ? NULL : values[p], ndim[p], shapes[p]);
     const int32_t trained = p != NET_SHARED_BIAS;
-    CHECK_OK(fsdp_model_add_parameter(model, params[p].module, params[p].name, &t, trained, &number));
+    CHECK_OK(
+        fsdp_model_add_parameter(model, params[p].module, params[p].name, &t, trained, &number));
     CHECK_EQ(number, p);
   }
   CHECK_OK(fsdp_model_tie_parameter(model, NET_HEAD, "weight", NET_EMBED_WEIGHT));
@@ -111,7 +120,8 @@ static void layer(const float *w, const float *b, int rows, int cols, const floa
   for (int r = 0; r < rows; r++) out[r] = tanhf(b == NULL ? out[r] : out[r] + b[r]);
 }
 
-float net_forward(const net_t *net, const net_host_t *host, int step, int rank, int batch, unsigned flags) {
+float net_forward(const net_t *net, const net_host_t *host, int step, int rank, int batch,
+                  unsigned flags) {
   const int d = net->width, n = net->inputs;
   void *self = host->self;
   float loss = 0;
@@ -132,22 +142,24 @@ float net_forward(const net_t *net, const net_host_t *host, int step, int rank, 
   }
   host->enter(self, NET_FC, 0);
   for (int s = 0; s < batch; s++) {
-    layer(host->param(self, NET_FC_WEIGHT), host->param(self, NET_FC_BIAS), d, d, kept.scaled[s], kept.before_bonus[s]);
+    layer(host->param(self, NET_FC_WEIGHT), host->param(self, NET_FC_BIAS), d, d, kept.scaled[s],
+          kept.before_bonus[s]);
   }
   host->leave(self, NET_FC, 0);
   host->enter(self, NET_NONE, 0);
   host->leave(self, NET_NONE, 0);
   for (int s = 0; s < batch; s++) {
     const float *bonus = host->param(self, NET_BONUS_VECTOR);
-    for (int i = 0; i < d; i++) kept.h[1][s][i] = kept.before_bonus[s][i] + (flags & NET_BONUS ? bonus[i] : 0.0f);
+    for (int i = 0; i < d; i++)
+      kept.h[1][s][i] = kept.before_bonus[s][i] + (flags & NET_BONUS ? bonus[i] : 0.0f);
   }
   host->leave(self, NET_BLOCK, 0);
 
   for (int use = 1; use <= 2; use++) {
     host->enter(self, NET_SHARED, 0);
     for (int s = 0; s < batch; s++) {
-      layer(host->param(self, NET_SHARED_WEIGHT), host->param(self, NET_SHARED_BIAS), d, d, kept.h[use][s],
-            kept.h[use + 1][s]);
+      layer(host->param(self, NET_SHARED_WEIGHT), host->param(self, NET_SHARED_BIAS), d, d,
+            kept.h[use][s], kept.h[use + 1][s]);
     }
     host->leave(self, NET_SHARED, 0);
   }

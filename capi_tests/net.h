@@ -1,15 +1,17 @@
-/* A small network with hand-written gradients. Its compute sees parameters and gradients only through a net_host_t, so
- * that the same code runs sharded (sharded.c) and as a plain data-parallel reference (reference.c), bit for bit.
+/* A small network with hand-written gradients. Its compute sees parameters and gradients only
+ * through a net_host_t, so that the same code runs sharded (sharded.c) and as a plain data-parallel
+ * reference (reference.c), bit for bit.
  *
- *   module            parameters                  in the forward
- *   (root)            temperature []              y = temperature * E^T h3 + c
- *   embed             weight E [D, I]             h0 = tanh(E x)
- *   block             scale [D], bonus [D]        h1 = tanh(F (scale * h0) + f) (+ bonus with NET_BONUS)
- *   block.fc          weight F [D, D], bias f [D]
- *   block.none        empty [0, 3]                its gradient is given, and has no elements
- *   shared            weight S [D, D], bias [D]   h2 = tanh(S h1 + s), h3 = tanh(S h2 + s); the bias is frozen
- *   spare             weight [3]                  never used
- *   head              weight = E (tied), c [I]
+ *   module      parameters                 in the forward
+ *   (root)      temperature []             y = temperature * E^T h3 + c
+ *   embed       weight E [D, I]            h0 = tanh(E x)
+ *   block       scale [D], bonus [D]       h1 = tanh(F (scale * h0) + f), with NET_BONUS + bonus
+ *   block.fc    weight F [D, D], bias f    (inside block)
+ *   block.none  empty [0, 3]               its gradient is given, and has no elements
+ *   shared      weight S [D, D], bias s    h2 = tanh(S h1 + s), h3 = tanh(S h2 + s); s is frozen
+ *   spare       weight [3]                 never used
+ *   head        weight = E (tied), c [I]   (y, above)
+ *
  * The loss of a sample is |y - x|^2 / 2.
  */
 #ifndef FSDP_TEST_NET_H
@@ -17,7 +19,17 @@
 
 #include "test.h"
 
-enum { NET_ROOT, NET_EMBED, NET_BLOCK, NET_FC, NET_NONE, NET_SHARED, NET_SPARE, NET_HEAD, NET_MODULES };
+enum {
+  NET_ROOT,
+  NET_EMBED,
+  NET_BLOCK,
+  NET_FC,
+  NET_NONE,
+  NET_SHARED,
+  NET_SPARE,
+  NET_HEAD,
+  NET_MODULES
+};
 enum {
   NET_TEMPERATURE,
   NET_EMBED_WEIGHT,
@@ -42,7 +54,8 @@ typedef struct {
   int inputs, width;
 } net_t;
 
-/* How the compute reaches parameters and reports gradients. `module` is entered before and left after its compute. */
+/* How the compute reaches parameters and reports gradients. `module` is entered before and left
+ * after its compute. */
 typedef struct {
   void *self;
   const float *(*param)(void *self, uint32_t param);
@@ -61,12 +74,14 @@ float net_initial(uint32_t param, int64_t element);
 /* Input of sample `sample` of step `step` on rank `rank`, `inputs` values. */
 void net_input(const net_t *net, int step, int rank, int sample, float *x);
 
-/* Registers modules and parameters (numbers as in the enums above). The parameters' memory is static: create the engine
- * before the next call. */
+/* Registers modules and parameters (numbers as in the enums above). The parameters' memory is
+ * static: create the engine before the next call. */
 fsdp_model_t *net_model(const net_t *net);
 
-/* Mean loss of `batch` samples: a forward over all of them, one after the other inside each module. */
-float net_forward(const net_t *net, const net_host_t *host, int step, int rank, int batch, unsigned flags);
+/* Mean loss of `batch` samples: a forward over all of them, one after the other inside each module.
+ */
+float net_forward(const net_t *net, const net_host_t *host, int step, int rank, int batch,
+                  unsigned flags);
 
 /* The backward of the net_forward that was run last in this process with the same arguments. */
 void net_backward(const net_t *net, const net_host_t *host, int batch, unsigned flags);

@@ -1,4 +1,5 @@
-/* What the programs of several ranks share: joining the job, sleeping, and a model that is a stack of equal layers. */
+/* What the programs of several ranks share: joining the job, sleeping, and a model that is a stack
+ * of equal layers. */
 #ifndef FSDP_TEST_RANKS_H
 #define FSDP_TEST_RANKS_H
 
@@ -37,8 +38,9 @@ static inline double now_seconds(void) {
   return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
-/* `layers` modules "layer0", "layer1", ... of class "Layer", each with a parameter "weight" of `width` floats that are
- * all `value`; nothing is wrapped. Parameter and layer numbers agree; with every Layer wrapped, unit l + 1 is layer l. */
+/* `layers` modules "layer0", "layer1", ... of class "Layer", each with a parameter "weight" of
+ * `width` floats that are all `value`; nothing is wrapped. Parameter and layer numbers agree; with
+ * every Layer wrapped, unit l + 1 is layer l. */
 static inline fsdp_model_t *stack_model(uint32_t layers, int64_t width, float value) {
   static float values[STACK_MAX_WIDTH];
   fsdp_model_t *model = NULL;
@@ -58,7 +60,8 @@ static inline fsdp_model_t *stack_model(uint32_t layers, int64_t width, float va
 }
 
 /* An engine on a stack in which every layer is a unit. */
-static inline fsdp_engine_t *stack_engine(fsdp_comm_t *comm, uint32_t layers, int64_t width, float value) {
+static inline fsdp_engine_t *stack_engine(fsdp_comm_t *comm, uint32_t layers, int64_t width,
+                                          float value) {
   fsdp_model_t *model = stack_model(layers, width, value);
   fsdp_engine_t *engine = NULL;
   CHECK_OK(fsdp_model_wrap_class(model, "Layer"));

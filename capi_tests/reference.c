@@ -5,7 +5,8 @@
 
 void adam(float *weight, const float *grad, float *m, float *v, int64_t n, int step) {
   const float lr = 0.01f, beta1 = 0.9f, beta2 = 0.99f, epsilon = 1e-8f;
-  const float correction1 = 1 - powf(beta1, (float)step), correction2 = 1 - powf(beta2, (float)step);
+  const float correction1 = 1 - powf(beta1, (float)step),
+              correction2 = 1 - powf(beta2, (float)step);
   for (int64_t i = 0; i < n; i++) {
     m[i] = beta1 * m[i] + (1 - beta1) * grad[i];
     v[i] = beta2 * v[i] + (1 - beta2) * grad[i] * grad[i];
@@ -13,7 +14,9 @@ void adam(float *weight, const float *grad, float *m, float *v, int64_t n, int s
   }
 }
 
-static const float *reference_param(void *self, uint32_t param) { return ((reference_t *)self)->value[param]; }
+static const float *reference_param(void *self, uint32_t param) {
+  return ((reference_t *)self)->value[param];
+}
 
 static void reference_add_grad(void *self, uint32_t param, const float *grad) {
   reference_t *r = (reference_t *)self;
@@ -86,11 +89,14 @@ void reference_reduce(reference_t *reference) {
   memset(r->rank_has, 0, sizeof r->rank_has);
 }
 
-void reference_zero_grad(reference_t *reference) { memset(reference->has_grad, 0, sizeof reference->has_grad); }
+void reference_zero_grad(reference_t *reference) {
+  memset(reference->has_grad, 0, sizeof reference->has_grad);
+}
 
 void reference_adam(reference_t *reference, int step) {
   reference_t *r = reference;
   for (uint32_t p = 0; p < NET_PARAMS; p++) {
-    if (r->has_grad[p]) adam(r->value[p], r->grad[p], r->m[p], r->v[p], net_numel(&r->net, p), step);
+    if (r->has_grad[p])
+      adam(r->value[p], r->grad[p], r->m[p], r->v[p], net_numel(&r->net, p), step);
   }
 }

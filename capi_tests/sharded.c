@@ -7,14 +7,16 @@ static const float *sharded_param(void *self, uint32_t param) {
   return (const float *)out.data;
 }
 
-/* Half of the parameters go in through accumulate_grad, half are written in place: both ways must give the same. */
+/* Half of the parameters go in through accumulate_grad, half are written in place: both ways must
+ * give the same. */
 static void sharded_add_grad(void *self, uint32_t param, const float *grad) {
   const sharded_t *s = (const sharded_t *)self;
   const int64_t n = net_numel(&s->net, param);
   if (param % 2 == 0) {
     fsdp_param_info_t info = param_info_init();
     CHECK_OK(fsdp_engine_param_info(s->engine, param, &info));
-    fsdp_tensor_t t = tensor_f32((void *)(uintptr_t)grad, info.ndim, (int64_t *)(uintptr_t)info.shape);
+    fsdp_tensor_t t =
+        tensor_f32((void *)(uintptr_t)grad, info.ndim, (int64_t *)(uintptr_t)info.shape);
     CHECK_OK(fsdp_engine_accumulate_grad(s->engine, param, &t));
   } else {
     fsdp_tensor_t out;
@@ -29,14 +31,16 @@ static void sharded_enter(void *self, uint32_t module, int backward) {
   const sharded_t *s = (const sharded_t *)self;
   if (!s->is_unit[module]) return;
   const uint32_t unit = s->unit_of_module[module];
-  CHECK_OK(backward ? fsdp_engine_pre_backward(s->engine, unit) : fsdp_engine_pre_forward(s->engine, unit));
+  CHECK_OK(backward ? fsdp_engine_pre_backward(s->engine, unit)
+                    : fsdp_engine_pre_forward(s->engine, unit));
 }
 
 static void sharded_leave(void *self, uint32_t module, int backward) {
   const sharded_t *s = (const sharded_t *)self;
   if (!s->is_unit[module]) return;
   const uint32_t unit = s->unit_of_module[module];
-  CHECK_OK(backward ? fsdp_engine_post_backward(s->engine, unit) : fsdp_engine_post_forward(s->engine, unit));
+  CHECK_OK(backward ? fsdp_engine_post_backward(s->engine, unit)
+                    : fsdp_engine_post_forward(s->engine, unit));
 }
 
 static net_host_t sharded_host(sharded_t *sharded) {
@@ -49,7 +53,8 @@ static net_host_t sharded_host(sharded_t *sharded) {
   return host;
 }
 
-sharded_t *sharded_create(const net_t *net, fsdp_comm_t *comm, train_wrap_t wrap, uint32_t gradient_slots) {
+sharded_t *sharded_create(const net_t *net, fsdp_comm_t *comm, train_wrap_t wrap,
+                          uint32_t gradient_slots) {
   sharded_t *s = (sharded_t *)calloc(1, sizeof *s);
   CHECK(s != NULL);
   s->net = *net;
@@ -96,20 +101,23 @@ void sharded_adam(sharded_t *sharded, int step) {
   for (uint32_t p = 0; p < NET_PARAMS; p++) {
     fsdp_shard_t shard;
     CHECK_OK(fsdp_engine_shard(sharded->engine, p, &shard));
-    if (shard.grad != NULL) adam(shard.data, shard.grad, sharded->m[p], sharded->v[p], shard.numel, step);
+    if (shard.grad != NULL)
+      adam(shard.data, shard.grad, sharded->m[p], sharded->v[p], shard.numel, step);
   }
 }
 
-static void check_bits(const float *got, const float *want, int64_t n, const char *what, int step, uint32_t param) {
+static void check_bits(const float *got, const float *want, int64_t n, const char *what, int step,
+                       uint32_t param) {
   for (int64_t i = 0; i < n; i++) {
     if (memcmp(&got[i], &want[i], sizeof got[i]) != 0) {
-      test_fail(__FILE__, __LINE__, "%s, step %d, parameter %u, element %lld: %.9g, not %.9g", what, step,
-                (unsigned)param, (long long)i, (double)got[i], (double)want[i]);
+      test_fail(__FILE__, __LINE__, "%s, step %d, parameter %u, element %lld: %.9g, not %.9g", what,
+                step, (unsigned)param, (long long)i, (double)got[i], (double)want[i]);
     }
   }
 }
 
-void sharded_check_shards(sharded_t *sharded, const reference_t *reference, const char *what, int step) {
+void sharded_check_shards(sharded_t *sharded, const reference_t *reference, const char *what,
+                          int step) {
   for (uint32_t p = 0; p < NET_PARAMS; p++) {
     fsdp_param_info_t info = param_info_init();
     fsdp_shard_t shard;
@@ -118,11 +126,13 @@ void sharded_check_shards(sharded_t *sharded, const reference_t *reference, cons
     CHECK_EQ(shard.numel, info.shard_numel);
     CHECK(shard.numel == 0 || info.shard_offset + shard.numel <= info.numel);
     if ((shard.grad != NULL) != (reference->has_grad[p] != 0)) {
-      test_fail(__FILE__, __LINE__, "%s, step %d, parameter %u: gradient %s, reference %s", what, step, (unsigned)p,
-                shard.grad ? "present" : "absent", reference->has_grad[p] ? "present" : "absent");
+      test_fail(__FILE__, __LINE__, "%s, step %d, parameter %u: gradient %s, reference %s", what,
+                step, (unsigned)p, shard.grad ? "present" : "absent",
+                reference->has_grad[p] ? "present" : "absent");
     }
     check_bits(shard.data, reference->value[p] + info.shard_offset, shard.numel, what, step, p);
-    if (shard.grad != NULL) check_bits(shard.grad, reference->grad[p] + info.shard_offset, shard.numel, what, step, p);
+    if (shard.grad != NULL)
+      check_bits(shard.grad, reference->grad[p] + info.shard_offset, shard.numel, what, step, p);
   }
 }
 

@@ -1,7 +1,8 @@
-/* What every test program uses: checks that say where and why they failed, and short ways to describe tensors.
+/* What every test program uses: checks that say where and why they failed, and short ways to
+ * describe tensors.
  *
- * A failed check prints file, line, the expression, the status and the library's message, and ends the program with
- * status 1. Valid as C11 and as C++17.
+ * A failed check prints file, line, the expression, the status and the library's message, and ends
+ * the program with status 1. Valid as C11 and as C++17.
  */
 #ifndef FSDP_TEST_H
 #define FSDP_TEST_H
@@ -17,7 +18,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A handle that stands for nothing: handles are never dereferenced, so any value must be refused, not crash. */
+/* A handle that stands for nothing: handles are never dereferenced, so any value must be refused,
+ * not crash. */
 #define NO_SUCH_HANDLE(type) ((type *)(uintptr_t)0x7ffffffffff1u)
 
 static inline int test_rank_of_environment(void) {
@@ -25,8 +27,8 @@ static inline int test_rank_of_environment(void) {
   return rank == NULL ? 0 : atoi(rank);
 }
 
-/* Says what a program is at, for the messages of its failures; useful where one program runs many cases. Kept in the
- * environment, so that all files of a program share it. */
+/* Says what a program is at, for the messages of its failures; useful where one program runs many
+ * cases. Kept in the environment, so that all files of a program share it. */
 static inline void test_context(const char *text) { setenv("FSDP_TEST_CONTEXT", text, 1); }
 
 /* Ends the program; `format` says what was wrong. */
@@ -45,11 +47,11 @@ static inline void test_fail(const char *file, int line, const char *format, ...
   exit(1);
 }
 
-static inline void test_status(const char *file, int line, const char *call, fsdp_status_t got, fsdp_status_t want,
-                               const char *text) {
+static inline void test_status(const char *file, int line, const char *call, fsdp_status_t got,
+                               fsdp_status_t want, const char *text) {
   if (got != want) {
-    test_fail(file, line, "%s returned %d (%s), not %d (%s)", call, (int)got, fsdp_status_name(got), (int)want,
-              fsdp_status_name(want));
+    test_fail(file, line, "%s returned %d (%s), not %d (%s)", call, (int)got, fsdp_status_name(got),
+              (int)want, fsdp_status_name(want));
   }
   if (want == FSDP_OK && fsdp_last_error_message()[0] != '\0') {
     test_fail(file, line, "%s succeeded but left a message", call);
@@ -71,21 +73,24 @@ static inline void test_status(const char *file, int line, const char *call, fsd
 #define CHECK_EQ(got, want) \
   do { \
     long long got_ = (long long)(got), want_ = (long long)(want); \
-    if (got_ != want_) test_fail(__FILE__, __LINE__, "%s is %lld, not %lld (%s)", #got, got_, want_, #want); \
+    if (got_ != want_) \
+      test_fail(__FILE__, __LINE__, "%s is %lld, not %lld (%s)", #got, got_, want_, #want); \
   } while (0)
 
 /* Two strings are equal. */
 #define CHECK_STR(got, want) \
   do { \
     const char *got_ = (got), *want_ = (want); \
-    if (strcmp(got_, want_) != 0) test_fail(__FILE__, __LINE__, "%s is \"%s\", not \"%s\"", #got, got_, want_); \
+    if (strcmp(got_, want_) != 0) \
+      test_fail(__FILE__, __LINE__, "%s is \"%s\", not \"%s\"", #got, got_, want_); \
   } while (0)
 
 /* The call succeeds and leaves no message. */
 #define CHECK_OK(call) test_status(__FILE__, __LINE__, #call, (call), FSDP_OK, NULL)
 
 /* The call fails with `status`, and its message contains `text`. */
-#define CHECK_ERR(call, status, text) test_status(__FILE__, __LINE__, #call, (call), (status), (text))
+#define CHECK_ERR(call, status, text) \
+  test_status(__FILE__, __LINE__, #call, (call), (status), (text))
 
 /* Describes contiguous float32 in host memory. `shape` must live as long as the tensor is used. */
 static inline fsdp_tensor_t tensor_f32(void *data, int32_t ndim, int64_t *shape) {
@@ -102,7 +107,8 @@ static inline fsdp_tensor_t tensor_f32(void *data, int32_t ndim, int64_t *shape)
 }
 
 /* The same with another element type. */
-static inline fsdp_tensor_t tensor_of(void *data, int32_t ndim, int64_t *shape, uint8_t code, uint8_t bits) {
+static inline fsdp_tensor_t tensor_of(void *data, int32_t ndim, int64_t *shape, uint8_t code,
+                                      uint8_t bits) {
   fsdp_tensor_t t = tensor_f32(data, ndim, shape);
   t.dtype.code = code;
   t.dtype.bits = bits;

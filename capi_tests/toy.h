@@ -76,7 +76,8 @@ static inline void toy_add_grad(fsdp_engine_t *engine, uint32_t param, float val
   static int64_t shapes[TOY_PARAMS][2] = {{5, 0}, {7, 3}, {4, 0}, {10, 0}, {0, 2}};
   float grad[21];
   for (int i = 0; i < 21; i++) grad[i] = value;
-  fsdp_tensor_t t = tensor_f32(grad, param == TOY_WEIGHT || param == TOY_EMPTY ? 2 : 1, shapes[param]);
+  fsdp_tensor_t t =
+      tensor_f32(grad, param == TOY_WEIGHT || param == TOY_EMPTY ? 2 : 1, shapes[param]);
   CHECK_OK(fsdp_engine_accumulate_grad(engine, param, &t));
 }
 
@@ -111,7 +112,8 @@ static inline fsdp_shard_t toy_shard(const fsdp_engine_t *engine, uint32_t param
   return shard;
 }
 
-/* Runs `call`, which uses the variable `engine`, with every kind of handle that is none of an engine. */
+/* Runs `call`, which uses the variable `engine`, with every kind of handle that is none of an
+ * engine. */
 #define CHECK_BAD_ENGINES(call) \
   do { \
     toy_t toy_ = toy_create(); \

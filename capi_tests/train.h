@@ -1,5 +1,6 @@
-/* Training the network of net.h in two ways that must agree bit for bit: sharded over the ranks, and as a data-parallel
- * reference in which every rank computes all ranks' gradients itself and takes their mean in rank order. */
+/* Training the network of net.h in two ways that must agree bit for bit: sharded over the ranks,
+ * and as a data-parallel reference in which every rank computes all ranks' gradients itself and
+ * takes their mean in rank order. */
 #ifndef FSDP_TEST_TRAIN_H
 #define FSDP_TEST_TRAIN_H
 
@@ -15,7 +16,8 @@ void adam(float *weight, const float *grad, float *m, float *v, int64_t n, int s
 /* ---- the reference ---- */
 
 typedef struct {
-  float value[NET_PARAMS][NET_MAX_NUMEL], m[NET_PARAMS][NET_MAX_NUMEL], v[NET_PARAMS][NET_MAX_NUMEL];
+  float value[NET_PARAMS][NET_MAX_NUMEL], m[NET_PARAMS][NET_MAX_NUMEL],
+      v[NET_PARAMS][NET_MAX_NUMEL];
   /* Mean gradient, added up since the last reference_zero_grad. */
   float grad[NET_PARAMS][NET_MAX_NUMEL];
   int has_grad[NET_PARAMS];
@@ -55,14 +57,16 @@ typedef struct {
 } sharded_t;
 
 /* Makes the engine; `comm` stays the caller's. */
-sharded_t *sharded_create(const net_t *net, fsdp_comm_t *comm, train_wrap_t wrap, uint32_t gradient_slots);
+sharded_t *sharded_create(const net_t *net, fsdp_comm_t *comm, train_wrap_t wrap,
+                          uint32_t gradient_slots);
 void sharded_destroy(sharded_t *sharded);
 float sharded_forward(sharded_t *sharded, int step, int batch, unsigned flags);
 float sharded_backward(sharded_t *sharded, int step, int batch, unsigned flags);
 void sharded_adam(sharded_t *sharded, int step);
 
 /* Checks that shards of parameters and gradients are those of the reference, bit for bit. */
-void sharded_check_shards(sharded_t *sharded, const reference_t *reference, const char *what, int step);
+void sharded_check_shards(sharded_t *sharded, const reference_t *reference, const char *what,
+                          int step);
 
 /* Unshards every unit and checks the full parameters, bit for bit. */
 void sharded_check_full(sharded_t *sharded, const reference_t *reference, const char *what);

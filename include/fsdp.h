@@ -178,6 +178,20 @@ typedef struct {
 } fsdp_state_t;
 
 /**
+ * A text to keep with a checkpoint.
+ */
+typedef struct {
+  /**
+   * Unique among those of a checkpoint.
+   */
+  const char *key;
+  /**
+   * Any UTF-8 text.
+   */
+  const char *value;
+} fsdp_metadata_t;
+
+/**
  * How a rank joins a job on one host. Initialize with FSDP_SHM_CONFIG_INIT, then set what differs.
  */
 typedef struct {
@@ -465,18 +479,20 @@ extern "C" {
  * Saves all shards and `states` into the new folder `dir`: a safetensors file per rank and a manifest with checksums,
  * written aside, flushed, and renamed when complete, so that `dir` is complete or absent whenever a process ends.
  * Collective: same `dir` (on a file system all ranks share) and states of the same parameters and names on every rank;
- * a failure on one rank is the error of all. `metadata_json`: any JSON to keep with it (rank 0's is kept), NULL for
- * null. All pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT if `dir` exists,
+ * a failure on one rank is the error of all. `metadata`: texts to keep with it (rank 0's are kept), NULL for none. All
+ * pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT if `dir` exists,
  * FSDP_ERR_IO, FSDP_ERR_OUT_OF_MEMORY for a full disk. Since 0.1.
  *
  * # Safety
- * Strings are NULL or NUL-terminated; `states` points to `state_count` entries whose data are readable.
+ * Strings are NULL or NUL-terminated; `states` points to `state_count` entries whose data are readable, `metadata` to
+ * `metadata_count` entries.
  */
 fsdp_status_t fsdp_checkpoint_save(fsdp_engine_t *engine,
                                    const char *dir,
                                    const fsdp_state_t *states,
                                    size_t state_count,
-                                   const char *metadata_json);
+                                   const fsdp_metadata_t *metadata,
+                                   size_t metadata_count);
 
 /**
  * Fills all shards and the data of `states` from the checkpoint in `dir`, saved at any world size and wrapping of the
@@ -493,14 +509,16 @@ fsdp_status_t fsdp_checkpoint_load(fsdp_engine_t *engine,
                                    size_t state_count);
 
 /**
- * The metadata_json that the checkpoint in `dir` was saved with. *out_size is its size with the terminating NUL;
- * `buffer` of `buffer_size` bytes receives it, or may be NULL (with buffer_size 0) to ask for the size.
- * FSDP_ERR_INVALID_ARGUMENT if the buffer is too small. Local. Since 0.1.
+ * The text that the checkpoint in `dir` keeps under `key`. *out_size is its size with the terminating NUL, or 0 if there
+ * is none; `buffer` of `buffer_size` bytes receives it, or may be NULL to ask for the size. FSDP_ERR_INVALID_ARGUMENT if
+ * the buffer is too small, FSDP_ERR_CHECKPOINT if there is no complete checkpoint. Local. Since 0.1.
  *
  * # Safety
- * `dir` is NULL or NUL-terminated, `buffer` is NULL or has `buffer_size` writable bytes, `out_size` is NULL or writable.
+ * Strings are NULL or NUL-terminated, `buffer` is NULL or has `buffer_size` writable bytes, `out_size` is NULL or
+ * writable.
  */
 fsdp_status_t fsdp_checkpoint_metadata(const char *dir,
+                                       const char *key,
                                        char *buffer,
                                        size_t buffer_size,
                                        size_t *out_size);
@@ -583,7 +601,7 @@ fsdp_status_t fsdp_comm_broadcast(fsdp_comm_t *comm,
 
 /**
  * Concatenates the ranks' inputs in rank order into every rank's output. Collective; blocks. `output` has world_size
- * times the elements of `input`; both are borrowed for the call and must not overlap. Since 0.1.
+ * times the elements of `input`; both are borrowed for the call and must not overlap (FSDP_ERR_INVALID_ARGUMENT). Since 0.1.
  *
  * # Safety
  * As fsdp_comm_all_reduce, for both tensors.
@@ -594,7 +612,7 @@ fsdp_status_t fsdp_comm_all_gather(fsdp_comm_t *comm,
 
 /**
  * Combines the ranks' inputs in rank order and leaves range `rank` of the result in each rank's output. Collective;
- * blocks. `input` has world_size times the elements of `output`; both are borrowed for the call and must not overlap.
+ * blocks. `input` has world_size times the elements of `output`; both are borrowed for the call and must not overlap (FSDP_ERR_INVALID_ARGUMENT).
  * Since 0.1.
  *
  * # Safety

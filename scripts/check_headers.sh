@@ -17,6 +17,9 @@ twice() {
 # headers DIR: the header files below it, as they are included.
 headers() { [ -d "$1" ] && (cd "$1" && find . -name '*.h' -o -name '*.hpp' | sed 's|^\./||' | LC_ALL=C sort); }
 
+# show_result FILE: the log of a check that ran in the background, and whether it succeeded.
+show_result() { cat "$1.log" && [ -f "$1.ok" ]; }
+
 for header in $(headers include); do
     step "header-c11-${header//\//-}" twice "$header" c -std=c11 -Iinclude
     step "header-c++17-${header//\//-}" twice "$header" c++ -std=c++17 -Iinclude
@@ -35,10 +38,20 @@ if [ -n "$torch" ]; then
     echo '#include <torch/torch.h>' >"$precompiled"
     step "header-torch-precompiled" "${CXX:-c++}" -x c++-header "${flags[@]}" -Wall -Wextra -Wpedantic \
         "$precompiled" -o "$precompiled.gch"
+    # Several at once; then one line each.
+    running=0
     for header in $(headers bindings/libtorch/include); do
         before=(-include "$precompiled")
         [ "${header%/*}" = fsdp ] && before=()
-        step "header-c++20-${header//\//-}" twice "$header" c++ "${flags[@]}" "${before[@]}"
+        result=${precompiled%/*}/${header//\//-}
+        { twice "$header" c++ "${flags[@]}" "${before[@]}" >"$result.log" 2>&1 && touch "$result.ok"; } &
+        running=$((running + 1))
+        [ "$running" -ge "${JOBS:-$(nproc)}" ] && { wait -n; running=$((running - 1)); }
+    done
+    wait
+    for header in $(headers bindings/libtorch/include); do
+        result=${precompiled%/*}/${header//\//-}
+        step "header-c++20-${header//\//-}" show_result "$result"
     done
     rm -rf "${precompiled%/*}"
 else

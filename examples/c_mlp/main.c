@@ -1,12 +1,13 @@
 /* Trains a sharded multilayer perceptron in plain C: one process a rank, no framework.
  *
  *   fsdp run -n 4 -- c_mlp --steps 500
- *   torchrun --no-python --nproc-per-node 4 c_mlp        (any launcher that fsdp_comm_init_env knows; or none: one rank)
+ *   torchrun --no-python --nproc-per-node 4 c_mlp
  *   mpirun -n 4 c_mlp
  *
- * The task is to learn a wavy function of two variables from random samples. A step is: forward, loss, backward (mlp.c),
- * then the optimizer below, which sees only this rank's shards. Losses are the same for every number of ranks, up to
- * rounding, because the ranks split one global batch.
+ * or any other launcher that fsdp_comm_init_env knows; without one it runs as a single rank. The
+ * task is to learn a wavy function of two variables from random samples. A step is: forward, loss,
+ * backward (mlp.c), then the optimizer below, which sees only this rank's shards. Losses are the
+ * same for every number of ranks, up to rounding, because the ranks split one global batch.
  */
 #include <errno.h>
 #include <fsdp.h>
@@ -31,10 +32,12 @@ typedef struct {
 
 static const char HELP[] =
     "usage: c_mlp [options]\n"
-    "Trains a sharded multilayer perceptron; start it on several ranks with `fsdp run -n N -- c_mlp`.\n"
+    "Trains a sharded multilayer perceptron; start it on several ranks with `fsdp run -n N -- "
+    "c_mlp`.\n"
     "\n"
     "  --steps N       optimizer steps (default 300)\n"
-    "  --batch N       samples of a step over all ranks; a multiple of the number of ranks (default 64)\n"
+    "  --batch N       samples of a step over all ranks; a multiple of the number of ranks "
+    "(default 64)\n"
     "  --hidden N      width of the hidden layers (default 64)\n"
     "  --layers N      layers, at least 2 (default 4)\n"
     "  --lr X          learning rate (default 0.01 with adam, 0.1 with sgd)\n"
@@ -45,7 +48,8 @@ static const char HELP[] =
 
 /* ---- the optimizer: any element-wise rule works on shards as it would on whole parameters ---- */
 
-/* Adam's averages of one parameter's shard: like the shard, 1 / world size of an unsharded run's. */
+/* Adam's averages of one parameter's shard: like the shard, 1 / world size of an unsharded run's.
+ */
 typedef struct {
   float *mean, *square;
 } adam_state_t;
@@ -61,11 +65,13 @@ static void adam_update(fsdp_shard_t shard, adam_state_t state, float lr, int st
     const float g = shard.grad[i];
     state.mean[i] = beta1 * state.mean[i] + (1 - beta1) * g;
     state.square[i] = beta2 * state.square[i] + (1 - beta2) * g * g;
-    shard.data[i] -= lr * (state.mean[i] / correct1) / (sqrtf(state.square[i] / correct2) + epsilon);
+    shard.data[i] -=
+        lr * (state.mean[i] / correct1) / (sqrtf(state.square[i] / correct2) + epsilon);
   }
 }
 
-static fsdp_status_t optimize(const options_t *options, fsdp_engine_t *engine, adam_state_t *states, int step) {
+static fsdp_status_t optimize(const options_t *options, fsdp_engine_t *engine, adam_state_t *states,
+                              int step) {
   uint32_t count;
   TRY(fsdp_engine_param_count(engine, &count));
   for (uint32_t p = 0; p < count; p++) {
@@ -94,7 +100,8 @@ static fsdp_status_t optimize(const options_t *options, fsdp_engine_t *engine, a
 
 /* Sample `index` of step `step`: any rank can make any sample. */
 static void make_sample(const options_t *options, int step, int index, float *x, float *y) {
-  unsigned state = options->seed * 2654435761u + (unsigned)step * 40503u + (unsigned)index * 2246822519u;
+  unsigned state =
+      options->seed * 2654435761u + (unsigned)step * 40503u + (unsigned)index * 2246822519u;
   for (int i = 0; i < 2; i++) {
     state = (state ^ (state >> 15)) * 2246822519u;
     state = (state ^ (state >> 13)) * 3266489917u;
@@ -119,7 +126,8 @@ static fsdp_status_t train_step(const options_t *options, trainer_t *t, int step
   const int batch = options->batch / t->world;
   const float *output;
   int64_t one = 1;
-  for (int s = 0; s < batch; s++) make_sample(options, step, t->rank * batch + s, t->x + 2 * s, t->y + s);
+  for (int s = 0; s < batch; s++)
+    make_sample(options, step, t->rank * batch + s, t->x + 2 * s, t->y + s);
   TRY(mlp_forward(&t->mlp, t->x, batch, &output));
   *loss = 0;
   for (int s = 0; s < batch; s++) {
@@ -160,8 +168,8 @@ static fsdp_status_t print_memory(const trainer_t *t) {
   stats.struct_size = sizeof stats;
   TRY(fsdp_engine_stats(t->mlp.engine, &stats));
   if (t->rank == 0) {
-    printf("%d rank%s, each with %llu of %llu bytes of parameters; all-gathers copied %llu bytes\n", (int)t->world,
-           t->world == 1 ? "" : "s", (unsigned long long)stats.param_shard_bytes,
+    printf("%d rank%s, each with %llu of %llu bytes of parameters; all-gathers copied %llu bytes\n",
+           (int)t->world, t->world == 1 ? "" : "s", (unsigned long long)stats.param_shard_bytes,
            (unsigned long long)(stats.param_shard_bytes * (uint64_t)t->world),
            (unsigned long long)stats.all_gather_bytes_moved);
   }
@@ -176,11 +184,13 @@ static fsdp_status_t run(const options_t *options, trainer_t *t) {
   TRY(fsdp_comm_rank(t->comm, &t->rank));
   TRY(fsdp_comm_world_size(t->comm, &t->world));
   if (options->batch % t->world != 0) {
-    fprintf(stderr, "c_mlp: --batch %d is not a multiple of the %d ranks\n", options->batch, (int)t->world);
+    fprintf(stderr, "c_mlp: --batch %d is not a multiple of the %d ranks\n", options->batch,
+            (int)t->world);
     exit(2);
   }
   const size_t batch = (size_t)(options->batch / t->world);
-  for (int l = 0; l <= options->layers; l++) sizes[l] = l == 0 ? 2 : l == options->layers ? 1 : options->hidden;
+  for (int l = 0; l <= options->layers; l++)
+    sizes[l] = l == 0 ? 2 : l == options->layers ? 1 : options->hidden;
   TRY(mlp_create(&t->mlp, t->comm, sizes, options->layers, (int)batch, options->seed));
   TRY(fsdp_engine_param_count(t->mlp.engine, &count));
   t->states = (adam_state_t *)calloc(count, sizeof *t->states);
@@ -262,12 +272,14 @@ static options_t parse(int argc, char **argv) {
     } else if (strcmp(option, "--log-every") == 0) {
       o.log_every = parse_int(option, value, 1, 100000000);
     } else if (strcmp(option, "--optimizer") == 0) {
-      if (strcmp(value, "adam") != 0 && strcmp(value, "sgd") != 0) refuse(option, value, "adam or sgd is needed");
+      if (strcmp(value, "adam") != 0 && strcmp(value, "sgd") != 0)
+        refuse(option, value, "adam or sgd is needed");
       o.adam = strcmp(value, "adam") == 0;
     } else if (strcmp(option, "--lr") == 0) {
       char *end;
       o.lr = strtof(value, &end);
-      if (end == value || *end != '\0' || !(o.lr > 0) || o.lr > 1e6f) refuse(option, value, "a positive number is needed");
+      if (end == value || *end != '\0' || !(o.lr > 0) || o.lr > 1e6f)
+        refuse(option, value, "a positive number is needed");
     } else {
       refuse("option", option, "it is unknown");
     }
@@ -282,7 +294,8 @@ int main(int argc, char **argv) {
   memset(&trainer, 0, sizeof trainer);
   const fsdp_status_t status = run(&options, &trainer);
   if (status != FSDP_OK) {
-    /* The message says what was wrong and with which rank, unit or parameter: e.g. that rank 2's process died. */
+    /* The message says what was wrong and with which rank, unit or parameter: e.g. that rank 2's
+     * process died. */
     fprintf(stderr, "c_mlp: %s: %s\n", fsdp_status_name(status), fsdp_last_error_message());
   }
   clean_up(&trainer);

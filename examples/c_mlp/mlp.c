@@ -1,4 +1,5 @@
-/* The sharded perceptron of mlp.h: registering it with the library, its forward and its backward. */
+/* The sharded perceptron of mlp.h: registering it with the library, its forward and its backward.
+ */
 #include "mlp.h"
 
 #include <math.h>
@@ -34,8 +35,10 @@ static float next_random(unsigned *state) {
 
 /* ---- 1. register: describe the model to the library, once ---- */
 
-/* Adds one layer: a module, its two parameters with their starting values, and the wish that it be a unit of its own. */
-static fsdp_status_t add_layer(fsdp_model_t *model, int index, mlp_layer_t *layer, float *weight, float *bias) {
+/* Adds one layer: a module, its two parameters with their starting values, and the wish that it be
+ * a unit of its own. */
+static fsdp_status_t add_layer(fsdp_model_t *model, int index, mlp_layer_t *layer, float *weight,
+                               float *bias) {
   char name[32];
   uint32_t module;
   int64_t weight_shape[2], bias_shape[1];
@@ -51,7 +54,8 @@ static fsdp_status_t add_layer(fsdp_model_t *model, int index, mlp_layer_t *laye
 }
 
 /* The starting values are only needed until fsdp_engine_create has copied each rank's share. */
-static fsdp_status_t shard_model(mlp_t *mlp, fsdp_comm_t *comm, fsdp_model_t *model, unsigned seed, float *scratch) {
+static fsdp_status_t shard_model(mlp_t *mlp, fsdp_comm_t *comm, fsdp_model_t *model, unsigned seed,
+                                 float *scratch) {
   float *next = scratch;
   for (int l = 0; l < mlp->layers; l++) {
     mlp_layer_t *layer = &mlp->layer[l];
@@ -81,7 +85,8 @@ static void *allocate(size_t count) {
   return memory;
 }
 
-fsdp_status_t mlp_create(mlp_t *mlp, fsdp_comm_t *comm, const int *sizes, int layers, int batch, unsigned seed) {
+fsdp_status_t mlp_create(mlp_t *mlp, fsdp_comm_t *comm, const int *sizes, int layers, int batch,
+                         unsigned seed) {
   size_t total = 0;
   fsdp_model_t *model = NULL;
   memset(mlp, 0, sizeof *mlp);
@@ -113,7 +118,8 @@ void mlp_destroy(mlp_t *mlp) {
   memset(mlp, 0, sizeof *mlp);
 }
 
-/* ---- 2. forward: between pre_forward and post_forward of its unit, a layer's full parameters can be read ---- */
+/* ---- 2. forward: between pre_forward and post_forward of its unit, a layer's full parameters can
+ * be read ---- */
 
 static fsdp_status_t layer_forward(mlp_t *mlp, int index, const float *input, int batch) {
   mlp_layer_t *layer = &mlp->layer[index];
@@ -135,7 +141,8 @@ static fsdp_status_t layer_forward(mlp_t *mlp, int index, const float *input, in
 
 fsdp_status_t mlp_forward(mlp_t *mlp, const float *input, int batch, const float **output) {
   mlp->input = input;
-  /* Unit 0 is the root, which encloses the others. It holds no parameter here, but its hooks begin and end everything. */
+  /* Unit 0 is the root, which encloses the others. It holds no parameter here, but its hooks begin
+   * and end everything. */
   TRY(fsdp_engine_pre_forward(mlp->engine, 0));
   for (int l = 0; l < mlp->layers; l++) {
     TRY(fsdp_engine_pre_forward(mlp->engine, mlp->layer[l].unit));
@@ -147,12 +154,15 @@ fsdp_status_t mlp_forward(mlp_t *mlp, const float *input, int batch, const float
   return FSDP_OK;
 }
 
-/* ---- 3. backward: the same the other way round; full gradients are given to the library, which averages them ---- */
+/* ---- 3. backward: the same the other way round; full gradients are given to the library, which
+ * averages them ---- */
 
-/* Computes a layer's gradients in place: param_grad gives the memory that the library will reduce from. It asks to
- * overwrite that memory, or to add to it if this parameter has got a gradient in this backward before (a layer used
- * twice). A host that has its gradients elsewhere passes them to fsdp_engine_accumulate_grad instead. */
-static fsdp_status_t layer_backward(mlp_t *mlp, int index, const float *input, float *input_delta, int batch) {
+/* Computes a layer's gradients in place: param_grad gives the memory that the library will reduce
+ * from. It asks to overwrite that memory, or to add to it if this parameter has got a gradient in
+ * this backward before (a layer used twice). A host that has its gradients elsewhere passes them to
+ * fsdp_engine_accumulate_grad instead. */
+static fsdp_status_t layer_backward(mlp_t *mlp, int index, const float *input, float *input_delta,
+                                    int batch) {
   mlp_layer_t *layer = &mlp->layer[index];
   const int inputs = layer->inputs, outputs = layer->outputs;
   fsdp_tensor_t weight, weight_grad, bias_grad;
@@ -191,6 +201,7 @@ fsdp_status_t mlp_backward(mlp_t *mlp, const float *output_gradient, int batch) 
     TRY(layer_backward(mlp, l, input, l == 0 ? NULL : mlp->layer[l - 1].delta, batch));
     TRY(fsdp_engine_post_backward(mlp->engine, mlp->layer[l].unit));
   }
-  /* The root's ends the iteration: from here to the next forward this rank may read its gradients and write its shards. */
+  /* The root's ends the iteration: from here to the next forward this rank may read its gradients
+   * and write its shards. */
   return fsdp_engine_post_backward(mlp->engine, 0);
 }

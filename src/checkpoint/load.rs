@@ -1,6 +1,6 @@
 //! Loading: each rank reads the pieces that overlap its shards, at whatever world size they were saved.
 
-use super::manifest::{checksum, File, Manifest, Piece};
+use super::manifest::{checksum, File, Manifest, Metadata, Piece};
 use super::{damaged, entries, gather, label, Entry, StateTensor};
 use crate::dtype::DType;
 use crate::engine::Engine;
@@ -34,8 +34,8 @@ pub unsafe fn load(engine: &Engine, dir: &Path, states: &[StateTensor]) -> Resul
 }
 
 /// The metadata given when the checkpoint in `dir` was saved. Local.
-pub fn metadata(dir: &Path) -> Result<String> {
-    Ok(Manifest::read(dir)?.metadata.get().to_string())
+pub fn metadata(dir: &Path) -> Result<Metadata> {
+    Ok(Manifest::read(dir)?.metadata)
 }
 
 /// Every entry's values, in memory of their own.

@@ -4,6 +4,7 @@ use super::damaged;
 use crate::error::{err, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
@@ -29,8 +30,8 @@ pub struct Manifest {
     pub world_size: usize,
     pub parameters: Vec<Parameter>,
     pub files: Vec<File>,
-    /// The caller's own, any JSON.
-    pub metadata: Box<RawValue>,
+    /// The caller's own texts.
+    pub metadata: Metadata,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -39,6 +40,9 @@ pub struct Parameter {
     pub shape: Vec<i64>,
     pub dtype: String,
 }
+
+/// Texts by key.
+pub type Metadata = BTreeMap<String, String>;
 
 /// One rank's file.
 #[derive(Debug, Deserialize, Serialize)]

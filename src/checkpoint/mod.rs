@@ -13,6 +13,7 @@ mod manifest;
 mod save;
 
 pub use load::{load, metadata};
+pub use manifest::Metadata;
 pub use save::save;
 
 use crate::comm::Communicator;

@@ -1,6 +1,6 @@
 //! Saving: each rank writes its own file; rank 0 prepares the folder, adds the manifest, and makes it visible.
 
-use super::manifest::{checksum, File, Manifest, Parameter, Piece, MANIFEST};
+use super::manifest::{checksum, File, Manifest, Metadata, Parameter, Piece, MANIFEST};
 use super::{damaged, entries, gather, Entry, StateTensor};
 use crate::dtype::DType;
 use crate::engine::Engine;
@@ -11,26 +11,20 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Saves the shards of `engine` and `states` into the new folder `dir`, with `metadata` (any JSON; rank 0's is kept).
+/// Saves the shards of `engine` and `states` into the new folder `dir`, with `metadata` (rank 0's is kept).
 /// Collective: same folder, on a file system that all ranks share, and states of the same parameters and names on
 /// every rank. Any rank's failure is the error of all, and leaves nothing under `dir`.
 ///
 /// # Safety
 /// Each state's data must be readable for the parameter's piece.
-pub unsafe fn save(engine: &Engine, dir: &Path, states: &[StateTensor], metadata: &str) -> Result<()> {
+pub unsafe fn save(engine: &Engine, dir: &Path, states: &[StateTensor], metadata: &Metadata) -> Result<()> {
     let comm = engine.comm().as_ref();
-    let prepared = || -> Result<(Vec<Entry>, Box<serde_json::value::RawValue>)> {
-        let entries = entries(engine, states)?;
-        let metadata = serde_json::value::RawValue::from_string(metadata.to_string())
-            .map_err(|e| err!(InvalidArgument, "the metadata is not JSON: {e}"))?;
-        Ok((entries, metadata))
-    };
-    let prepared = prepared();
+    let entries = entries(engine, states);
     let aside = aside(dir);
 
     // Rank 0's; on every early return below it removes what was written.
     let mut folder = None;
-    let ready = prepared.as_ref().map_err(Error::clone).and_then(|(entries, _)| {
+    let ready = entries.as_ref().map_err(Error::clone).and_then(|entries| {
         if comm.rank() == 0 {
             folder = Some(Incomplete::create(dir, aside.as_ref().map_err(Error::clone)?)?);
         }
@@ -46,8 +40,7 @@ pub unsafe fn save(engine: &Engine, dir: &Path, states: &[StateTensor], metadata
             agreed[rank].replace('\n', " ")
         ));
     }
-    let (entries, metadata) = prepared?;
-    let aside = aside?;
+    let (entries, aside) = (entries?, aside?);
 
     // SAFETY: the caller's promise for the states; the shards belong to the engine.
     let mine = unsafe { write_shards(engine, &aside, &entries) };
@@ -129,18 +122,13 @@ unsafe fn write_shards(engine: &Engine, aside: &Path, entries: &[Entry]) -> Resu
     Ok(File { name, bytes, pieces })
 }
 
-fn finish(
-    engine: &Engine,
-    dir: &Path,
-    aside: &Path,
-    files: Vec<File>,
-    metadata: Box<serde_json::value::RawValue>,
-) -> Result<String> {
+fn finish(engine: &Engine, dir: &Path, aside: &Path, files: Vec<File>, metadata: &Metadata) -> Result<String> {
     let parameters = engine.plan().params.iter();
     let parameters = parameters
         .map(|p| Parameter { name: p.fqn.clone(), shape: p.shape.clone(), dtype: DType::F32.name().into() })
         .collect();
-    let manifest = Manifest { world_size: engine.comm().world_size(), parameters, files, metadata }.to_text()?;
+    let manifest =
+        Manifest { world_size: engine.comm().world_size(), parameters, files, metadata: metadata.clone() }.to_text()?;
     let path = aside.join(MANIFEST);
     let write = || -> std::io::Result<()> {
         let mut file = fs::File::create(&path)?;

@@ -4,6 +4,7 @@
 #include <fsdp.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -151,12 +152,14 @@ class Engine {
   }
 
   /// Writes shards and `states` (per-parameter arrays as long as the shard) to `dir`, complete or
-  /// not at all, with a JSON text of the caller's. Every rank names the same states in the same
+  /// not at all, with texts of the caller's by key. Every rank names the same states in the same
   /// order. Collective.
   void save_checkpoint(const std::string& dir, const std::vector<fsdp_state_t>& states = {},
-                       const std::string& metadata_json = "{}") const {
-    check(fsdp_checkpoint_save(get(), dir.c_str(), states.data(), states.size(),
-                               metadata_json.c_str()),
+                       const std::map<std::string, std::string>& metadata = {}) const {
+    std::vector<fsdp_metadata_t> texts;
+    for (const auto& [key, value] : metadata) texts.push_back({key.c_str(), value.c_str()});
+    check(fsdp_checkpoint_save(get(), dir.c_str(), states.data(), states.size(), texts.data(),
+                               texts.size()),
           "cannot save the checkpoint '" + dir + "'");
   }
 
@@ -178,14 +181,19 @@ class Engine {
   std::shared_ptr<fsdp_engine_t> handle_;
 };
 
-/// The JSON text given when the checkpoint was saved (with one member added by the LibTorch binding
-/// when it saved an optimizer). Local; throws when there is no complete checkpoint.
-inline std::string checkpoint_metadata(const std::string& dir) {
+/// The key of the text that a caller of the LibTorch binding keeps with a checkpoint.
+inline constexpr const char* kUserMetadata = "user";
+
+/// The text that the checkpoint in `dir` keeps under `key`, "" if it has none. Local; throws when
+/// there is no complete checkpoint.
+inline std::string checkpoint_metadata(const std::string& dir,
+                                       const std::string& key = kUserMetadata) {
   const std::string context = "cannot read the metadata of the checkpoint '" + dir + "'";
   std::size_t size = 0;
-  check(fsdp_checkpoint_metadata(dir.c_str(), nullptr, 0, &size), context);
+  check(fsdp_checkpoint_metadata(dir.c_str(), key.c_str(), nullptr, 0, &size), context);
   std::vector<char> text(size + 1, '\0');
-  check(fsdp_checkpoint_metadata(dir.c_str(), text.data(), text.size(), &size), context);
+  check(fsdp_checkpoint_metadata(dir.c_str(), key.c_str(), text.data(), text.size(), &size),
+        context);
   return std::string(text.data());
 }
 

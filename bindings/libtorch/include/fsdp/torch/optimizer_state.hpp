@@ -1,8 +1,8 @@
 // The state of a torch::optim optimizer in checkpoints: per-parameter arrays and step counts.
 //
 // The arrays (exp_avg, exp_avg_sq, max_exp_avg_sq, momentum_buffer) are saved as states of their
-// parameters. Kind of optimizer, step counts and which arrays exist are text in the checkpoint's
-// metadata, in a member "fsdp_optimizer": {"type": "AdamW", "param:NAME": "STEP STATE STATE..."}.
+// parameters. Kind of optimizer, step counts and which arrays exist are a text in the checkpoint's
+// metadata: a line with the kind, then a line NAME<tab>STEP<tab>STATE<tab>STATE... per parameter.
 #pragma once
 
 #include <torch/torch.h>
@@ -15,13 +15,11 @@
 #include <utility>
 #include <vector>
 
-#include "fsdp/torch/json_text.hpp"
 #include "fsdp/torch/model_state.hpp"
 
 namespace fsdp::detail {
 
-inline constexpr const char* kOptimizerMember = "fsdp_optimizer";
-inline constexpr const char* kParamPrefix = "param:";
+inline constexpr const char* kOptimizerMetadata = "optimizer";
 
 /// One parameter's state in an optimizer, whatever the optimizer.
 struct ParamOptimizerState {
@@ -126,7 +124,7 @@ inline void require_our_parameters(torch::optim::Optimizer& optimizer, const Mod
 struct OptimizerSnapshot {
   std::vector<std::string> names;    ///< keeps the strings that `states` points at
   std::vector<fsdp_state_t> states;  ///< borrow the optimizer's tensors
-  StringMembers description;
+  std::string description;
 };
 
 /// Agrees over the ranks on which parameters have which arrays (a rank whose piece of a parameter
@@ -154,14 +152,14 @@ inline OptimizerSnapshot snapshot_optimizer(torch::optim::Optimizer& optimizer, 
   model.engine().communicator().all_reduce(table.data(), static_cast<std::int64_t>(table.size()),
                                            ReduceOp::max);
 
-  snapshot.description.emplace_back("type", kind->type());
+  snapshot.description = kind->type() + "\n";
   for (std::size_t i = 0; i < model.params.size(); ++i) {
     if (table[i * width] < 0) continue;
     const ParamState& param = model.params[i];
-    std::string text = std::to_string(table[i * width]);
+    snapshot.description += param.name + "\t" + std::to_string(table[i * width]);
     for (std::size_t n = 0; n < snapshot.names.size(); ++n) {
       if (table[i * width + n + 1] < 0) continue;
-      text += " " + snapshot.names[n];
+      snapshot.description += "\t" + snapshot.names[n];
       void* data = nullptr;
       for (auto& [name, array] : local[i].arrays) {
         if (name == snapshot.names[n]) data = array.data_ptr<float>();
@@ -173,7 +171,7 @@ inline OptimizerSnapshot snapshot_optimizer(torch::optim::Optimizer& optimizer, 
       }
       snapshot.states.push_back({static_cast<std::uint32_t>(i), snapshot.names[n].c_str(), data});
     }
-    snapshot.description.emplace_back(kParamPrefix + param.name, text);
+    snapshot.description += "\n";
   }
   return snapshot;
 }
@@ -186,9 +184,9 @@ struct OptimizerTarget {
   std::vector<ParamOptimizerState> params;  ///< by parameter number
 };
 
-/// Reads which arrays a checkpoint has and allocates them. Local; throws CHECKPOINT when the
+/// Reads from `description` which arrays a checkpoint has and allocates them. Local; throws CHECKPOINT when the
 /// checkpoint has no optimizer, another kind of optimizer, or a parameter this model lacks.
-inline OptimizerTarget prepare_optimizer_load(const std::string& metadata,
+inline OptimizerTarget prepare_optimizer_load(const std::string& description,
                                               torch::optim::Optimizer& optimizer,
                                               ModelState& model) {
   require_our_parameters(optimizer, model);
@@ -196,26 +194,25 @@ inline OptimizerTarget prepare_optimizer_load(const std::string& metadata,
   target.kind = kind_of(optimizer);
   target.names = target.kind->names();
   target.params.resize(model.params.size());
-  const auto text = JsonText(metadata).member(kOptimizerMember);
-  if (!text) {
+  if (description.empty()) {
     throw Error(FSDP_ERR_CHECKPOINT, "the checkpoint was saved without an optimizer");
   }
-  for (const auto& [key, value] : JsonText(*text).strings()) {
-    if (key == "type") {
-      if (value != target.kind->type()) {
-        throw Error(FSDP_ERR_CHECKPOINT, "the checkpoint has the state of optimizer " + value +
-                                             ", not of " + target.kind->type());
-      }
-      continue;
-    }
-    const std::string name = key.substr(std::string(kParamPrefix).size());
+  std::istringstream lines(description);
+  std::string line, name;
+  std::getline(lines, line);
+  if (line != target.kind->type()) {
+    throw Error(FSDP_ERR_CHECKPOINT, "the checkpoint has the state of optimizer " + line +
+                                         ", not of " + target.kind->type());
+  }
+  while (std::getline(lines, line)) {
+    std::istringstream words(line);
+    std::getline(words, name, '\t');
     std::size_t i = 0;
     while (i < model.params.size() && model.params[i].name != name) ++i;
     if (i == model.params.size()) {
       throw Error(FSDP_ERR_CHECKPOINT, "the checkpoint has optimizer state of parameter '" + name +
                                            "', which this model does not have");
     }
-    std::istringstream words(value);
     words >> target.params[i].step;
     for (std::string word; words >> word;) {
       for (const std::string& known : target.names) {

@@ -144,24 +144,22 @@ class ShardedModule {
     return norm;
   }
 
-  /// Writes the parameters to directory `dir`, complete or not at all. `metadata_json` is a JSON
-  /// object of the caller's, which checkpoint_metadata(dir) returns. Buffers are not saved.
-  /// Collective.
-  void save_checkpoint(const std::string& dir, const std::string& metadata_json = "{}") {
+  /// Writes the parameters to directory `dir`, complete or not at all. `metadata` is any text of
+  /// the caller's, which checkpoint_metadata(dir) returns. Buffers are not saved. Collective.
+  void save_checkpoint(const std::string& dir, const std::string& metadata = "") {
     state_->settle();
-    state_->engine().save_checkpoint(dir, {}, metadata_json);
+    state_->engine().save_checkpoint(dir, {}, {{kUserMetadata, metadata}});
   }
 
-  /// As above with the state of an AdamW, Adam or SGD built on parameters(). The metadata gets a
-  /// member "fsdp_optimizer" with its step counts; learning rates and other options are the
-  /// caller's to save. Collective.
+  /// As above with the state of an AdamW, Adam or SGD built on parameters(), its step counts
+  /// included; learning rates and other options are the caller's to save. Collective.
   void save_checkpoint(const std::string& dir, torch::optim::Optimizer& optimizer,
-                       const std::string& metadata_json = "{}") {
+                       const std::string& metadata = "") {
     state_->settle();
     const auto snapshot = detail::snapshot_optimizer(optimizer, *state_);
     state_->engine().save_checkpoint(
         dir, snapshot.states,
-        detail::with_member(metadata_json, detail::kOptimizerMember, snapshot.description));
+        {{kUserMetadata, metadata}, {detail::kOptimizerMetadata, snapshot.description}});
   }
 
   /// Reads the parameters from a checkpoint of the same parameters, at any world size and
@@ -176,7 +174,8 @@ class ShardedModule {
   /// Collective.
   void load_checkpoint(const std::string& dir, torch::optim::Optimizer& optimizer) {
     state_->settle();
-    auto target = detail::prepare_optimizer_load(checkpoint_metadata(dir), optimizer, *state_);
+    auto target = detail::prepare_optimizer_load(
+        checkpoint_metadata(dir, detail::kOptimizerMetadata), optimizer, *state_);
     state_->writes->before_write();
     state_->engine().load_checkpoint(dir, target.states);
     detail::install_optimizer_state(target, optimizer, *state_);
