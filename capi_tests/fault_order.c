@@ -12,7 +12,6 @@ typedef enum {
   OTHER_OP,
   OTHER_ROOT,
   OTHER_REDUCTION,
-  NO_GRADIENT,
   WRITE_INSTEAD,
   CASES
 } case_t;
@@ -29,7 +28,6 @@ static const struct {
                  {"another op", "max", "sum"},
                  {"another root", "root 1", "root 0"},
                  {"reductions swapped", "\"layer1\"", "\"layer2\""},
-                 {"a unit without gradients on one rank", "\"layer1\"", "\"layer2\""},
                  {"begin_write instead of a forward", "writable", "\"layer1\""}};
 
 /* One try to run the case to its end; the status of the first call that fails. */
@@ -67,14 +65,11 @@ static fsdp_status_t run(const job_t *job, fsdp_engine_t *engine, case_t which) 
       break;
     case OTHER_ROOT: status = fsdp_comm_broadcast(job->comm, &t, other); break;
     case OTHER_REDUCTION:
-    case NO_GRADIENT:
       for (uint32_t u = 2; u <= 3 && status == FSDP_OK; u++)
         status = fsdp_engine_pre_forward(engine, u);
       for (uint32_t u = 3; u >= 2 && status == FSDP_OK; u--) {
-        const uint32_t unit = other && which == OTHER_REDUCTION ? 5 - u : u;
-        /* The host's mistake: on rank 1 the last layer gets no gradient at all. */
-        if (!(other && which == NO_GRADIENT && unit == 3))
-          status = stack_add_grad(engine, unit - 1, 1);
+        const uint32_t unit = other ? 5 - u : u;
+        status = stack_add_grad(engine, unit - 1, 1);
         if (status == FSDP_OK) status = fsdp_engine_reduce(engine, unit);
       }
       break;

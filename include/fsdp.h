@@ -423,7 +423,8 @@ typedef struct {
    */
   uint64_t grad_shard_bytes;
   /**
-   * Bytes of this rank's gradient slots, when all are used to the full.
+   * Bytes of this rank's gradient slots, when all are used to the full. A unit that finds all taken uses as much
+   * again as the largest of them.
    */
   uint64_t gradient_slot_bytes;
   /**
@@ -741,7 +742,7 @@ fsdp_status_t fsdp_engine_pre_backward(fsdp_engine_t *engine,
 
 /**
  * Call after the backward of each use of a unit. After that of its last use, its gradients (all uses summed) are
- * reduced to their mean over the ranks and the unit is resharded. The root's ends the iteration: when it returns, every
+ * reduced to their mean over the ranks (a rank may have none) and the unit is resharded. The root's ends the iteration: when it returns, every
  * gradient is in its shard and this rank may write its shards. Collective. Since 0.1.
  */
 fsdp_status_t fsdp_engine_post_backward(fsdp_engine_t *engine,
@@ -765,8 +766,9 @@ fsdp_status_t fsdp_engine_unshard(fsdp_engine_t *engine,
 fsdp_status_t fsdp_engine_reshard(fsdp_engine_t *engine, uint32_t unit);
 
 /**
- * Starts the reduction of the gradients collected for a unit; nothing happens if there are none. More gradients may
- * come later in the same backward: they are reduced again, and added. Collective: same order on every rank. Since 0.1.
+ * Starts the reduction of the gradients collected for a unit; a rank that has none takes part with none. More gradients
+ * may come later in the same backward: they are reduced again, and added. Collective: same order on every rank.
+ * FSDP_ERR_INVALID_STATE if nothing was unsharded since the last iteration ended. Since 0.1.
  */
 fsdp_status_t fsdp_engine_reduce(fsdp_engine_t *engine,
                                  uint32_t unit);

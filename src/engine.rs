@@ -178,15 +178,15 @@ impl Engine {
         self.unshard_locked(&mut state, unit)
     }
 
-    /// After a unit's backward. When it was that of the unit's last use: reduces its gradients and reshards it; the
-    /// root's ends the iteration as `finish_backward` does.
+    /// After a unit's backward. When it was that of the unit's last use: reduces its gradients (a rank may have none) and
+    /// reshards it; the root's ends the iteration as `finish_backward` does.
     pub fn post_backward(&self, unit: UnitId) -> Result<()> {
         self.unit(unit)?;
         let mut state = self.lock()?;
         if !state.units[unit as usize].leave_backward()? {
             return Ok(());
         }
-        state.gradients.start(&self.plan, unit, self.tag(Kind::ReduceScatter, unit))?;
+        self.reduce_locked(&mut state, unit)?;
         state.units[unit as usize].state = UnitState::Sharded;
         match unit {
             Plan::ROOT_UNIT => self.finish_backward_locked(&mut state),
@@ -213,10 +213,10 @@ impl Engine {
     }
 
     /// This unit's gradients are complete: starts its reduce-scatter. Collective, does not wait for peers unless every
-    /// slot is taken. A unit without gradients has nothing to reduce.
+    /// slot is taken. A rank that has no gradients for the unit takes part with none.
     pub fn reduce(&self, unit: UnitId) -> Result<()> {
         self.unit(unit)?;
-        self.lock()?.gradients.start(&self.plan, unit, self.tag(Kind::ReduceScatter, unit))
+        self.reduce_locked(&mut *self.lock()?, unit)
     }
 
     /// Ends an iteration that has no backward: reshards all units, drops gradients being collected, closes the READ
@@ -381,6 +381,18 @@ impl Engine {
         }
         state.units[unit as usize].state = UnitState::Unsharded;
         state.gradients.progress(&self.plan, false)
+    }
+
+    fn reduce_locked(&self, state: &mut State, unit: UnitId) -> Result<()> {
+        if state.phase != Phase::Reading {
+            return Err(err!(
+                InvalidState,
+                "unit \"{}\" is reduced outside an iteration: no unit was unsharded since the last one ended",
+                self.plan.units[unit as usize].label()
+            ));
+        }
+        state.gradients.join(&self.plan, unit)?;
+        state.gradients.start(&self.plan, unit, self.tag(Kind::ReduceScatter, unit))
     }
 
     fn finish_forward_locked(&self, state: &mut State) -> Result<()> {

@@ -4,10 +4,12 @@
 //! complete its reduce-scatter is *started*; it is *finished* (the mean lands in the gradient shards) inside a later
 //! hook, as soon as every rank has started it; the slot is free when every rank has finished it.
 //!
-//! Invariants: reductions are finished in the order they were started; a slot that is neither open nor free becomes free
-//! without this rank doing anything but finishing what it started, so waiting for one cannot deadlock; which kind of
-//! slot a unit gets depends only on which units are open, never on timing, so ranks that run the same program start
-//! their reductions in the same order.
+//! A unit that finds all slots open collects in private memory; it is copied to the *staging* slot when it is started.
+//!
+//! Invariants: a reduction is started at the moment the host says so, whatever slot its unit has, so ranks that run the
+//! same program start theirs in the same order; reductions are finished in the order they were started; a slot that is
+//! neither open nor free becomes free without this rank doing anything but finishing what it started, so waiting for
+//! one cannot deadlock.
 
 use crate::comm::{Communicator, Segment, Slot, Tag, Ticket};
 use crate::error::Result;
@@ -16,6 +18,9 @@ use crate::plan::{Plan, UnitId};
 use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::Arc;
+
+/// Least bytes of the staging slot, for models whose units are all empty.
+const STAGING_MIN: usize = 64;
 
 enum SlotUse {
     Free,
@@ -56,7 +61,10 @@ pub struct GradientCounters {
 /// See the module's text. Used under the engine's lock.
 pub struct Gradients {
     comm: Arc<dyn Communicator>,
+    /// The last one is the staging slot: units collect in the others only.
     slots: Vec<(Slot, SlotUse)>,
+    /// Slots without the staging slot.
+    regular: usize,
     _slot_memory: Arc<dyn Any + Send + Sync>,
     open: Vec<Option<OpenUnit>>,
     started: VecDeque<Started>,
@@ -75,11 +83,15 @@ impl Gradients {
     /// Collective: allocates slots and shards.
     pub fn new(comm: Arc<dyn Communicator>, plan: &Plan, slots: usize) -> Result<Gradients> {
         let flags = plan.units.iter().map(|u| u.params.len()).max().unwrap_or(0);
-        let (slots, memory) = comm.alloc_slots(&plan.slot_bytes(slots), flags)?;
+        let mut sizes = plan.slot_bytes(slots);
+        let regular = sizes.len();
+        sizes.push(sizes.first().copied().unwrap_or(0).max(STAGING_MIN));
+        let (slots, memory) = comm.alloc_slots(&sizes, flags)?;
         let shards = HostBuffer::zeroed(plan.shard_elements, "the gradient shards")?;
         let units = 0..plan.units.len() as UnitId;
         Ok(Gradients {
             slots: slots.into_iter().map(|s| (s, SlotUse::Free)).collect(),
+            regular,
             _slot_memory: memory,
             open: units.clone().map(|_| None).collect(),
             started: VecDeque::new(),
@@ -117,10 +129,7 @@ impl Gradients {
     /// for a slot.
     pub fn region(&mut self, plan: &Plan, unit: UnitId, index: usize) -> Result<(*mut f32, bool)> {
         if self.open[unit as usize].is_none() {
-            let target = self.acquire(plan, unit)?;
-            let present = vec![false; plan.units[unit as usize].params.len()];
-            self.open[unit as usize] = Some(OpenUnit { target, present });
-            self.count_open();
+            self.open_unit(plan, unit)?;
         }
         let open = self.open[unit as usize].as_mut().expect("opened above");
         let base = match &open.target {
@@ -131,24 +140,23 @@ impl Gradients {
         Ok((base.wrapping_add(plan.units[unit as usize].layout.offsets[index]), held))
     }
 
-    /// The gradients of `unit` are complete: starts its reduce-scatter. A unit without gradients has nothing to reduce;
-    /// a unit in private memory waits for [`Gradients::start_all`] unless a slot can be had.
+    /// The gradients of `unit` are complete: starts its reduce-scatter. A unit without gradients has nothing to reduce.
     pub fn start(&mut self, plan: &Plan, unit: UnitId, tag: Tag) -> Result<()> {
         let Some(open) = self.open[unit as usize].take() else { return Ok(()) };
+        if tag.bytes == 0 {
+            return self.finish_empty(plan, unit, open);
+        }
         let slot = match open.target {
             Target::Slot(s) => s,
-            Target::Private(buffer) => match self.acquire(plan, unit)? {
-                Target::Slot(s) => {
-                    let bytes = plan.units[unit as usize].bytes();
-                    // SAFETY: both are at least as large as the unit buffer, and different allocations.
-                    unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr().cast(), self.slots[s].0.data, bytes) };
-                    s
-                }
-                Target::Private(_) => {
-                    self.open[unit as usize] = Some(OpenUnit { target: Target::Private(buffer), ..open });
-                    return Ok(());
-                }
-            },
+            // Staged and started at once, not when a slot becomes free: the order of reductions must be the host's on
+            // every rank, and which units found a slot is not the same on every rank.
+            Target::Private(buffer) => {
+                let s = self.stage(plan)?;
+                let bytes = plan.units[unit as usize].bytes();
+                // SAFETY: both are at least as large as the unit buffer, and different allocations.
+                unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr().cast(), self.slots[s].0.data, bytes) };
+                s
+            }
         };
         let ticket = self.comm.reduce_scatter_start(tag, &self.slots[slot].0, &open.present)?;
         self.slots[slot].1 = SlotUse::Started(ticket);
@@ -158,15 +166,28 @@ impl Gradients {
         self.progress(plan, false)
     }
 
-    /// Starts every open unit, those in slots first.
+    /// A unit without elements has nothing to send: its parameters have a gradient if they have one here.
+    fn finish_empty(&mut self, plan: &Plan, unit: UnitId, open: OpenUnit) -> Result<()> {
+        for (p, present) in plan.units[unit as usize].params.iter().zip(open.present) {
+            self.held[*p as usize] |= present;
+        }
+        Ok(())
+    }
+
+    /// Makes `unit` take part in its next reduction even if it has no gradient on this rank.
+    pub fn join(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
+        let u = &plan.units[unit as usize];
+        let trained = u.params.iter().any(|p| plan.params[*p as usize].requires_grad);
+        if self.open[unit as usize].is_none() && trained && u.bytes() > 0 {
+            self.open_unit(plan, unit)?;
+        }
+        Ok(())
+    }
+
+    /// Starts every open unit, in order.
     pub fn start_all(&mut self, plan: &Plan, tag: impl Fn(UnitId) -> Tag) -> Result<()> {
-        for in_slot in [true, false] {
-            for unit in 0..self.open.len() {
-                let matches = |o: &OpenUnit| matches!(o.target, Target::Slot(_)) == in_slot;
-                if self.open[unit].as_ref().is_some_and(matches) {
-                    self.start(plan, unit as UnitId, tag(unit as UnitId))?;
-                }
-            }
+        for unit in 0..self.open.len() as UnitId {
+            self.start(plan, unit, tag(unit))?;
         }
         Ok(())
     }
@@ -197,18 +218,28 @@ impl Gradients {
         }
     }
 
+    fn open_unit(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
+        let u = &plan.units[unit as usize];
+        let target = match u.bytes() {
+            0 => Target::Private(HostBuffer::zeroed(0, "a unit's gradients")?),
+            _ => self.acquire(plan, unit)?,
+        };
+        self.open[unit as usize] = Some(OpenUnit { target, present: vec![false; u.params.len()] });
+        self.count_open();
+        Ok(())
+    }
+
     /// A slot for `unit`: the smallest kind that fits among those no open unit has; a free one of that kind, else the
     /// one started first, waited for. Private memory when open units have them all.
     fn acquire(&mut self, plan: &Plan, unit: UnitId) -> Result<Target> {
         let bytes = plan.units[unit as usize].bytes();
         self.release()?;
         let fits = |(slot, used): &(Slot, SlotUse)| slot.bytes >= bytes && !matches!(used, SlotUse::Open);
-        let kind = self.slots.iter().filter(|s| fits(s)).map(|(slot, _)| slot.bytes).min();
+        let kind = self.slots[..self.regular].iter().filter(|s| fits(s)).map(|(slot, _)| slot.bytes).min();
         let Some(kind) = kind else {
             return Ok(Target::Private(HostBuffer::zeroed(bytes / size_of::<f32>(), "a unit's gradients")?));
         };
-        let (index, ticket) = self
-            .slots
+        let (index, ticket) = self.slots[..self.regular]
             .iter()
             .enumerate()
             .filter(|(_, s)| s.0.bytes == kind)
@@ -227,6 +258,16 @@ impl Gradients {
         Ok(Target::Slot(index))
     }
 
+    /// The staging slot, when every rank has read what was in it.
+    fn stage(&mut self, plan: &Plan) -> Result<usize> {
+        if let SlotUse::Started(ticket) = self.slots[self.regular].1 {
+            self.progress(plan, true)?;
+            self.comm.finished(ticket, true)?;
+            self.slots[self.regular].1 = SlotUse::Free;
+        }
+        Ok(self.regular)
+    }
+
     /// Frees the slots that every rank has read.
     fn release(&mut self) -> Result<()> {
         for (_, used) in &mut self.slots {
@@ -240,7 +281,7 @@ impl Gradients {
     }
 
     fn count_open(&mut self) {
-        let used = self.slots.iter().filter(|(_, u)| !matches!(u, SlotUse::Free)).count();
+        let used = self.slots[..self.regular].iter().filter(|(_, u)| !matches!(u, SlotUse::Free)).count();
         let private = self.open.iter().flatten().filter(|o| matches!(o.target, Target::Private(_))).count();
         self.counters.slots_peak = self.counters.slots_peak.max(used);
         self.counters.overflow_peak = self.counters.overflow_peak.max(private);

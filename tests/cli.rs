@@ -100,6 +100,13 @@ fn ranks_get_torchruns_variables() {
 }
 
 #[test]
+fn ranks_start_with_no_signal_blocked() {
+    let (code, out, _) =
+        finish(&mut fsdp(&["run", "-n", "1", "--no-prefix", "--", "grep", "SigBlk", "/proc/self/status"]));
+    assert_eq!((code, out.trim_start_matches("SigBlk:").trim()), (0, "0000000000000000"));
+}
+
+#[test]
 fn threads_are_shared_out() {
     let (code, out, _) = finish(&mut run_sh(&["-n", "2"], "echo $OMP_NUM_THREADS"));
     assert_eq!(code, 0);

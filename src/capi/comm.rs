@@ -1,7 +1,7 @@
 //! `fsdp_comm_t`: making communicators, and collectives on the caller's memory.
 
 use super::handle::{fsdp_comm_t, get, insert, remove};
-use super::status::{boundary, fsdp_status_t, out, read_sized, string, Sized_};
+use super::status::{boundary, boundary_void, fsdp_status_t, out, read_sized, string, Sized_};
 use super::tensor::{fsdp_tensor_t, HostTensor};
 use crate::comm::{env, shm, single, ReduceOp};
 use crate::dtype::DType;
@@ -251,10 +251,7 @@ pub extern "C" fn fsdp_comm_async_error(comm: *const fsdp_comm_t) -> fsdp_status
 /// Engines made on the communicator keep it until they are destroyed. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_comm_destroy(comm: *mut fsdp_comm_t) {
-    boundary(|| {
-        remove(comm);
-        Ok(())
-    });
+    boundary_void(|| remove(comm));
 }
 
 /// A tensor and its memory.

@@ -2,7 +2,7 @@
 
 use super::handle::{fsdp_comm_t, fsdp_engine_t, fsdp_model_t, get, insert, remove};
 use super::model::lock;
-use super::status::{boundary, fsdp_status_t, out, read_sized, write_sized, Sized_};
+use super::status::{boundary, boundary_void, fsdp_status_t, out, read_sized, write_sized, Sized_};
 use super::tensor::{self, fsdp_tensor_t, HostTensor};
 use crate::config::EngineConfig;
 use crate::dtype::DType;
@@ -101,7 +101,8 @@ pub struct fsdp_stats_t {
     pub param_shard_bytes: u64,
     /// Bytes of this rank's gradient shards, padding and alignment included.
     pub grad_shard_bytes: u64,
-    /// Bytes of this rank's gradient slots, when all are used to the full.
+    /// Bytes of this rank's gradient slots, when all are used to the full. A unit that finds all taken uses as much
+    /// again as the largest of them.
     pub gradient_slot_bytes: u64,
     /// Bytes of all unit buffers that belong to no parameter.
     pub padding_bytes: u64,
@@ -195,10 +196,7 @@ pub unsafe extern "C" fn fsdp_engine_create(
 /// Frees the engine and this rank's shards; NULL does nothing. Local. All pointers got from it end here. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_engine_destroy(engine: *mut fsdp_engine_t) {
-    boundary(|| {
-        remove(engine);
-        Ok(())
-    });
+    boundary_void(|| remove(engine));
 }
 
 /// Number of units; unit 0 is the root, the others follow in depth-first order of the module tree. Local. Since 0.1.
@@ -336,7 +334,7 @@ pub extern "C" fn fsdp_engine_pre_backward(engine: *mut fsdp_engine_t, unit: u32
 }
 
 /// Call after the backward of each use of a unit. After that of its last use, its gradients (all uses summed) are
-/// reduced to their mean over the ranks and the unit is resharded. The root's ends the iteration: when it returns, every
+/// reduced to their mean over the ranks (a rank may have none) and the unit is resharded. The root's ends the iteration: when it returns, every
 /// gradient is in its shard and this rank may write its shards. Collective. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_engine_post_backward(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
@@ -369,8 +367,9 @@ pub extern "C" fn fsdp_engine_reshard(engine: *mut fsdp_engine_t, unit: u32) -> 
     boundary(|| with(engine, |e| e.reshard(unit)))
 }
 
-/// Starts the reduction of the gradients collected for a unit; nothing happens if there are none. More gradients may
-/// come later in the same backward: they are reduced again, and added. Collective: same order on every rank. Since 0.1.
+/// Starts the reduction of the gradients collected for a unit; a rank that has none takes part with none. More gradients
+/// may come later in the same backward: they are reduced again, and added. Collective: same order on every rank.
+/// FSDP_ERR_INVALID_STATE if nothing was unsharded since the last iteration ended. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_engine_reduce(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
     boundary(|| with(engine, |e| e.reduce(unit)))

@@ -1,7 +1,7 @@
 //! `fsdp_model_t`: registering modules and parameters, and wrapping modules into units.
 
 use super::handle::{fsdp_model_t, get, insert, remove};
-use super::status::{boundary, fsdp_status_t, out, string};
+use super::status::{boundary, boundary_void, fsdp_status_t, out, string};
 use super::tensor::{fsdp_tensor_t, HostTensor};
 use crate::error::{err, Result};
 use crate::module::ModuleTree;
@@ -169,10 +169,7 @@ pub unsafe extern "C" fn fsdp_model_wrap_if(
 /// Frees the model; NULL does nothing. Engines made from it live on. Local. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_model_destroy(model: *mut fsdp_model_t) {
-    boundary(|| {
-        remove(model);
-        Ok(())
-    });
+    boundary_void(|| remove(model));
 }
 
 /// Locks a model.

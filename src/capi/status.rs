@@ -81,6 +81,12 @@ pub fn boundary(f: impl FnOnce() -> Result<()>) -> fsdp_status_t {
     status
 }
 
+/// Runs the body of a function that returns no status. The last error message stays, so that a host can free things
+/// before it prints; a panic is dropped with its object.
+pub fn boundary_void(f: impl FnOnce()) {
+    let _ = catch_unwind(AssertUnwindSafe(f));
+}
+
 /// What went wrong in this thread's latest call that returns a status: a sentence that names the parameter, unit, rank
 /// or file. "" if that call succeeded. Local; the pointer is valid until the thread's next call that returns a status.
 #[no_mangle]

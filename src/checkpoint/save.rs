@@ -115,10 +115,14 @@ unsafe fn write_shards(engine: &Engine, aside: &Path, entries: &[Entry]) -> Resu
         });
     }
     let info = HashMap::from([("format".to_string(), "fsdp-shard".to_string())]);
+    let os = |e| Error::os(format!("writing \"{}\"", path.display()), e);
+    // The library writes a private temporary file; what a plain new file here may be read by is asked of one.
+    let mode = fs::File::create(&path).and_then(|f| f.metadata()).map_err(os)?.permissions();
     safetensors::serialize_to_file(tensors, Some(info), &path)
         .map_err(|e| err!(Io, "writing \"{}\": {e}", path.display()))?;
+    fs::set_permissions(&path, mode).map_err(os)?;
     let file = fs::File::open(&path).and_then(|f| f.sync_all().map(|()| f)).and_then(|f| f.metadata());
-    let bytes = file.map_err(|e| Error::os(format!("writing \"{}\"", path.display()), e))?.len();
+    let bytes = file.map_err(os)?.len();
     Ok(File { name, bytes, pieces })
 }
 

@@ -135,9 +135,14 @@ pub struct Segment {
     pub accumulate: bool,
 }
 
-/// A reduce-scatter that was started; finished in the order of starting.
+/// A reduce-scatter that was started; those of one allocation of slots are finished in the order of starting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Ticket(pub u64);
+pub struct Ticket {
+    /// The backend's number of the allocation of slots, so that several engines may share a communicator.
+    pub slots: u64,
+    /// How many were started on them before.
+    pub number: u64,
+}
 
 /// See the module's text. All methods but `rank`, `world_size`, `name_units`, `close_reads`, `finished`, `abort` and
 /// `async_error` are collective. After an error of a collective the communicator is broken: every later call on any
@@ -175,7 +180,7 @@ pub trait Communicator: Send + Sync {
     /// the last clone on every rank is dropped.
     fn alloc_arena(&self, bytes: usize) -> Result<Arena>;
     /// `sizes.len()` gradient slots on each rank, slot i of `sizes[i]` bytes with room for `flags` presence bytes each.
-    /// Taken at once; freed with the returned owner.
+    /// Freed with the returned owner. Pages take memory only when they are written.
     fn alloc_slots(&self, sizes: &[usize], flags: usize) -> Result<(Vec<Slot>, Arc<dyn std::any::Any + Send + Sync>)>;
 
     /// READ phase begins: this rank's shards hold their new values and are not written until `wait_writable`.
@@ -191,7 +196,7 @@ pub trait Communicator: Send + Sync {
     /// Publishes the full gradient in `slot`; `present[i]` says whether parameter i of the unit has one here. Does not
     /// wait. The slot must not be written until `finished(ticket)`.
     fn reduce_scatter_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket>;
-    /// Does this rank's part of the oldest unfinished reduce-scatter (`ticket` must be that one): for each segment the
+    /// Does this rank's part of the oldest unfinished reduce-scatter on its slots (`ticket` must be that one): for each segment the
     /// fp32 sum over the ranks that have the parameter, in rank order 0..W-1, divided by W, written or added to `out`.
     /// Returns for each parameter whether any rank had a gradient; segments of absent parameters are left alone.
     /// `None`: not every rank has started it, and `wait` was false.

@@ -199,16 +199,16 @@ impl Communicator for Single {
         let floats = tag.bytes as usize / 4;
         state.pending.push_back(Pending { data: slot.data.cast(), floats, present: present.to_vec() });
         state.started += 1;
-        Ok(Ticket(state.started - 1))
+        Ok(Ticket { slots: 0, number: state.started - 1 })
     }
 
     fn reduce_scatter_finish(&self, ticket: Ticket, segments: &[Segment], _wait: bool) -> Result<Option<Vec<bool>>> {
         let mut state = self.working()?;
-        if ticket.0 != state.finished || state.pending.is_empty() {
+        if ticket.number != state.finished || state.pending.is_empty() {
             return Err(err!(
                 InvalidState,
                 "reduce-scatter {} is not the oldest unfinished one ({})",
-                ticket.0,
+                ticket.number,
                 state.finished
             ));
         }
@@ -227,14 +227,16 @@ impl Communicator for Single {
 
     fn finished(&self, ticket: Ticket, wait: bool) -> Result<bool> {
         let state = self.working()?;
-        if ticket.0 < state.finished {
+        if ticket.number < state.finished {
             return Ok(true);
         }
         match wait {
             false => Ok(false),
-            true => {
-                Err(err!(InvalidState, "waiting for reduce-scatter {}, which this rank has not finished", ticket.0))
-            }
+            true => Err(err!(
+                InvalidState,
+                "waiting for reduce-scatter {}, which this rank has not finished",
+                ticket.number
+            )),
         }
     }
 
@@ -317,7 +319,10 @@ mod tests {
         assert_eq!(c.reduce_scatter_finish(ticket, &segments, false).unwrap(), Some(vec![true, false]));
         assert_eq!(out, [2.0, 3.0, 104.0, 105.0, 100.0, 100.0]);
         assert!(c.finished(ticket, true).unwrap());
-        assert_eq!(c.reduce_scatter_finish(Ticket(1), &[], true).unwrap_err().status, Status::InvalidState);
+        assert_eq!(
+            c.reduce_scatter_finish(Ticket { slots: 0, number: 1 }, &[], true).unwrap_err().status,
+            Status::InvalidState
+        );
     }
 
     #[test]

@@ -17,8 +17,8 @@ pub fn misuse(rank: &Rank) -> String {
     let mut seen = Vec::new();
     if rank.rank() == 0 {
         seen.push(c.all_gather(gather, &arena).unwrap_err().status);
-        seen.push(c.finished(Ticket(0), true).unwrap_err().status);
-        seen.push(c.reduce_scatter_finish(Ticket(0), &[], true).unwrap_err().status);
+        seen.push(c.finished(Ticket { slots: 0, number: 0 }, true).unwrap_err().status);
+        seen.push(c.reduce_scatter_finish(Ticket { slots: 0, number: 0 }, &[], true).unwrap_err().status);
         assert_eq!(seen, [Status::InvalidState; 3]);
         seen.clear();
         seen.push(c.reduce_scatter_start(scatter(128), &slots[0], &[true]).unwrap_err().status);

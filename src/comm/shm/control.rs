@@ -45,12 +45,6 @@ pub struct Entry {
     detail: AtomicU64,
 }
 
-/// Where the gradient of one started reduce-scatter lies: the allocation and the slot within it.
-#[repr(C)]
-pub struct Reduction {
-    pub slot: AtomicU64,
-}
-
 #[repr(C)]
 pub struct Doorbell {
     pub bell: AtomicU32,
@@ -65,13 +59,9 @@ pub struct RankArea {
     pub issued: Line<AtomicU64>,
     /// Control-plane steps arrived at.
     pub steps: Line<AtomicU64>,
-    /// Reduce-scatters started, and finished.
-    pub started: Line<AtomicU64>,
-    pub finished: Line<AtomicU64>,
     /// Nonzero once the rank has destroyed its communicator.
     pub left: Line<AtomicU32>,
     pub ring: [Entry; RING],
-    pub reductions: [Reduction; RING],
     pub scratch: [UnsafeCell<[u8; SCRATCH]>; 2],
 }
 

@@ -9,15 +9,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 /// Allocation number `id` of `bytes`. An error here is this rank's; the caller makes it everybody's.
-pub fn segment(group: &Group, what: &Announcement, id: u64, bytes: usize) -> Result<OwnedFd> {
+pub fn segment(group: &Group, what: &Announcement, id: u64, bytes: usize, reserve: bool) -> Result<OwnedFd> {
     match group.rank {
-        0 => give(group, id, bytes),
+        0 => give(group, id, bytes, reserve),
         _ => take(group, what, id, bytes),
     }
 }
 
-fn give(group: &Group, id: u64, bytes: usize) -> Result<OwnedFd> {
-    let fd = segment::create(c"fsdp", bytes)?;
+fn give(group: &Group, id: u64, bytes: usize, reserve: bool) -> Result<OwnedFd> {
+    let fd = segment::create(c"fsdp", bytes, reserve)?;
     let deadline = Instant::now() + group.timeout;
     for peer in group.others() {
         let Some(to) = group.socket(peer) else { continue };

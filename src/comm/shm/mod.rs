@@ -142,11 +142,12 @@ impl Shm {
         local: &mut Local,
         what: Announcement,
         bytes: usize,
+        reserve: bool,
         map: impl FnOnce(&OwnedFd, u64) -> Result<T>,
     ) -> Result<T> {
         self.announce(local, &what)?;
         let id = local.allocations;
-        let mapped = handover::segment(&self.group, &what, id, bytes).and_then(|fd| map(&fd, id));
+        let mapped = handover::segment(&self.group, &what, id, bytes, reserve).and_then(|fd| map(&fd, id));
         let mapped = mapped.map_err(|e| {
             let doing = format!("rank {}: {}", self.group.rank, self.group.describe(&what));
             self.group.fail(e.context(doing))
@@ -214,7 +215,7 @@ impl Communicator for Shm {
         let total = ArenaSegment::segment_bytes(bytes)?;
         let (what, number) = (Announcement::arena_allocation(bytes), self.number);
         let map = |fd: &OwnedFd, id| ArenaSegment::map(fd, bytes, number, id);
-        let segment = self.allocate(&mut *self.working()?, what, total, map)?;
+        let segment = self.allocate(&mut *self.working()?, what, total, true, map)?;
         Ok(Arena { base: segment.base(), bytes, id: segment.id, owner: Arc::new(segment) })
     }
 
@@ -224,7 +225,7 @@ impl Communicator for Shm {
         let what = Announcement::sized(Kind::Alloc, DType::U8, total, Detail::Layout(layout.digest()));
         let local = &mut *self.working()?;
         let map = |fd: &OwnedFd, id| SlotSegment::map(fd, layout, id as u32);
-        let segment = Arc::new(self.allocate(local, what, total, map)?);
+        let segment = Arc::new(self.allocate(local, what, total, false, map)?);
         local.reductions.add(&segment);
         let rank = self.group.rank;
         let slot = |(index, &bytes)| Slot { index, data: segment.data(rank, index), bytes };
@@ -285,7 +286,7 @@ impl Communicator for Shm {
         let local = &mut *self.working()?;
         let next = local.reductions.prepare(&self.group, tag, slot, present)?;
         self.announce(local, &next.what)?;
-        Ok(local.reductions.start(&self.group, next, present))
+        local.reductions.start(&self.group, next, present)
     }
 
     fn reduce_scatter_finish(&self, ticket: Ticket, segments: &[Segment], wait: bool) -> Result<Option<Vec<bool>>> {

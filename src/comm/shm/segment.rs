@@ -1,17 +1,18 @@
 //! Shared memory of a job: memfds, and the layout of arenas and gradient slots in them. Nothing has a name in any file
 //! system; the kernel frees a segment when the last process that maps it is gone.
 
+use super::control::{Line, RING};
 use crate::comm::memory::{round_up, Mapping, PAGE};
 use crate::error::{err, Error, Result};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Creates a zeroed segment of `bytes` whose size is sealed. Its memory is taken now, so that a lack of it is an error
-/// here and not a SIGBUS at first touch.
-pub fn create(name: &std::ffi::CStr, bytes: usize) -> Result<OwnedFd> {
+/// Creates a zeroed segment of `bytes` whose size is sealed. `reserve`: its memory is taken now, so that a lack of it is
+/// an error here; otherwise pages take memory when they are touched, as private memory does.
+pub fn create(name: &std::ffi::CStr, bytes: usize, reserve: bool) -> Result<OwnedFd> {
     let what = || format!("shared memory segment of {bytes} bytes");
-    if let Some(available) = available_bytes().filter(|a| bytes as u64 > *a) {
+    if let Some(available) = available_bytes().filter(|a| reserve && bytes as u64 > *a) {
         return Err(err!(OutOfMemory, "{}: only {available} bytes of memory are available", what()));
     }
     // SAFETY: the name is a C string; the call makes a new descriptor.
@@ -31,7 +32,7 @@ pub fn create(name: &std::ffi::CStr, bytes: usize) -> Result<OwnedFd> {
         return Err(failed(io::Error::last_os_error()));
     }
     // SAFETY: as above.
-    while length > 0 && unsafe { libc::fallocate(fd.as_raw_fd(), 0, 0, length) } != 0 {
+    while reserve && length > 0 && unsafe { libc::fallocate(fd.as_raw_fd(), 0, 0, length) } != 0 {
         let e = io::Error::last_os_error();
         if e.raw_os_error() != Some(libc::EINTR) {
             return Err(failed(e));
@@ -118,7 +119,18 @@ impl ArenaSegment {
     }
 }
 
-/// Gradient slots of all ranks: per rank, page-aligned, for each slot its data (64-byte aligned) and its presence bytes.
+/// How far one rank is with the reductions on its slots.
+#[repr(C)]
+pub struct Progress {
+    /// Reduce-scatters started, and finished.
+    pub started: Line<AtomicU64>,
+    pub finished: Line<AtomicU64>,
+    /// The slot of reduction t is at t % RING.
+    pub slots: [AtomicU64; RING],
+}
+
+/// Gradient slots of all ranks: per rank, page-aligned, its [`Progress`], then for each slot its data (64-byte aligned)
+/// and its presence bytes.
 pub struct SlotSegment {
     mapping: Mapping,
     pub id: u32,
@@ -139,7 +151,7 @@ pub struct SlotLayout {
 impl SlotLayout {
     pub fn new(sizes: &[usize], flags: usize, world: usize) -> Result<SlotLayout> {
         let plan = || {
-            let (mut offsets, mut at) = (Vec::with_capacity(sizes.len()), 0usize);
+            let (mut offsets, mut at) = (Vec::with_capacity(sizes.len()), std::mem::size_of::<Progress>());
             for &bytes in sizes {
                 offsets.push(at);
                 at = at.checked_add(round_up(bytes, 64)?)?.checked_add(round_up(flags, 64)?)?;
@@ -164,6 +176,14 @@ impl SlotSegment {
         let mapping = Mapping::shared(fd.as_fd(), layout.total)?;
         let last_ticket = layout.sizes.iter().map(|_| AtomicU64::new(0)).collect();
         Ok(SlotSegment { mapping, id, layout, last_ticket })
+    }
+
+    pub fn progress(&self, rank: usize) -> &Progress {
+        const { assert!(std::mem::size_of::<Progress>() % 64 == 0) };
+        let offset = rank * self.layout.rank_bytes;
+        assert!(offset + std::mem::size_of::<Progress>() <= self.mapping.bytes());
+        // SAFETY: every rank's part begins with it, page-aligned, zeroed at first, all atomic.
+        unsafe { &*self.mapping.base().add(offset).cast::<Progress>() }
     }
 
     /// Rank `rank`'s slot `index`: its `sizes[index]` bytes.
@@ -198,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_segment_is_zeroed_sealed_and_of_its_size() {
-        let fd = create(c"fsdp-test", 10_000).unwrap();
+        let fd = create(c"fsdp-test", 10_000, true).unwrap();
         check_size(fd.as_fd(), 10_000).unwrap();
         assert!(check_size(fd.as_fd(), 9_999).is_err());
         // SAFETY: a call on our own descriptor.
@@ -207,7 +227,7 @@ mod tests {
 
     #[test]
     fn more_memory_than_there_is_is_an_error() {
-        let e = create(c"fsdp-test", 1 << 50).unwrap_err();
+        let e = create(c"fsdp-test", 1 << 50, true).unwrap_err();
         assert_eq!(e.status, Status::OutOfMemory, "{e}");
         assert!(ArenaSegment::segment_bytes(usize::MAX - 5).is_err());
         assert!(SlotLayout::new(&[usize::MAX - 70], 1, 2).is_err());
@@ -217,7 +237,7 @@ mod tests {
     #[test]
     fn slots_are_aligned_and_apart() {
         let layout = SlotLayout::new(&[100, 0, 5000], 3, 4).unwrap();
-        let fd = create(c"fsdp-test", layout.total).unwrap();
+        let fd = create(c"fsdp-test", layout.total, false).unwrap();
         let slots = SlotSegment::map(&fd, layout.clone(), 0).unwrap();
         let mut ranges = Vec::new();
         for rank in 0..4 {

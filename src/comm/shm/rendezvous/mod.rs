@@ -74,7 +74,7 @@ fn ms(config: &Config) -> u128 {
 }
 
 fn control_segment(world: usize) -> Result<OwnedFd> {
-    segment::create(c"fsdp-control", super::control::Control::bytes(world))
+    segment::create(c"fsdp-control", super::control::Control::bytes(world), true)
 }
 
 fn check_control(fd: &OwnedFd, world: usize) -> Result<()> {
