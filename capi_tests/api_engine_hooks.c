@@ -142,16 +142,17 @@ static void parts_of_the_hooks(void) {
   CHECK_OK(fsdp_engine_unshard(e, TOY_A, &again));
   CHECK(again == buffer);
   CHECK_EQ(stats_of(e).all_gathers, 2);
-  /* Nothing was collected: nothing to reduce. */
-  CHECK_OK(fsdp_engine_reduce(e, TOY_A));
-  CHECK_EQ(stats_of(e).reduce_scatters, 0);
-  toy_add_grad(e, TOY_WEIGHT, 1);
+  /* Nothing was collected here; a peer might have something. */
   CHECK_OK(fsdp_engine_reduce(e, TOY_A));
   CHECK_EQ(stats_of(e).reduce_scatters, 1);
+  CHECK(toy_shard(e, TOY_WEIGHT).grad == NULL);
+  toy_add_grad(e, TOY_WEIGHT, 1);
+  CHECK_OK(fsdp_engine_reduce(e, TOY_A));
+  CHECK_EQ(stats_of(e).reduce_scatters, 2);
   /* More of the same backward is added. */
   toy_add_grad(e, TOY_WEIGHT, 2);
   CHECK_OK(fsdp_engine_finish_backward(e));
-  CHECK_EQ(stats_of(e).reduce_scatters, 2);
+  CHECK_EQ(stats_of(e).reduce_scatters, 3);
   CHECK(toy_shard(e, TOY_WEIGHT).grad[20] == 3);
   CHECK_EQ(toy_state(e, TOY_A), FSDP_UNIT_SHARDED);
   CHECK_OK(fsdp_engine_finish_backward(e));

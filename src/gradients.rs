@@ -33,6 +33,8 @@ enum Target {
     Slot(usize),
     /// Every slot that is large enough belongs to another open unit.
     Private(HostBuffer),
+    /// The unit has no elements.
+    Nowhere,
 }
 
 struct OpenUnit {
@@ -135,6 +137,7 @@ impl Gradients {
         let base = match &open.target {
             Target::Slot(s) => self.slots[*s].0.data.cast::<f32>(),
             Target::Private(buffer) => buffer.as_ptr(),
+            Target::Nowhere => std::ptr::null_mut(),
         };
         let held = std::mem::replace(&mut open.present[index], true);
         Ok((base.wrapping_add(plan.units[unit as usize].layout.offsets[index]), held))
@@ -143,10 +146,14 @@ impl Gradients {
     /// The gradients of `unit` are complete: starts its reduce-scatter. A unit without gradients has nothing to reduce.
     pub fn start(&mut self, plan: &Plan, unit: UnitId, tag: Tag) -> Result<()> {
         let Some(open) = self.open[unit as usize].take() else { return Ok(()) };
-        if tag.bytes == 0 {
-            return self.finish_empty(plan, unit, open);
-        }
         let slot = match open.target {
+            Target::Nowhere => {
+                // Nothing to send: its parameters have a gradient if they have one here.
+                for (p, present) in plan.units[unit as usize].params.iter().zip(open.present) {
+                    self.held[*p as usize] |= present;
+                }
+                return Ok(());
+            }
             Target::Slot(s) => s,
             // Staged and started at once, not when a slot becomes free: the order of reductions must be the host's on
             // every rank, and which units found a slot is not the same on every rank.
@@ -164,14 +171,6 @@ impl Gradients {
         self.counters.reduce_scatters += 1;
         self.counters.reduce_scatter_bytes += tag.bytes;
         self.progress(plan, false)
-    }
-
-    /// A unit without elements has nothing to send: its parameters have a gradient if they have one here.
-    fn finish_empty(&mut self, plan: &Plan, unit: UnitId, open: OpenUnit) -> Result<()> {
-        for (p, present) in plan.units[unit as usize].params.iter().zip(open.present) {
-            self.held[*p as usize] |= present;
-        }
-        Ok(())
     }
 
     /// Makes `unit` take part in its next reduction even if it has no gradient on this rank.
@@ -221,7 +220,7 @@ impl Gradients {
     fn open_unit(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
         let u = &plan.units[unit as usize];
         let target = match u.bytes() {
-            0 => Target::Private(HostBuffer::zeroed(0, "a unit's gradients")?),
+            0 => Target::Nowhere,
             _ => self.acquire(plan, unit)?,
         };
         self.open[unit as usize] = Some(OpenUnit { target, present: vec![false; u.params.len()] });

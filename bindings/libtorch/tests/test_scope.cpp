@@ -229,10 +229,11 @@ void second_thread(const fsdp::Communicator& comm) {
   std::atomic<bool> stop{false};
   std::atomic<int> rounds{0};
   std::string failure;
+  // Made here: the thread must not draw from the generator that this one seeds.
+  nn::Linear own(5, 5);
   // Trains a small model of its own all the while, and may not touch the sharded one.
   std::thread other([&] {
     try {
-      nn::Linear own(5, 5);
       torch::optim::SGD optimizer(own->parameters(), 0.01);
       while (!stop) {
         own->forward(torch::ones({3, 5})).pow(2).mean().backward();
@@ -246,10 +247,18 @@ void second_thread(const fsdp::Communicator& comm) {
       failure = error.what();
     }
   });
-  for (int round = 0; round < 20; ++round) require_usable(model, comm);
-  while (rounds < 3 && failure.empty()) std::this_thread::yield();
-  stop = true;
-  other.join();
+  const auto join = [&] {
+    stop = true;
+    other.join();
+  };
+  try {
+    for (int round = 0; round < 20; ++round) require_usable(model, comm);
+    while (rounds < 3 && failure.empty()) std::this_thread::yield();
+  } catch (...) {
+    join();
+    throw;
+  }
+  join();
   REQUIRE_SAY(failure.empty(), failure);
   REQUIRE(!c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::DeferredInit));
   REQUIRE(!c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::DeferredInit));

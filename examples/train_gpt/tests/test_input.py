@@ -4,7 +4,7 @@ import os
 import subprocess
 import unittest
 
-from trainer import TRAINER, Case
+from trainer import TINY, TRAINER, Case
 
 
 class Input(Case):
@@ -27,7 +27,7 @@ class Input(Case):
         self.assertFalse(os.path.exists(self.path("out")))
 
     def test_environment(self):
-        args = [TRAINER, "--text", self.path("text"), "--out", self.path("out"), "--steps", "3"]
+        args = [TRAINER, *TINY, "--text", self.path("text"), "--out", self.path("out"), "--steps", "3"]
         for variables, words in [
             ({"RANK": "0", "WORLD_SIZE": "two"}, ["WORLD_SIZE", "two"]),
             ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, ["rank", "2"]),
