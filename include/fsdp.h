@@ -432,7 +432,8 @@ typedef struct {
    */
   uint64_t padding_bytes;
   /**
-   * Bytes of all unit buffers. On shm they are the ranks' shards laid end to end: one copy a host.
+   * Bytes of all unit buffers, each on a cache line of its own. On shm they are the ranks' shards laid end to end: one
+   * copy a host.
    */
   uint64_t unit_buffer_bytes;
   /**

@@ -48,7 +48,7 @@ pub struct Stats {
     pub gradient_slot_bytes: u64,
     /// Padding in all unit buffers, of all ranks together.
     pub padding_bytes: u64,
-    /// All unit buffers; on shm one copy a host.
+    /// All unit buffers, each on a line of its own; on shm one copy a host.
     pub unit_buffer_bytes: u64,
     pub all_gathers: u64,
     /// Bytes that all-gathers copied; 0 on shared pages.

@@ -106,7 +106,8 @@ pub struct fsdp_stats_t {
     pub gradient_slot_bytes: u64,
     /// Bytes of all unit buffers that belong to no parameter.
     pub padding_bytes: u64,
-    /// Bytes of all unit buffers. On shm they are the ranks' shards laid end to end: one copy a host.
+    /// Bytes of all unit buffers, each on a cache line of its own. On shm they are the ranks' shards laid end to end: one
+    /// copy a host.
     pub unit_buffer_bytes: u64,
     /// All-gathers so far.
     pub all_gathers: u64,
