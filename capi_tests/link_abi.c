@@ -19,6 +19,9 @@
 #error "fsdp is for 64-bit machines: the numbers below are theirs"
 #endif
 
+SIZE(fsdp_metadata_t, 16);
+FIELD(fsdp_metadata_t, key, 0);
+FIELD(fsdp_metadata_t, value, 8);
 SIZE(fsdp_state_t, 24);
 FIELD(fsdp_state_t, param, 0);
 FIELD(fsdp_state_t, name, 8);
