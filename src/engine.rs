@@ -423,6 +423,16 @@ impl Engine {
     }
 }
 
+impl Drop for Engine {
+    /// Other ranks may still wait for this one to stop reading; it does now.
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if state.phase == Phase::Reading {
+            self.comm.close_reads(&self.arena);
+        }
+    }
+}
+
 /// Compares the model and the configuration of all ranks; every rank gets the same error.
 fn agree(description: &[String], config: &EngineConfig, comm: &dyn Communicator) -> Result<()> {
     let mine: Vec<&str> = description.iter().map(String::as_str).collect();

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,19 @@ const DEADLINE: Duration = Duration::from_secs(60);
 fn fsdp(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fsdp"));
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // SAFETY: alarm takes a number. It ends this process if a test hangs in a read, in whatever order tests run.
+    unsafe { libc::alarm(2 * DEADLINE.as_secs() as u32) };
+    // SAFETY: the closure runs between fork and exec and only makes async-signal-safe system calls.
+    unsafe {
+        command.pre_exec(|| {
+            // Tests may be started by something that ignores them, such as a background job of a shell; `fsdp run`
+            // would, rightly, go on ignoring them.
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1, libc::SIGUSR2] {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        });
+    }
     for name in ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"] {
         command.env_remove(name);
     }

@@ -162,6 +162,21 @@ fn a_different_order_is_an_error_on_every_rank_that_names_units_and_ranks() {
 }
 
 #[test]
+fn nobody_waits_for_an_engine_that_was_destroyed() {
+    ranks(2, |comm| {
+        let rank = comm.rank();
+        let engine = engine(comm.clone(), &EngineConfig::default());
+        engine.pre_forward(0).unwrap();
+        comm.barrier().unwrap();
+        if rank == 0 {
+            engine.finish_forward().unwrap();
+            engine.begin_write().unwrap();
+        }
+        // Rank 1 is still reading when its engine ends.
+    });
+}
+
+#[test]
 fn writing_in_the_middle_of_a_backward_is_refused() {
     ranks(2, |comm| {
         let engine = engine(comm, &EngineConfig::default());
