@@ -13,10 +13,11 @@ static fsdp_status_t run(const job_t *job, fsdp_engine_t *engine, case_t which) 
   switch (which) {
     case FROM_BARRIER: return fsdp_comm_barrier(job->comm);
     case FROM_FORWARD:
-      /* What rank 1 had published can still be read; that it never says it has read is what shows.
-       */
+      /* What rank 1 had published can still be read, and it reads no more; that it does not come to
+       * the next forward is what shows. */
       status = fsdp_engine_pre_forward(engine, 2);
-      return status != FSDP_OK ? status : fsdp_engine_begin_write(engine);
+      if (status == FSDP_OK) status = fsdp_engine_begin_write(engine);
+      return status != FSDP_OK ? status : fsdp_engine_pre_forward(engine, 1);
     case FROM_BACKWARD:
       status = stack_add_grad(engine, 0, 1);
       return status != FSDP_OK ? status : fsdp_engine_finish_backward(engine);

@@ -17,8 +17,10 @@ pub fn misuse(rank: &Rank) -> String {
     let mut seen = Vec::new();
     if rank.rank() == 0 {
         seen.push(c.all_gather(gather, &arena).unwrap_err().status);
-        seen.push(c.finished(Ticket { slots: 0, number: 0 }, true).unwrap_err().status);
-        seen.push(c.reduce_scatter_finish(Ticket { slots: 0, number: 0 }, &[], true).unwrap_err().status);
+        // The slots are the second allocation.
+        let none = Ticket { slots: 1, number: 0 };
+        seen.push(c.finished(none, true).unwrap_err().status);
+        seen.push(c.reduce_scatter_finish(none, &[], true).unwrap_err().status);
         assert_eq!(seen, [Status::InvalidState; 3]);
         seen.clear();
         seen.push(c.reduce_scatter_start(scatter(128), &slots[0], &[true]).unwrap_err().status);
@@ -30,7 +32,8 @@ pub fn misuse(rank: &Rank) -> String {
         let single = fsdp::comm::single::init();
         seen.push(c.open_reads(&single.alloc_arena(64).unwrap()).unwrap_err().status);
         seen.push(single.open_reads(&arena).unwrap_err().status);
-        assert_eq!(seen, [Status::InvalidArgument; 7]);
+        seen.push(c.finished(Ticket { slots: 7, number: 0 }, false).unwrap_err().status);
+        assert_eq!(seen, [Status::InvalidArgument; 8]);
     }
     c.open_reads(&arena).unwrap();
     assert_eq!(c.open_reads(&arena).unwrap_err().status, Status::InvalidState);
