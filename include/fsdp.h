@@ -1,5 +1,18 @@
 /* fsdp.h: the C interface of fsdp, fully sharded data parallel training.
- * Generated from src/capi by cbindgen; edit there, then run `make header`. */
+ * Generated from src/capi by cbindgen; edit there, then run `make header`.
+ *
+ * What holds for every function, unless it says otherwise:
+ *
+ * Errors   A status other than FSDP_OK means that it failed, that nothing was written through its
+ *          out-pointers, and that fsdp_last_error_message says why. None throws, unwinds or exits.
+ * Ranks    "Collective": every rank calls it, and all ranks call their collectives in the same
+ *          order; a difference is FSDP_ERR_MISMATCH on every rank. "Local": no other rank matters.
+ *          After a failed collective the communicator is broken: later calls return that error.
+ * Threads  Any thread may call anything. Calls on one engine or one communicator run one after the
+ *          other; a host that makes collective ones from several threads keeps their order the same.
+ * Pointers Arguments are borrowed for the call. Handles are numbers in pointer form, never
+ *          dereferenced: a NULL, stale or wrong one is an error; *_destroy(NULL) does nothing.
+ * Units    Shapes, offsets and numel count elements; names with bytes or size count bytes. */
 
 #ifndef FSDP_H
 #define FSDP_H
