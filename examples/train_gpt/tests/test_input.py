@@ -30,7 +30,7 @@ class Input(Case):
         args = [TRAINER, *TINY, "--text", self.path("text"), "--out", self.path("out"), "--steps", "3"]
         for variables, words in [
             ({"RANK": "0", "WORLD_SIZE": "two"}, ["WORLD_SIZE", "two"]),
-            ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, ["rank", "2"]),
+            ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, ["RANK=2", "WORLD_SIZE=2"]),
             ({"WORLD_SIZE": "2"}, ["RANK"]),
         ]:
             environment = ["env"] + [f"{k}={v}" for k, v in variables.items()]
