@@ -220,7 +220,7 @@ impl Engine {
     }
 
     /// Ends an iteration that has no backward: reshards all units, drops gradients being collected, closes the READ
-    /// phase. Local.
+    /// phase. Waits for reductions that were started, else local.
     pub fn finish_forward(&self) -> Result<()> {
         self.finish_forward_locked(&mut *self.lock()?)
     }

@@ -82,7 +82,7 @@ inline WrapPolicy wrap_class(const std::string& class_name) {
   });
 }
 
-/// Every module that owns a parameter itself is a unit.
+/// Every module is a unit; one that owns no parameter costs nothing.
 inline WrapPolicy wrap_always() {
   return WrapPolicy([](Model& model, const auto&) { model.wrap_always(); });
 }
@@ -118,8 +118,8 @@ struct ShardOptions {
   Communicator comm;
   /// Which modules become units.
   WrapPolicy wrap;
-  /// How many units' full gradients may be alive at once; 0 is the engine's default (unit nesting
-  /// depth + 1).
+  /// Buffers for units' full gradients; 0 is the engine's default, one more than the levels of
+  /// nested units. A unit that finds all taken collects in memory of its own.
   std::uint32_t gradient_slots = 0;
 };
 
