@@ -25,7 +25,8 @@
 #define FSDP_VERSION_PATCH 0
 /* Initializers of the structs below: struct_size, and every default. */
 #define FSDP_SHM_CONFIG_INIT { sizeof(fsdp_shm_config_t), NULL, 0, 1, 0, 0 }
-#define FSDP_ENGINE_CONFIG_INIT { sizeof(fsdp_engine_config_t), 0 }
+#define FSDP_ENGINE_CONFIG_INIT \
+  { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL }
 
 /**
  * Sum over the ranks, in rank order.
@@ -56,6 +57,39 @@
  * The unit's parameters can be read as views of the unit buffer.
  */
 #define FSDP_UNIT_UNSHARDED 1
+
+/**
+ * fsdp_engine_config_t.strategy: a unit is unsharded only while it computes, in forward and in backward (ZeRO-3).
+ */
+#define FSDP_FULL_SHARD 0
+
+/**
+ * A unit stays unsharded from its forward until its backward has ended (ZeRO-2).
+ */
+#define FSDP_SHARD_GRAD_OP 1
+
+/**
+ * fsdp_engine_config_t.order_check: every unshard is compared with the other ranks'; a difference is
+ * FSDP_ERR_MISMATCH on every rank.
+ */
+#define FSDP_ORDER_CHECK_ERROR 0
+
+/**
+ * The first training iteration is compared as above. A rank whose forward later differs from its first logs one warning
+ * (fsdp_set_log_callback), and goes on: units are matched by their number, and one that a rank skips counts as zero
+ * from it.
+ */
+#define FSDP_ORDER_CHECK_WARN 1
+
+/**
+ * The same without the comparison and without the warning.
+ */
+#define FSDP_ORDER_CHECK_OFF 2
+
+/**
+ * Level of a message: nothing failed, but what happens may not be what was meant.
+ */
+#define FSDP_LOG_WARNING 2
 
 /**
  * Success.
@@ -153,6 +187,11 @@
 #define FSDP_DTYPE_FLOAT 2
 
 /**
+ * The upper bits of an IEEE float32.
+ */
+#define FSDP_DTYPE_BFLOAT 4
+
+/**
  * A communicator: how this process and the other ranks reach each other.
  */
 typedef struct fsdp_comm_t fsdp_comm_t;
@@ -166,6 +205,11 @@ typedef struct fsdp_engine_t fsdp_engine_t;
  * A host's tree of modules and parameters, and which modules are units.
  */
 typedef struct fsdp_model_t fsdp_model_t;
+
+/**
+ * The execution order of a forward.
+ */
+typedef struct fsdp_trace_t fsdp_trace_t;
 
 /**
  * What every fallible function returns: FSDP_OK or one of the FSDP_ERR_ codes. Numbers are never reused.
@@ -253,7 +297,7 @@ typedef struct {
  */
 typedef struct {
   /**
-   * FSDP_DTYPE_INT, FSDP_DTYPE_UINT or FSDP_DTYPE_FLOAT.
+   * FSDP_DTYPE_INT, FSDP_DTYPE_UINT, FSDP_DTYPE_FLOAT or FSDP_DTYPE_BFLOAT.
    */
   uint8_t code;
   /**
@@ -273,7 +317,7 @@ typedef struct {
  */
 typedef struct {
   /**
-   * Start of the memory; may be NULL only if there are no elements.
+   * Start of the memory. NULL if there are no elements; with elements only where a function gives that a meaning.
    */
   void *data;
   fsdp_device_t device;
@@ -297,6 +341,47 @@ typedef struct {
 } fsdp_tensor_t;
 
 /**
+ * A module to initialize. The library sets struct_size; pointers are borrowed for the call. A newer library appends
+ * fields.
+ */
+typedef struct {
+  /**
+   * Bytes of the struct.
+   */
+  size_t struct_size;
+  /**
+   * The module's number.
+   */
+  uint32_t module;
+  /**
+   * Its fully qualified name, "" for the root.
+   */
+  const char *fqn;
+  /**
+   * As given to fsdp_model_add_module.
+   */
+  const char *class_name;
+  /**
+   * Parameters to fill; 0 for a module without any.
+   */
+  uint32_t param_count;
+  /**
+   * Their numbers, in order of registration.
+   */
+  const uint32_t *params;
+  /**
+   * Their memory: contiguous float32 on a 64-byte line. Its contents are undefined; every element must be written.
+   */
+  const fsdp_tensor_t *tensors;
+} fsdp_module_init_t;
+
+/**
+ * Initializes the parameters of a module; 0 when done, any other number stops with FSDP_ERR_CALLBACK. Called in the
+ * thread of fsdp_engine_create; must not throw or unwind.
+ */
+typedef int32_t (*fsdp_module_init_fn)(const fsdp_module_init_t *init, void *user_data);
+
+/**
  * Options of an engine, the same on every rank. Initialize with FSDP_ENGINE_CONFIG_INIT, then set what differs.
  */
 typedef struct {
@@ -309,6 +394,30 @@ typedef struct {
    * more than the levels of nested units. A unit that finds all taken collects in memory of its own.
    */
   uint32_t gradient_slots;
+  /**
+   * FSDP_FULL_SHARD or FSDP_SHARD_GRAD_OP.
+   */
+  int32_t strategy;
+  /**
+   * FSDP_ORDER_CHECK_ERROR, _WARN or _OFF. Reductions are matched by unit in every case; everything else is always
+   * compared.
+   */
+  int32_t order_check;
+  /**
+   * The type that each rank rounds its gradients to (to nearest even) before they are summed; the sum and the gradient
+   * shards are float32. {FSDP_DTYPE_FLOAT, 16, 1}, {FSDP_DTYPE_BFLOAT, 16, 1}, or {0, 0, 0} for float32.
+   */
+  fsdp_dtype_t reduce_dtype;
+  /**
+   * Initializes the parameters without storage, module by module, in place of the reset functions (also of modules
+   * without parameters) and parameter initializers of the model; NULL to use those. Called by fsdp_engine_create only,
+   * in its thread.
+   */
+  fsdp_module_init_fn param_init_fn;
+  /**
+   * Passed to param_init_fn.
+   */
+  void *param_init_user_data;
 } fsdp_engine_config_t;
 
 /**
@@ -462,7 +571,7 @@ typedef struct {
    */
   uint64_t reduce_scatters;
   /**
-   * Bytes of the unit buffers that they reduced.
+   * Bytes of the gradients that this rank gave to them.
    */
   uint64_t reduce_scatter_bytes;
   /**
@@ -473,7 +582,28 @@ typedef struct {
    * Most units at once that collected gradients in memory of their own.
    */
   uint32_t overflow_peak;
+  /**
+   * Most bytes of full parameters in private memory at once while fsdp_engine_create gave parameters without storage
+   * their values: the largest unit of such parameters, alignment included.
+   */
+  uint64_t materialized_peak_bytes;
+  /**
+   * All-gathers issued ahead of the unit that was asked for (fsdp_engine_set_prefetch_order).
+   */
+  uint64_t prefetches;
 } fsdp_stats_t;
+
+/**
+ * Receives a message (one line without its end, borrowed for the call) and its level, FSDP_LOG_*. Called in any thread
+ * that calls fsdp, from within that call, by several at once; may call fsdp; must not throw or unwind.
+ */
+typedef void (*fsdp_log_fn)(int32_t level, const char *message, void *user_data);
+
+/**
+ * Initializes one parameter: writes every element of `tensor` (as in fsdp_module_init_t, borrowed for the call).
+ * Otherwise as fsdp_module_init_fn.
+ */
+typedef int32_t (*fsdp_param_init_fn)(uint32_t param, const fsdp_tensor_t *tensor, void *user_data);
 
 /**
  * Decides whether a module becomes a unit: positive yes, 0 no, negative stops with FSDP_ERR_CALLBACK. `fqn` and
@@ -593,8 +723,8 @@ fsdp_status_t fsdp_comm_barrier(fsdp_comm_t *comm);
 
 /**
  * Combines the ranks' tensors in place, in rank order, so that every rank gets the same bits. Collective; blocks.
- * `tensor`: same dtype (float32, float64, int32, int64, uint8) and elements on every rank, borrowed for the call.
- * `op`: FSDP_REDUCE_*. Since 0.1.
+ * `tensor`: same dtype (float32, float64, float16, bfloat16, int32, int64, uint8) and elements on every rank, borrowed for
+ * the call. `op`: FSDP_REDUCE_*. Since 0.1.
  *
  * # Safety
  * `tensor` is NULL or describes memory that this call alone may read and write.
@@ -662,7 +792,9 @@ void fsdp_comm_destroy(fsdp_comm_t *comm);
 
 /**
  * Shards a model over the ranks of `comm`: copies this rank's cut of every parameter; the host's own memory is not
- * needed afterwards. Collective: same model, wrapping and configuration on every rank, else FSDP_ERR_MISMATCH names
+ * needed afterwards. Parameters without storage are initialized first, one unit at a time, in private memory that is
+ * released before the next unit: every rank runs every initializer, so seed them alike. An initializer that fails, or
+ * leaves an element untouched, on one rank is the same error on every rank. Collective: same model, wrapping and configuration on every rank, else FSDP_ERR_MISMATCH names
  * the first parameter that differs. `config` may be NULL for the defaults. `model` and `comm` stay the caller's and may
  * be destroyed while the engine lives. *out is owned by the caller: fsdp_engine_destroy. Since 0.1.
  *
@@ -735,6 +867,39 @@ fsdp_status_t fsdp_engine_set_grad_enabled(fsdp_engine_t *engine,
                                            int32_t enabled);
 
 /**
+ * Freezes or trains a parameter from the next iteration on: a frozen one gets no gradients (fsdp_engine_param_grad
+ * refuses it). FSDP_ERR_INVALID_STATE while gradients are being collected. Local; may differ between ranks: those that
+ * have no gradient for it count as zero. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_requires_grad(fsdp_engine_t *engine,
+                                            uint32_t param,
+                                            int32_t requires_grad);
+
+/**
+ * Issues the all-gather of each unit when the one before it in the order of `trace` is unsharded (in backward: in the
+ * reverse order). A unit that turns out not to be needed has been gathered in vain. Give the same trace on every rank,
+ * between iterations; it is not needed afterwards. FSDP_ERR_INVALID_ARGUMENT for a trace of a model of another shape.
+ * Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_prefetch_order(fsdp_engine_t *engine,
+                                             const fsdp_trace_t *trace);
+
+/**
+ * Says that a forward of the whole model begins. Units that the last one left unsharded are resharded. The order of
+ * unshards up to fsdp_engine_end_forward is recorded if `training` is not 0 and this is the first, else compared with the
+ * first (order_check). Not needed by hosts that call pre_forward of the root, which begins a forward by itself
+ * (training: as fsdp_engine_set_grad_enabled says). Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_begin_forward(fsdp_engine_t *engine,
+                                        int32_t training);
+
+/**
+ * Says that the forward has ended: what is unsharded from here on is for a backward. Not needed by hosts that call
+ * post_forward of the root. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_end_forward(fsdp_engine_t *engine);
+
+/**
  * Call before a unit's forward, in the same order on every rank: unshards the unit. A unit may be used several times
  * and nested in itself. Collective. Since 0.1.
  */
@@ -742,7 +907,7 @@ fsdp_status_t fsdp_engine_pre_forward(fsdp_engine_t *engine,
                                       uint32_t unit);
 
 /**
- * Call after a unit's forward: reshards it. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
+ * Call after a unit's forward: reshards it, except under FSDP_SHARD_GRAD_OP when a backward follows. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
  */
 fsdp_status_t fsdp_engine_post_forward(fsdp_engine_t *engine,
                                        uint32_t unit);
@@ -869,6 +1034,17 @@ fsdp_status_t fsdp_engine_zero_grad(fsdp_engine_t *engine);
 fsdp_status_t fsdp_engine_stats(const fsdp_engine_t *engine, fsdp_stats_t *out);
 
 /**
+ * Sends the messages of this process to `fn` from now on, with `user_data` untouched; NULL: back to the default, a
+ * line "fsdp: warning: ..." each on standard error. The function before it may still be running in another thread when
+ * this returns. Local. Since 0.1.
+ *
+ * # Safety
+ * `fn_` is NULL or a function that may be called with `user_data` from any thread until it is replaced.
+ */
+void fsdp_set_log_callback(fsdp_log_fn fn_,
+                           void *user_data);
+
+/**
  * Makes a model that has its root module only: number 0, name "". `class_name` is borrowed for the call. *out is owned
  * by the caller: fsdp_model_destroy. Local. Since 0.1.
  *
@@ -893,8 +1069,10 @@ fsdp_status_t fsdp_model_add_module(fsdp_model_t *model,
 
 /**
  * Adds a parameter that `module` owns; *out_param is its number. `tensor`: contiguous float32 in host memory; its data
- * is borrowed until the last fsdp_engine_create on this model has returned, shape and name for the call. `requires_grad`:
- * 0 for a frozen parameter. Local. Errors: FSDP_ERR_UNSUPPORTED for other dtypes, devices and layouts. Since 0.1.
+ * is borrowed until the last fsdp_engine_create on this model has returned, shape and name for the call. data NULL:
+ * the parameter has no storage; fsdp_engine_create gives it its values, one unit at a time, by the engine's
+ * param_init_fn, else fsdp_model_set_param_init, else fsdp_model_set_reset. `requires_grad`: 0 for a frozen parameter.
+ * Local. Errors: FSDP_ERR_UNSUPPORTED for other dtypes, devices and layouts. Since 0.1.
  *
  * # Safety
  * `name` is NULL or NUL-terminated, `tensor` is NULL or readable, `out_param` is NULL or writable.
@@ -917,6 +1095,35 @@ fsdp_status_t fsdp_model_tie_parameter(fsdp_model_t *model,
                                        uint32_t module,
                                        const char *name,
                                        uint32_t param);
+
+/**
+ * Sets what initializes the parameters without storage that `module` was the first to register, in place of an earlier
+ * function. fsdp_engine_create calls it once on every rank, with those that have no initializer of their own; units in
+ * order, within a unit modules in order of registration. A module without any parameter is called too, with none: the
+ * place to fill buffers. A module whose parameters all have storage is not. If the engine has a param_init_fn, that one is
+ * called instead. `fn` and `user_data` (passed on untouched) must stay valid until the last fsdp_engine_create on this
+ * model has returned. Local. Since 0.1.
+ *
+ * # Safety
+ * `fn_` is NULL or a function that may be called with `user_data`, from any thread.
+ */
+fsdp_status_t fsdp_model_set_reset(fsdp_model_t *model,
+                                   uint32_t module,
+                                   fsdp_module_init_fn fn_,
+                                   void *user_data);
+
+/**
+ * Sets what initializes one parameter without storage, in place of an earlier function; it comes before its module's
+ * reset function. FSDP_ERR_INVALID_ARGUMENT for a parameter with storage. Otherwise as fsdp_model_set_reset. Since
+ * 0.1.
+ *
+ * # Safety
+ * `fn_` is NULL or a function that may be called with `user_data`, from any thread.
+ */
+fsdp_status_t fsdp_model_set_param_init(fsdp_model_t *model,
+                                        uint32_t param,
+                                        fsdp_param_init_fn fn_,
+                                        void *user_data);
 
 /**
  * Makes `module` a unit. FSDP_ERR_INVALID_STATE if it is one already (the root always is). Local. Since 0.1.
@@ -947,6 +1154,14 @@ fsdp_status_t fsdp_model_wrap_size(fsdp_model_t *model,
                                    uint64_t min_numel);
 
 /**
+ * As fsdp_model_wrap_size, but only modules that the trace entered become units, and only parameters that it used
+ * count. The trace is of this model, complete (FSDP_ERR_INVALID_STATE), and not needed afterwards. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_model_wrap_trace(fsdp_model_t *model,
+                                    const fsdp_trace_t *trace,
+                                    uint64_t min_numel);
+
+/**
  * Makes every module a unit for which `fn` says so, like PyTorch's CustomPolicy. If `fn` stops, no module is wrapped.
  * `user_data` is passed on untouched. Local. Since 0.1.
  *
@@ -956,6 +1171,24 @@ fsdp_status_t fsdp_model_wrap_size(fsdp_model_t *model,
 fsdp_status_t fsdp_model_wrap_if(fsdp_model_t *model,
                                  fsdp_wrap_fn fn_,
                                  void *user_data);
+
+/**
+ * Adds the whole module tree of an existing engine below `parent` as `name` (borrowed for the call; with "" its
+ * modules and parameters keep their own names below the parent's): a model that is sharded already becomes a part of a
+ * bigger one. Its modules get the numbers *out_module, *out_module + 1, ... and its parameters *out_param, ..., in
+ * their old order; its units stay units, and values and gradients stay where they are: engines made of this model
+ * share them with `engine`, which may be destroyed. Only one of these engines may be in an iteration at a time
+ * (FSDP_ERR_INVALID_STATE). FSDP_ERR_INVALID_STATE if the engine is a part of this model already. Local. Since 0.1.
+ *
+ * # Safety
+ * `name` is NULL or NUL-terminated, `out_module` and `out_param` are NULL or writable.
+ */
+fsdp_status_t fsdp_model_add_sharded(fsdp_model_t *model,
+                                     uint32_t parent,
+                                     const char *name,
+                                     const fsdp_engine_t *engine,
+                                     uint32_t *out_module,
+                                     uint32_t *out_param);
 
 /**
  * Frees the model; NULL does nothing. Engines made from it live on. Local. Since 0.1.
@@ -977,6 +1210,104 @@ const char *fsdp_status_name(fsdp_status_t status);
  * The library's version, "major.minor.patch". Static, never NULL.
  */
 const char *fsdp_version(void);
+
+/**
+ * Makes an empty trace of one forward of `model` as it is now; the model is not needed afterwards. No data is
+ * involved: announce what a forward does with fsdp_trace_enter, fsdp_trace_use and fsdp_trace_leave, the root (module
+ * 0) first. *out is owned by the caller: fsdp_trace_destroy. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_trace_create(const fsdp_model_t *model,
+                                fsdp_trace_t **out);
+
+/**
+ * The forward of `module` begins, inside that of the module entered last; containers and modules without parameters
+ * are announced too. What an earlier call of the module had used is forgotten. FSDP_ERR_INVALID_STATE unless the root
+ * is entered first, and once. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_trace_enter(fsdp_trace_t *trace,
+                               uint32_t module);
+
+/**
+ * One operation of the module entered last reads these `count` parameters (borrowed for the call; NULL if there are
+ * none, and then nothing happens). FSDP_ERR_INVALID_STATE outside the root's forward. Local. Since 0.1.
+ *
+ * # Safety
+ * `params` is NULL or points to `count` numbers.
+ */
+fsdp_status_t fsdp_trace_use(fsdp_trace_t *trace,
+                             const uint32_t *params,
+                             uint32_t count);
+
+/**
+ * The forward of `module` ends. FSDP_ERR_INVALID_STATE unless it is the module entered last. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_trace_leave(fsdp_trace_t *trace,
+                               uint32_t module);
+
+/**
+ * The modules in the order they were entered, each as often as it was. *out_modules is borrowed until the next call on
+ * the trace or its destruction; NULL if there are none. Local. Since 0.1.
+ *
+ * # Safety
+ * `out_modules` and `out_count` are NULL or writable.
+ */
+fsdp_status_t fsdp_trace_module_order(const fsdp_trace_t *trace,
+                                      const uint32_t **out_modules,
+                                      uint32_t *out_count);
+
+/**
+ * The parameters in the order of their first use. *out_params is borrowed until the next call on the trace or its
+ * destruction; NULL if there are none. Local. Since 0.1.
+ *
+ * # Safety
+ * `out_params` and `out_count` are NULL or writable.
+ */
+fsdp_status_t fsdp_trace_param_order(const fsdp_trace_t *trace,
+                                     const uint32_t **out_params,
+                                     uint32_t *out_count);
+
+/**
+ * *out is 1 if an operation used the parameter, else 0. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_trace_visited(const fsdp_trace_t *trace, uint32_t param, int32_t *out);
+
+/**
+ * How many usages were recorded in the module's own forward, in its latest call: one for each operation that read
+ * parameters, and one for each module it called that has parameters in or below it. 0 for a module that was never
+ * entered. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_trace_usage_count(const fsdp_trace_t *trace,
+                                     uint32_t module,
+                                     uint32_t *out);
+
+/**
+ * Usage number `index` of the module, in order. *out_module: the module called, with all parameters in and below it,
+ * or `module` itself, with those that its operation read. *out_params is borrowed until the next call on the trace or
+ * its destruction. Local. Since 0.1.
+ *
+ * # Safety
+ * The out-pointers are NULL or writable.
+ */
+fsdp_status_t fsdp_trace_usage(const fsdp_trace_t *trace,
+                               uint32_t module,
+                               uint32_t index,
+                               uint32_t *out_module,
+                               const uint32_t **out_params,
+                               uint32_t *out_count);
+
+/**
+ * Frees the trace; NULL does nothing. Local. Since 0.1.
+ */
+void fsdp_trace_destroy(fsdp_trace_t *trace);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -1,11 +1,79 @@
 //! What a host can choose when it makes an engine. Every field has a default.
 
+use crate::dtype::DType;
+use crate::materialize::ModuleInit;
+
+/// When units are resharded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Strategy {
+    /// After every forward and backward: a unit's full parameters exist only while it computes (ZeRO-3).
+    #[default]
+    FullShard = 0,
+    /// After the backward only: a unit stays unsharded from its forward on (ZeRO-2).
+    ShardGradOp = 1,
+}
+
+impl Strategy {
+    pub const ALL: [Strategy; 2] = [Strategy::FullShard, Strategy::ShardGradOp];
+}
+
+/// What is done about ranks that run different forwards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(i32)]
+pub enum OrderCheck {
+    /// Every unshard is compared; a difference is an error on every rank.
+    #[default]
+    Error = 0,
+    /// The first training iteration is compared; a rank that later differs from its own first iteration logs one
+    /// warning.
+    Warn = 1,
+    /// Unshards are not compared.
+    Off = 2,
+}
+
+impl OrderCheck {
+    pub const ALL: [OrderCheck; 3] = [OrderCheck::Error, OrderCheck::Warn, OrderCheck::Off];
+}
+
 /// Options of [`crate::engine::Engine::new`]; must be the same on every rank.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct EngineConfig {
     /// Gradient buffers per rank, each as large as a unit: how many units may be collecting or reducing gradients at
     /// once. 0: one more than there are levels of nested units, enough for every unit on a path of the module tree to
-    /// collect while another is being reduced. A unit that finds all taken collects in memory of its own, and
-    /// goes through one more buffer when it is reduced.
+    /// collect while another is being reduced. A unit that finds all taken collects in one more, which is given back
+    /// afterwards.
     pub gradient_slots: u32,
+    pub strategy: Strategy,
+    pub order_check: OrderCheck,
+    /// The type that gradients are rounded to on each rank before they are summed (in float32, into float32 shards):
+    /// F32, F16 or BF16.
+    pub reduce_dtype: DType,
+    /// Initializes parameters without storage, module by module, in place of the tree's own initializers.
+    pub param_init: Option<ModuleInit>,
+}
+
+impl Default for EngineConfig {
+    fn default() -> EngineConfig {
+        EngineConfig {
+            gradient_slots: 0,
+            strategy: Strategy::default(),
+            order_check: OrderCheck::default(),
+            reduce_dtype: DType::F32,
+            param_init: None,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// (name, value) of every option that ranks must agree on.
+    pub fn agreed(&self) -> [(&'static str, String); 5] {
+        [
+            ("gradient_slots", self.gradient_slots.to_string()),
+            ("strategy", format!("{:?}", self.strategy)),
+            ("order_check", format!("{:?}", self.order_check)),
+            ("reduce_dtype", self.reduce_dtype.to_string()),
+            ("param_init_fn", if self.param_init.is_some() { "set" } else { "not set" }.to_string()),
+        ]
+    }
 }

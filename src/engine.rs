@@ -8,25 +8,22 @@
 //! One lock: a host may call from several threads, one call runs at a time. After an error of a collective the
 //! communicator is broken and every later call returns that error.
 
-use crate::comm::{Arena, Communicator, Kind, Tag};
-use crate::config::EngineConfig;
+use crate::agree;
+use crate::comm::{Communicator, Kind, Tag};
+use crate::config::{EngineConfig, Strategy};
 use crate::dtype::DType;
-use crate::error::{err, Error, Result};
+use crate::error::{err, Result};
 use crate::gradients::{GradientCounters, Gradients};
+use crate::materialize::materialize;
 use crate::module::{ModuleTree, ParamId};
+use crate::order::{Deviation, Order};
 use crate::plan::{ParamPlan, Plan, UnitId, UnitPlan};
+use crate::schedule::Schedule;
+use crate::shards::{ShardStore, ShardedModel};
+use crate::trace::Trace;
 use crate::unit::{Unit, UnitState};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Own shards may be written.
-    Writable,
-    /// Units are or may be unsharded.
-    Reading,
-    /// This rank reads no more, others may.
-    Closed,
-}
 
 /// A parameter's piece on this rank.
 #[derive(Clone, Copy, Debug)]
@@ -53,84 +50,122 @@ pub struct Stats {
     pub all_gathers: u64,
     /// Bytes that all-gathers copied; 0 on shared pages.
     pub all_gather_bytes_moved: u64,
+    /// Most bytes of full parameters in private memory at once while the engine was made.
+    pub materialized_peak_bytes: u64,
+    /// All-gathers issued ahead of the unit that was asked for.
+    pub prefetches: u64,
     pub gradients: GradientCounters,
 }
 
 struct State {
-    phase: Phase,
+    /// In an iteration: units are or may be unsharded.
+    reading: bool,
     grad_enabled: bool,
     units: Vec<Unit>,
+    /// By parameter.
+    requires_grad: Vec<bool>,
     gradients: Gradients,
+    order: Order,
+    /// What to gather ahead.
+    schedule: Option<Schedule>,
     all_gathers: u64,
+    prefetches: u64,
 }
 
 /// See the module's text.
 pub struct Engine {
-    comm: Arc<dyn Communicator>,
-    plan: Plan,
-    arena: Arena,
+    model: Arc<ShardedModel>,
+    strategy: Strategy,
+    /// Tells engines that share stores apart.
+    number: u64,
     /// The communicator's number of unit 0.
     first_unit: u32,
-    grad_shards: usize,
     gradient_slot_bytes: u64,
+    materialized_peak_bytes: u64,
     state: Mutex<State>,
 }
 
 impl Engine {
-    /// Plans the units of `tree`, allocates shards and slots, and copies this rank's cut of every parameter. Collective:
-    /// every rank passes the same tree and configuration, and an error names the first parameter that differs.
+    /// Plans the units of `tree`, allocates shards and slots, and copies this rank's cut of every parameter. Parameters
+    /// without storage are initialized one unit at a time; those of adopted models stay where they are. Collective: every
+    /// rank passes the same tree and configuration, and an error names the first parameter that differs.
     ///
     /// # Safety
-    /// Every parameter's `data` must be readable for its `numel()` floats.
+    /// Every parameter's `data` must be null or readable for its `numel()` floats.
     pub unsafe fn new(tree: &ModuleTree, comm: Arc<dyn Communicator>, config: &EngineConfig) -> Result<Engine> {
+        if let Some(other) = tree.adopted().iter().find(|m| !Arc::ptr_eq(&m.comm, &comm)) {
+            return Err(err!(InvalidArgument, "the {other:?} that was added is sharded over another communicator"));
+        }
         let plan = Plan::new(tree, comm.rank(), comm.world_size())?;
-        agree(&plan.description(tree), config, comm.as_ref())?;
-        let names: Vec<String> = plan.units.iter().map(|u| u.label().to_string()).collect();
-        let first_unit = comm.name_units(&names);
-        let arena = comm.alloc_arena(plan.arena_bytes)?;
-        let gradients = Gradients::new(comm.clone(), &plan, config.gradient_slots as usize)?;
-        let engine = Engine {
+        agree::on_model(&plan.description(tree), config, comm.as_ref())?;
+        let first_unit =
+            comm.name_units(&(0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect::<Vec<_>>());
+        let own = Arc::new(ShardStore::new(comm.clone(), &plan)?);
+        let stores = Plan::stores(tree, own);
+        let slots = config.gradient_slots as usize;
+        let gradients = Gradients::new(comm.clone(), &plan, first_unit, &stores, slots, config.reduce_dtype)?;
+        static NUMBER: AtomicU64 = AtomicU64::new(1);
+        let mut engine = Engine {
+            strategy: config.strategy,
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
             first_unit,
-            grad_shards: gradients.shards() as usize,
-            gradient_slot_bytes: plan.slot_bytes(config.gradient_slots as usize).iter().sum::<usize>() as u64,
+            gradient_slot_bytes: plan.slot_bytes(slots).iter().sum::<usize>() as u64,
+            materialized_peak_bytes: 0,
             state: Mutex::new(State {
-                phase: Phase::Writable,
+                reading: false,
                 grad_enabled: true,
                 units: plan.units.iter().map(|u| Unit::new(u.label())).collect(),
+                requires_grad: plan.params.iter().map(|p| p.requires_grad).collect(),
                 gradients,
+                order: Order::new(config.order_check),
+                schedule: None,
                 all_gathers: 0,
+                prefetches: 0,
             }),
-            comm,
-            plan,
-            arena,
+            model: Arc::new(ShardedModel { tree: tree.clone().without_host(), plan, stores, comm }),
         };
-        for (p, param) in tree.params().iter().enumerate() {
-            let piece = &engine.plan.params[p].piece;
-            let from = param.data.cast::<f32>().wrapping_add(piece.param_offset);
+        let copy = |p: ParamId, data: *const f32| {
+            let piece = &engine.plan().params[p as usize].piece;
             // SAFETY: the piece lies inside the parameter, which the caller says is readable, and inside this rank's
             // shard, which no rank reads before this one opens a READ phase.
-            unsafe { std::ptr::copy_nonoverlapping(from, engine.shard_data(p), piece.len) };
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    data.wrapping_add(piece.param_offset),
+                    engine.shard_data(p as usize),
+                    piece.len,
+                )
+            };
+        };
+        for (p, param) in tree.params().iter().enumerate().filter(|(_, p)| !p.data.is_null()) {
+            copy(p as ParamId, param.data.cast());
         }
+        let done = materialize(tree, engine.plan(), config.param_init.as_ref(), &mut |p, data| copy(p, data));
+        engine.materialized_peak_bytes = agree::on_result(done, engine.comm().as_ref())?;
         Ok(engine)
     }
 
+    /// What another engine needs in order to adopt this one's units.
+    pub fn model(&self) -> &Arc<ShardedModel> {
+        &self.model
+    }
+
     pub fn plan(&self) -> &Plan {
-        &self.plan
+        &self.model.plan
     }
 
     pub fn comm(&self) -> &Arc<dyn Communicator> {
-        &self.comm
+        &self.model.comm
     }
 
     pub fn unit(&self, unit: UnitId) -> Result<&UnitPlan> {
-        self.plan.units.get(unit as usize).ok_or_else(|| {
-            err!(InvalidArgument, "unit {unit} does not exist: the engine has {} units", self.plan.units.len())
+        self.plan().units.get(unit as usize).ok_or_else(|| {
+            err!(InvalidArgument, "unit {unit} does not exist: the engine has {} units", self.plan().units.len())
         })
     }
 
     pub fn param(&self, param: ParamId) -> Result<&ParamPlan> {
-        self.plan.params.get(param as usize).ok_or_else(|| {
-            err!(InvalidArgument, "parameter {param} does not exist: the engine has {}", self.plan.params.len())
+        self.plan().params.get(param as usize).ok_or_else(|| {
+            err!(InvalidArgument, "parameter {param} does not exist: the engine has {}", self.plan().params.len())
         })
     }
 
@@ -145,35 +180,85 @@ impl Engine {
         Ok(())
     }
 
+    /// Whether a parameter gets gradients from the next backward on. Local.
+    pub fn set_requires_grad(&self, param: ParamId, requires_grad: bool) -> Result<()> {
+        let p = self.param(param)?;
+        let mut state = self.lock()?;
+        if let Some(unit) = state.gradients.collecting() {
+            return Err(err!(
+                InvalidState,
+                "parameter \"{}\" cannot be frozen or trained in the middle of a backward: unit \"{}\" is collecting \
+                 gradients",
+                p.fqn,
+                self.plan().units[unit as usize].label()
+            ));
+        }
+        state.requires_grad[param as usize] = requires_grad;
+        Ok(())
+    }
+
+    /// Issues all-gathers one unit ahead, in the order in which `trace` entered units (and its reverse in backward).
+    /// The same on every rank. Local.
+    pub fn set_prefetch_order(&self, trace: &Trace) -> Result<()> {
+        let params = self.plan().params.iter().map(|p| p.fqn.as_str());
+        trace.check_fits(self.plan().unit_of_module.len(), params)?;
+        self.lock()?.schedule = Some(Schedule::new(trace.unit_order(self.plan())));
+        Ok(())
+    }
+
+    /// A forward of the whole model begins: units that the last one left unsharded are resharded, and the order of
+    /// unshards is recorded or, for a `training` one, compared. Local.
+    pub fn begin_forward(&self, training: bool) -> Result<()> {
+        self.begin_forward_locked(&mut *self.lock()?, training);
+        Ok(())
+    }
+
+    /// The forward of the whole model has ended: what is unsharded from here on is for a backward. Local.
+    pub fn end_forward(&self) -> Result<()> {
+        self.lock()?.order.end_forward();
+        Ok(())
+    }
+
     // ---- the four hooks ----
 
-    /// Before a unit's forward: unshards it.
+    /// Before a unit's forward: unshards it. The root's begins a forward.
     pub fn pre_forward(&self, unit: UnitId) -> Result<()> {
         self.unit(unit)?;
         let mut state = self.lock()?;
+        if unit == Plan::ROOT_UNIT && !state.order.in_forward() {
+            let training = state.grad_enabled;
+            self.begin_forward_locked(&mut state, training);
+        }
         self.unshard_locked(&mut state, unit)?;
         state.units[unit as usize].enter_forward();
         Ok(())
     }
 
-    /// After a unit's forward: reshards it. The root's ends an iteration that no backward follows.
+    /// After a unit's forward: reshards it, unless the strategy keeps it for its backward. The root's ends an iteration
+    /// that no backward follows.
     pub fn post_forward(&self, unit: UnitId) -> Result<()> {
         self.unit(unit)?;
         let mut state = self.lock()?;
         let grad_enabled = state.grad_enabled;
         if state.units[unit as usize].leave_forward(grad_enabled)? {
-            state.units[unit as usize].state = UnitState::Sharded;
-            if unit == Plan::ROOT_UNIT && !grad_enabled {
-                return self.finish_forward_locked(&mut state);
+            if self.strategy == Strategy::FullShard || !grad_enabled {
+                state.units[unit as usize].reshard();
+            }
+            if unit == Plan::ROOT_UNIT {
+                state.order.end_forward();
+                if !grad_enabled {
+                    return self.finish_forward_locked(&mut state);
+                }
             }
         }
-        state.gradients.progress(&self.plan, false)
+        state.gradients.progress()
     }
 
     /// Before a unit's backward: unshards it. There must have been a forward with gradients enabled.
     pub fn pre_backward(&self, unit: UnitId) -> Result<()> {
         self.unit(unit)?;
         let mut state = self.lock()?;
+        state.order.end_forward();
         state.units[unit as usize].enter_backward()?;
         self.unshard_locked(&mut state, unit)
     }
@@ -187,7 +272,7 @@ impl Engine {
             return Ok(());
         }
         self.reduce_locked(&mut state, unit)?;
-        state.units[unit as usize].state = UnitState::Sharded;
+        state.units[unit as usize].reshard();
         match unit {
             Plan::ROOT_UNIT => self.finish_backward_locked(&mut state),
             _ => Ok(()),
@@ -208,8 +293,8 @@ impl Engine {
     pub fn reshard(&self, unit: UnitId) -> Result<()> {
         self.unit(unit)?;
         let mut state = self.lock()?;
-        state.units[unit as usize].state = UnitState::Sharded;
-        state.gradients.progress(&self.plan, false)
+        state.units[unit as usize].reshard();
+        state.gradients.progress()
     }
 
     /// This unit's gradients are complete: starts its reduce-scatter. Collective, does not wait for peers unless every
@@ -235,28 +320,28 @@ impl Engine {
     /// else it ends a forward that no backward followed, and waits until every rank has done so too.
     pub fn begin_write(&self) -> Result<()> {
         let mut state = self.lock()?;
-        if state.phase == Phase::Reading {
-            if let Some(unit) = state.gradients.unfinished() {
+        if state.reading {
+            if let Some(unit) = state.gradients.collecting() {
                 return Err(err!(
                     InvalidState,
                     "parameters cannot be written yet: the backward has not ended, unit \"{}\" has gradients to reduce",
-                    self.plan.units[unit as usize].label()
+                    self.plan().units[unit as usize].label()
                 ));
+            }
+            if state.gradients.started() {
+                return Err(err!(InvalidState, "parameters cannot be written yet: the backward has not ended"));
             }
             self.finish_forward_locked(&mut state)?;
         }
-        if state.phase == Phase::Closed {
-            self.comm.wait_writable(&self.arena)?;
-            state.phase = Phase::Writable;
-        }
-        Ok(())
+        self.model.stores.iter().try_for_each(|s| s.require_free(self.number))?;
+        self.model.stores.iter().try_for_each(|s| s.wait_writable())
     }
 
     /// The address of a full parameter in the unit buffer; an error while its unit is sharded.
     pub fn param_data(&self, param: ParamId) -> Result<*mut u8> {
         let p = self.param(param)?;
         self.lock()?.units[p.unit as usize].require_unsharded()?;
-        let offset = self.plan.units[p.unit as usize].layout.offsets[p.index] * DType::F32.size();
+        let offset = self.plan().units[p.unit as usize].layout.offsets[p.index] * DType::F32.size();
         Ok(self.unit_buffer(p.unit).wrapping_add(offset))
     }
 
@@ -264,18 +349,18 @@ impl Engine {
     /// written. May wait for a slot.
     pub fn param_grad(&self, param: ParamId) -> Result<(*mut f32, bool)> {
         let p = self.param(param)?;
-        if !p.requires_grad {
+        let mut state = self.lock()?;
+        if !state.requires_grad[param as usize] {
             return Err(err!(InvalidState, "parameter \"{}\" does not require a gradient", p.fqn));
         }
-        let mut state = self.lock()?;
-        if state.phase != Phase::Reading {
+        if !state.reading {
             return Err(err!(
                 InvalidState,
                 "parameter \"{}\" gets a gradient outside an iteration: no unit was unsharded since the last one ended",
                 p.fqn
             ));
         }
-        state.gradients.region(&self.plan, p.unit, p.index)
+        state.gradients.region(self.plan(), p.unit, p.index)
     }
 
     /// Adds `grad` (the parameter's `numel` floats, in its shape's order) to what this backward has collected for it.
@@ -285,7 +370,7 @@ impl Engine {
     pub unsafe fn accumulate_grad(&self, param: ParamId, grad: *const f32) -> Result<()> {
         let (region, held) = self.param_grad(param)?;
         let p = self.param(param)?;
-        let len = self.plan.units[p.unit as usize].layout.numels[p.index];
+        let len = self.plan().units[p.unit as usize].layout.numels[p.index];
         if len == 0 {
             return Ok(());
         }
@@ -303,36 +388,38 @@ impl Engine {
     /// This rank's piece of a parameter and of its gradient.
     pub fn shard(&self, param: ParamId) -> Result<Shard> {
         let p = self.param(param)?;
-        let holds = self.lock()?.gradients.holds(param as usize);
+        let holds = self.store(p.unit).holds(p.store_param);
         let grad = if holds { self.shard_grad(p) } else { std::ptr::null_mut() };
         Ok(Shard { data: self.shard_data(param as usize), grad, len: p.piece.len })
     }
 
     /// Forgets a parameter's gradient; the next reduction overwrites it. Local.
     pub fn clear_grad(&self, param: ParamId) -> Result<()> {
-        self.param(param)?;
-        self.lock()?.gradients.clear(param as usize);
+        let p = self.param(param)?;
+        let _one_at_a_time = self.lock()?;
+        self.store(p.unit).set_held(p.store_param, false);
         Ok(())
     }
 
     /// Forgets all gradients. Local.
     pub fn zero_grad(&self) -> Result<()> {
-        let mut state = self.lock()?;
-        (0..self.plan.params.len()).for_each(|p| state.gradients.clear(p));
+        let _one_at_a_time = self.lock()?;
+        self.plan().params.iter().for_each(|p| self.store(p.unit).set_held(p.store_param, false));
         Ok(())
     }
 
     pub fn stats(&self) -> Result<Stats> {
         let state = self.lock()?;
-        let shards = (self.plan.shard_elements * DType::F32.size()) as u64;
         Ok(Stats {
-            param_shard_bytes: self.plan.units.iter().map(|u| u.shard_bytes() as u64).sum(),
-            grad_shard_bytes: shards,
+            param_shard_bytes: self.plan().units.iter().map(|u| u.shard_bytes() as u64).sum(),
+            grad_shard_bytes: self.plan().units.iter().map(|u| u.grad_shard_bytes() as u64).sum(),
             gradient_slot_bytes: self.gradient_slot_bytes,
-            padding_bytes: self.plan.padding_bytes() as u64,
-            unit_buffer_bytes: self.plan.arena_bytes as u64,
+            padding_bytes: self.plan().padding_bytes() as u64,
+            unit_buffer_bytes: self.plan().units.iter().map(|u| u.arena_bytes() as u64).sum(),
             all_gathers: state.all_gathers,
             all_gather_bytes_moved: 0,
+            materialized_peak_bytes: self.materialized_peak_bytes,
+            prefetches: state.prefetches,
             gradients: state.gradients.counters,
         })
     }
@@ -343,123 +430,143 @@ impl Engine {
         self.state.lock().map_err(|_| err!(Panic, "the engine is unusable: an earlier call on it failed inside"))
     }
 
-    fn tag(&self, kind: Kind, unit: UnitId) -> Tag {
-        let bytes = self.plan.units[unit as usize].bytes() as u64;
-        Tag { kind, unit: self.first_unit + unit, dtype: DType::F32, bytes }
+    fn store(&self, unit: UnitId) -> &ShardStore {
+        &self.model.stores[self.plan().units[unit as usize].store]
     }
 
     fn unit_buffer(&self, unit: UnitId) -> *mut u8 {
-        match &self.plan.units[unit as usize] {
+        match &self.plan().units[unit as usize] {
             u if u.bytes() == 0 => std::ptr::null_mut(),
-            u => self.arena.base.wrapping_add(u.arena_offset),
+            u => self.store(unit).arena.base.wrapping_add(u.arena_offset),
         }
     }
 
     fn shard_data(&self, param: usize) -> *mut f32 {
-        let p = &self.plan.params[param];
-        let offset = self.plan.units[p.unit as usize].arena_offset + p.piece.unit_offset * DType::F32.size();
-        self.arena.base.wrapping_add(offset).cast()
+        let p = &self.plan().params[param];
+        let offset = self.plan().units[p.unit as usize].arena_offset + p.piece.unit_offset * DType::F32.size();
+        self.store(p.unit).arena.base.wrapping_add(offset).cast()
     }
 
     fn shard_grad(&self, p: &ParamPlan) -> *mut f32 {
-        let unit = &self.plan.units[p.unit as usize];
-        let at = unit.grad_offset + p.piece.unit_offset - unit.layout.shard(self.comm.rank()).start;
-        (self.grad_shards as *mut f32).wrapping_add(at)
+        let unit = &self.plan().units[p.unit as usize];
+        let at = unit.grad_offset + p.piece.unit_offset - unit.layout.shard(self.comm().rank()).start;
+        self.store(p.unit).grads.as_ptr().wrapping_add(at)
+    }
+
+    fn begin_forward_locked(&self, state: &mut State, training: bool) {
+        state.units.iter_mut().for_each(Unit::reshard);
+        state.order.begin_forward(training);
+        state.schedule.iter_mut().for_each(Schedule::restart);
     }
 
     fn unshard_locked(&self, state: &mut State, unit: UnitId) -> Result<()> {
         if state.units[unit as usize].state == UnitState::Unsharded {
             return Ok(());
         }
-        if state.phase != Phase::Reading {
-            self.comm.open_reads(&self.arena)?;
-            state.phase = Phase::Reading;
+        if !state.reading {
+            let stores = &self.model.stores;
+            stores.iter().try_for_each(|s| s.require_free(self.number))?;
+            state.reading = true;
+            stores.iter().try_for_each(|s| s.open(self.number))?;
         }
-        if self.plan.units[unit as usize].bytes() > 0 {
-            self.comm.all_gather(self.tag(Kind::AllGather, unit), &self.arena)?;
-            state.all_gathers += 1;
+        if let Some(deviation) = state.order.record(unit) {
+            self.warn_about_order(deviation);
         }
+        if !state.units[unit as usize].take_gathered() {
+            self.all_gather(state, unit)?;
+        }
+        self.prefetch(state, unit)?;
+        state.gradients.progress()?;
+        // Last: after an error the next call meets it again.
         state.units[unit as usize].state = UnitState::Unsharded;
-        state.gradients.progress(&self.plan, false)
+        Ok(())
+    }
+
+    fn all_gather(&self, state: &mut State, unit: UnitId) -> Result<()> {
+        let u = &self.plan().units[unit as usize];
+        if u.bytes() == 0 {
+            return Ok(());
+        }
+        let kind = if state.order.in_forward() { Kind::ForwardAllGather } else { Kind::AllGather };
+        let tag = Tag { kind, unit: self.first_unit + unit, dtype: DType::F32, bytes: u.bytes() as u64 };
+        self.comm().all_gather(tag, &self.store(unit).arena, state.order.check())?;
+        state.all_gathers += 1;
+        Ok(())
+    }
+
+    /// Issues the all-gather of the unit that comes after `unit`, if an order was given.
+    fn prefetch(&self, state: &mut State, unit: UnitId) -> Result<()> {
+        let forward = state.order.in_forward();
+        let Some(next) = state.schedule.as_mut().and_then(|s| s.next_after(unit, forward)) else { return Ok(()) };
+        if state.units[next as usize].is_sharded_and_not_gathered() {
+            self.all_gather(state, next)?;
+            state.units[next as usize].set_gathered();
+            state.prefetches += 1;
+        }
+        Ok(())
+    }
+
+    fn warn_about_order(&self, deviation: Deviation) {
+        let name = |unit: Option<UnitId>| match unit {
+            Some(unit) => self.plan().unit_name(unit).to_string(),
+            None => "nothing more".to_string(),
+        };
+        crate::log::warn(&format!(
+            "Forward order differs from that of the first iteration on rank {}. Collectives are matched by unit: one that \
+             this rank skips counts as zero in the gradients, and nothing waits for it. It unshards {} where the first \
+             iteration had {}. This is the only warning",
+            self.comm().rank(),
+            name(deviation.unit),
+            name(deviation.first)
+        ));
     }
 
     fn reduce_locked(&self, state: &mut State, unit: UnitId) -> Result<()> {
-        if state.phase != Phase::Reading {
+        let u = &self.plan().units[unit as usize];
+        if !state.reading {
             return Err(err!(
                 InvalidState,
                 "unit \"{}\" is reduced outside an iteration: no unit was unsharded since the last one ended",
-                self.plan.units[unit as usize].label()
+                u.label()
             ));
         }
-        state.gradients.join(&self.plan, unit)?;
-        state.gradients.start(&self.plan, unit, self.tag(Kind::ReduceScatter, unit))
+        state.order.end_forward();
+        if u.params.iter().any(|p| state.requires_grad[*p as usize]) {
+            state.gradients.join(self.plan(), unit)?;
+        }
+        state.gradients.start(self.plan(), unit, self.first_unit + unit)
     }
 
     fn finish_forward_locked(&self, state: &mut State) -> Result<()> {
         state.gradients.discard_open();
-        state.gradients.progress(&self.plan, true)?;
-        self.close(state);
-        Ok(())
+        self.close(state, false);
+        match state.gradients.started() {
+            true => state.gradients.end(),
+            false => Ok(()),
+        }
     }
 
     fn finish_backward_locked(&self, state: &mut State) -> Result<()> {
-        state.gradients.start_all(&self.plan, |unit| self.tag(Kind::ReduceScatter, unit))?;
+        state.gradients.start_all(self.plan(), self.first_unit)?;
         // Before waiting for the reductions: whoever has finished those then knows that nobody reads any more.
-        self.close(state);
-        state.gradients.progress(&self.plan, true)?;
-        if state.phase == Phase::Closed {
-            self.comm.wait_writable(&self.arena)?;
-            state.phase = Phase::Writable;
-        }
-        Ok(())
+        self.close(state, true);
+        state.gradients.end()?;
+        self.model.stores.iter().try_for_each(|s| s.wait_writable())
     }
 
-    fn close(&self, state: &mut State) {
+    fn close(&self, state: &mut State, backward: bool) {
         state.units.iter_mut().for_each(Unit::reset);
-        if state.phase == Phase::Reading {
-            self.comm.close_reads(&self.arena);
-            state.phase = Phase::Closed;
+        if let Some(deviation) = state.order.end_iteration(backward && state.reading) {
+            self.warn_about_order(deviation);
         }
+        state.reading = false;
+        self.model.stores.iter().for_each(|s| s.close(self.number));
     }
 }
 
 impl Drop for Engine {
     /// Other ranks may still wait for this one to stop reading; it does now.
     fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if state.phase == Phase::Reading {
-            self.comm.close_reads(&self.arena);
-        }
-    }
-}
-
-/// Compares the model and the configuration of all ranks; every rank gets the same error.
-fn agree(description: &[String], config: &EngineConfig, comm: &dyn Communicator) -> Result<()> {
-    let mine: Vec<&str> = description.iter().map(String::as_str).collect();
-    let text = format!("{}\n{}", config.gradient_slots, mine.join("\n"));
-    let all = comm.exchange(text.as_bytes())?;
-    let differs = |rank: usize| -> Option<Error> {
-        if all[rank] == all[0] {
-            return None;
-        }
-        let first = String::from_utf8_lossy(&all[0]);
-        let other = String::from_utf8_lossy(&all[rank]);
-        let mut pairs = (first.lines(), other.lines());
-        if let (Some(a), Some(b)) = (pairs.0.next(), pairs.1.next()) {
-            if a != b {
-                return Some(err!(Mismatch, "rank 0 has gradient_slots = {a}, but rank {rank} has {b}"));
-            }
-        }
-        loop {
-            let (a, b) = (pairs.0.next(), pairs.1.next());
-            if a != b {
-                let (a, b) = (a.unwrap_or("nothing there"), b.unwrap_or("nothing there"));
-                return Some(err!(Mismatch, "ranks have different models: rank 0 has {a}, but rank {rank} has {b}"));
-            }
-        }
-    };
-    match (1..all.len()).find_map(differs) {
-        Some(error) => Err(error),
-        None => Ok(()),
+        self.model.stores.iter().for_each(|s| s.close(self.number));
     }
 }

@@ -1,129 +1,143 @@
 //! Gradients on their way from a unit's backward to this rank's shards.
 //!
 //! A unit that gets its first gradient *opens*: it takes a slot and collects its full gradients there. When they are
-//! complete its reduce-scatter is *started*; it is *finished* (the mean lands in the gradient shards) inside a later
-//! hook, as soon as every rank has started it; the slot is free when every rank has finished it.
+//! complete its reduce-scatter is *started*; this rank's part of it (the mean of its own range, into the gradient shards)
+//! is done inside a later hook, as soon as every rank has started it or has ended its backward. A slot is free when every
+//! rank has done its part.
 //!
-//! A unit that finds all slots open collects in private memory; it is copied to the *staging* slot when it is started.
+//! There are a few *regular* slots, sized as the largest units, and one *spare* slot for each unit. A unit collects in a
+//! spare one when other open units have the regular ones, or when waiting for one could be for ever because ranks reduce
+//! in different orders. Slots take memory only where they are written; a spare one gives it back.
 //!
-//! Invariants: a reduction is started at the moment the host says so, whatever slot its unit has, so ranks that run the
-//! same program start theirs in the same order; reductions are finished in the order they were started; a slot that is
-//! neither open nor free becomes free without this rank doing anything but finishing what it started, so waiting for
-//! one cannot deadlock.
+//! Invariant: a reduction is started at the moment the host says so, whatever slot its unit has.
 
-use crate::comm::{Communicator, Segment, Slot, Tag, Ticket};
+use crate::comm::{reduce, Communicator, ReduceTarget, Segment, Slots, Tag, Ticket};
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::memory::HostBuffer;
 use crate::plan::{Plan, UnitId};
-use std::any::Any;
-use std::collections::VecDeque;
+use crate::shards::ShardStore;
 use std::sync::Arc;
 
-/// Least bytes of the staging slot, for models whose units are all empty.
-const STAGING_MIN: usize = 64;
-
+#[derive(Clone, Copy)]
 enum SlotUse {
     Free,
     Open,
     Started(Ticket),
 }
 
-/// Where an open unit collects.
-enum Target {
-    Slot(usize),
-    /// Every slot that is large enough belongs to another open unit.
-    Private(HostBuffer),
-    /// The unit has no elements.
-    Nowhere,
-}
-
 struct OpenUnit {
-    target: Target,
+    /// None for a unit without elements.
+    slot: Option<usize>,
     /// Which parameters have a gradient by now.
     present: Vec<bool>,
-}
-
-struct Started {
-    unit: UnitId,
-    ticket: Ticket,
 }
 
 /// Counts that tests and `fsdp_engine_stats` read.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct GradientCounters {
     pub reduce_scatters: u64,
-    /// Bytes of the unit buffers reduced.
+    /// Bytes of the gradients that this rank published for them.
     pub reduce_scatter_bytes: u64,
-    /// Most slots in use at once.
+    /// Most regular slots in use at once.
     pub slots_peak: usize,
-    /// Most units collecting in private memory at once.
+    /// Most spare slots in use at once.
     pub overflow_peak: usize,
 }
 
 /// See the module's text. Used under the engine's lock.
 pub struct Gradients {
     comm: Arc<dyn Communicator>,
-    /// The last one is the staging slot: units collect in the others only.
-    slots: Vec<(Slot, SlotUse)>,
-    /// Slots without the staging slot.
+    memory: Slots,
+    uses: Vec<SlotUse>,
+    /// Regular slots come first.
     regular: usize,
-    _slot_memory: Arc<dyn Any + Send + Sync>,
+    /// The spare slot of each unit that has elements.
+    spare: Vec<Option<usize>>,
     open: Vec<Option<OpenUnit>>,
-    started: VecDeque<Started>,
-    /// This rank's pieces of each unit.
-    segments: Vec<Vec<Segment>>,
-    /// Whether the gradient shard of a parameter holds a value that the next reduction adds to.
-    held: Vec<bool>,
-    shards: HostBuffer,
+    /// This rank has started reductions since the last backward ended.
+    started: bool,
+    reduce_dtype: DType,
+    means: Means,
     pub counters: GradientCounters,
 }
 
-// SAFETY: the raw pointers in `segments` point into `shards`, which moves along; slots are `Send` for the same reason.
+/// Where means go: the pieces of each unit, and the stores that say whether they are added to.
+struct Means {
+    segments: Vec<Vec<Segment>>,
+    /// Of each unit's parameters: their number in the store.
+    params: Vec<Vec<usize>>,
+    stores: Vec<Arc<ShardStore>>,
+}
+
+// SAFETY: the raw pointers in the segments point into the stores, which are kept; slots are `Send` for the same reason.
 unsafe impl Send for Gradients {}
 
+impl ReduceTarget for Means {
+    fn segments(&mut self, unit: usize) -> &[Segment] {
+        let (segments, params, store) = (&mut self.segments[unit], &self.params[unit], &self.stores[unit]);
+        for s in segments.iter_mut() {
+            s.accumulate = store.holds(params[s.param]);
+        }
+        segments
+    }
+
+    fn reduced(&mut self, unit: usize, present: &[bool]) {
+        for (param, _) in self.params[unit].iter().zip(present).filter(|(_, present)| **present) {
+            self.stores[unit].set_held(*param, true);
+        }
+    }
+}
+
 impl Gradients {
-    /// Collective: allocates slots and shards.
-    pub fn new(comm: Arc<dyn Communicator>, plan: &Plan, slots: usize) -> Result<Gradients> {
+    /// Collective: allocates the slots. `first_unit` is the communicator's number of unit 0, `stores` the plan's.
+    pub fn new(
+        comm: Arc<dyn Communicator>,
+        plan: &Plan,
+        first_unit: u32,
+        stores: &[Arc<ShardStore>],
+        slots: usize,
+        reduce_dtype: DType,
+    ) -> Result<Gradients> {
         let flags = plan.units.iter().map(|u| u.params.len()).max().unwrap_or(0);
         let mut sizes = plan.slot_bytes(slots);
         let regular = sizes.len();
-        sizes.push(sizes.first().copied().unwrap_or(0).max(STAGING_MIN));
-        let (slots, memory) = comm.alloc_slots(&sizes, flags)?;
-        let shards = HostBuffer::zeroed(plan.shard_elements, "the gradient shards")?;
-        let units = 0..plan.units.len() as UnitId;
+        let mut spare = Vec::new();
+        for unit in &plan.units {
+            spare.push((unit.bytes() > 0).then_some(sizes.len()));
+            sizes.extend(Some(unit.bytes()).filter(|bytes| *bytes > 0));
+        }
+        let units = plan.units.len() as UnitId;
+        let memory = comm.alloc_slots(&sizes, flags, first_unit..first_unit + units)?;
+        let of_unit = |u: &crate::plan::UnitPlan| stores[u.store].clone();
+        let numbers = |p: &u32| plan.params[*p as usize].store_param;
         Ok(Gradients {
-            slots: slots.into_iter().map(|s| (s, SlotUse::Free)).collect(),
+            uses: vec![SlotUse::Free; sizes.len()],
             regular,
-            _slot_memory: memory,
-            open: units.clone().map(|_| None).collect(),
-            started: VecDeque::new(),
-            segments: units.map(|u| plan.segments(u, comm.rank(), shards.as_ptr())).collect(),
-            held: vec![false; plan.params.len()],
+            spare,
+            open: (0..units).map(|_| None).collect(),
+            started: false,
+            reduce_dtype,
+            means: Means {
+                segments: (0..units)
+                    .map(|u| plan.segments(u, comm.rank(), of_unit(&plan.units[u as usize]).grads.as_ptr()))
+                    .collect(),
+                params: plan.units.iter().map(|u| u.params.iter().map(numbers).collect()).collect(),
+                stores: plan.units.iter().map(of_unit).collect(),
+            },
+            memory,
             comm,
-            shards,
             counters: GradientCounters::default(),
         })
     }
 
-    /// Start of this rank's gradient shards; the plan's `grad_offset` counts from here.
-    pub fn shards(&self) -> *mut f32 {
-        self.shards.as_ptr()
+    /// Whether this rank has started reductions since the last backward ended.
+    pub fn started(&self) -> bool {
+        self.started
     }
 
-    /// Whether the gradient shard of a parameter holds a value.
-    pub fn holds(&self, param: usize) -> bool {
-        self.held[param]
-    }
-
-    /// Forgets the gradient of a parameter: the next reduction overwrites it.
-    pub fn clear(&mut self, param: usize) {
-        self.held[param] = false;
-    }
-
-    /// A unit that has gradients which have not reached the shards.
-    pub fn unfinished(&self) -> Option<UnitId> {
-        let open = self.open.iter().position(Option::is_some).map(|u| u as UnitId);
-        open.or(self.started.front().map(|s| s.unit))
+    /// A unit that is collecting gradients.
+    pub fn collecting(&self) -> Option<UnitId> {
+        self.open.iter().position(Option::is_some).map(|u| u as UnitId)
     }
 
     /// The full gradient region of parameter `index` of `unit`, and whether it already holds a gradient of this
@@ -134,155 +148,135 @@ impl Gradients {
             self.open_unit(plan, unit)?;
         }
         let open = self.open[unit as usize].as_mut().expect("opened above");
-        let base = match &open.target {
-            Target::Slot(s) => self.slots[*s].0.data.cast::<f32>(),
-            Target::Private(buffer) => buffer.as_ptr(),
-            Target::Nowhere => std::ptr::null_mut(),
-        };
+        let base = open.slot.map_or(std::ptr::null_mut(), |s| self.memory.slots[s].data.cast::<f32>());
         let held = std::mem::replace(&mut open.present[index], true);
         Ok((base.wrapping_add(plan.units[unit as usize].layout.offsets[index]), held))
     }
 
-    /// The gradients of `unit` are complete: starts its reduce-scatter. A unit without gradients has nothing to reduce.
-    pub fn start(&mut self, plan: &Plan, unit: UnitId, tag: Tag) -> Result<()> {
+    /// The gradients of `unit` are complete: starts its reduce-scatter as the communicator's unit `number`. A unit that
+    /// is not open has nothing to reduce.
+    pub fn start(&mut self, plan: &Plan, unit: UnitId, number: u32) -> Result<()> {
         let Some(open) = self.open[unit as usize].take() else { return Ok(()) };
-        let slot = match open.target {
-            Target::Nowhere => {
-                // Nothing to send: its parameters have a gradient if they have one here.
-                for (p, present) in plan.units[unit as usize].params.iter().zip(open.present) {
-                    self.held[*p as usize] |= present;
-                }
-                return Ok(());
-            }
-            Target::Slot(s) => s,
-            // Staged and started at once, not when a slot becomes free: the order of reductions must be the host's on
-            // every rank, and which units found a slot is not the same on every rank.
-            Target::Private(buffer) => {
-                let s = self.stage(plan)?;
-                let bytes = plan.units[unit as usize].bytes();
-                // SAFETY: both are at least as large as the unit buffer, and different allocations.
-                unsafe { std::ptr::copy_nonoverlapping(buffer.as_ptr().cast(), self.slots[s].0.data, bytes) };
-                s
-            }
+        let Some(slot) = open.slot else {
+            // Nothing to send: its parameters have a gradient if they have one here.
+            self.means.reduced(unit as usize, &open.present);
+            return Ok(());
         };
-        let ticket = self.comm.reduce_scatter_start(tag, &self.slots[slot].0, &open.present)?;
-        self.slots[slot].1 = SlotUse::Started(ticket);
-        self.started.push_back(Started { unit, ticket });
+        let layout = &plan.units[unit as usize].layout;
+        let bytes = (layout.len * self.reduce_dtype.size()) as u64;
+        if self.reduce_dtype != DType::F32 {
+            let data = self.memory.slots[slot].data;
+            for (index, _) in open.present.iter().enumerate().filter(|(_, present)| **present) {
+                let (at, len) = (layout.offsets[index], layout.numels[index]);
+                // SAFETY: the slot holds the unit's floats. Parameters lie in ascending order, and a narrower one never
+                // reaches the floats of those that follow.
+                unsafe { reduce::narrow(self.reduce_dtype, data.cast::<f32>().add(at), data.add(at * 2), len) };
+            }
+        }
+        let tag = Tag { kind: crate::comm::Kind::ReduceScatter, unit: number, dtype: self.reduce_dtype, bytes };
+        let ticket = self.comm.reduce_start(tag, &self.memory.slots[slot], &open.present)?;
+        self.uses[slot] = SlotUse::Started(ticket);
+        self.started = true;
         self.counters.reduce_scatters += 1;
-        self.counters.reduce_scatter_bytes += tag.bytes;
-        self.progress(plan, false)
+        self.counters.reduce_scatter_bytes += bytes;
+        self.progress()
     }
 
-    /// Makes `unit` take part in its next reduction even if it has no gradient on this rank.
+    /// Makes `unit` take part in its next reduction even if it has no gradient on this rank, so that the other ranks'
+    /// part of it need not wait for the end of this one's backward.
     pub fn join(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
-        let u = &plan.units[unit as usize];
-        let trained = u.params.iter().any(|p| plan.params[*p as usize].requires_grad);
-        if self.open[unit as usize].is_none() && trained && u.bytes() > 0 {
-            self.open_unit(plan, unit)?;
+        match self.open[unit as usize].is_none() && self.spare[unit as usize].is_some() {
+            true => self.open_unit(plan, unit),
+            false => Ok(()),
         }
-        Ok(())
     }
 
-    /// Starts every open unit, in order.
-    pub fn start_all(&mut self, plan: &Plan, tag: impl Fn(UnitId) -> Tag) -> Result<()> {
-        for unit in 0..self.open.len() as UnitId {
-            self.start(plan, unit, tag(unit))?;
-        }
-        Ok(())
+    /// Starts every open unit, in order; unit 0 is the communicator's `first_unit`.
+    pub fn start_all(&mut self, plan: &Plan, first_unit: u32) -> Result<()> {
+        (0..self.open.len() as UnitId).try_for_each(|unit| self.start(plan, unit, first_unit + unit))
     }
 
-    /// Finishes what every rank has started; with `wait`, everything that this rank has started.
-    pub fn progress(&mut self, plan: &Plan, wait: bool) -> Result<()> {
-        while let Some(Started { unit, ticket }) = self.started.front() {
-            let params = &plan.units[*unit as usize].params;
-            let segments = &mut self.segments[*unit as usize];
-            for s in segments.iter_mut() {
-                s.accumulate = self.held[params[s.param] as usize];
-            }
-            let Some(present) = self.comm.reduce_scatter_finish(*ticket, segments, wait)? else { break };
-            for (p, present) in params.iter().zip(present) {
-                self.held[*p as usize] |= present;
-            }
-            self.started.pop_front();
-        }
-        Ok(())
+    /// Does this rank's part of what every rank has started by now.
+    pub fn progress(&mut self) -> Result<()> {
+        self.comm.reduce_ready(self.memory.id, &mut self.means)
+    }
+
+    /// Ends a backward: returns when this rank's part of everything that any rank has started is done. Collective.
+    pub fn end(&mut self) -> Result<()> {
+        self.comm.reduce_end(self.memory.id, &mut self.means)?;
+        self.started = false;
+        self.release()
     }
 
     /// Drops gradients that were being collected (a backward that failed or was given up). Started reductions go on.
     pub fn discard_open(&mut self) {
-        for open in self.open.iter_mut().filter_map(Option::take) {
-            if let Target::Slot(s) = open.target {
-                self.slots[s].1 = SlotUse::Free;
-            }
-        }
+        let slots: Vec<usize> = self.open.iter_mut().filter_map(Option::take).filter_map(|open| open.slot).collect();
+        slots.into_iter().for_each(|slot| self.free(slot));
     }
 
     fn open_unit(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
         let u = &plan.units[unit as usize];
-        let target = match u.bytes() {
-            0 => Target::Nowhere,
-            _ => self.acquire(plan, unit)?,
+        let slot = match self.spare[unit as usize] {
+            None => None,
+            Some(spare) => Some(self.acquire(u.bytes(), spare)?),
         };
-        self.open[unit as usize] = Some(OpenUnit { target, present: vec![false; u.params.len()] });
-        self.count_open();
+        if let Some(slot) = slot {
+            self.uses[slot] = SlotUse::Open;
+        }
+        self.open[unit as usize] = Some(OpenUnit { slot, present: vec![false; u.params.len()] });
+        self.count();
         Ok(())
     }
 
-    /// A slot for `unit`: the smallest kind that fits among those no open unit has; a free one of that kind, else the
-    /// one started first, waited for. Private memory when open units have them all.
-    fn acquire(&mut self, plan: &Plan, unit: UnitId) -> Result<Target> {
-        let bytes = plan.units[unit as usize].bytes();
+    /// A slot for a unit of `bytes`: of the smallest regular kind that fits among those no open unit has, a free one,
+    /// else the one that was started first, waited for; else the unit's spare one.
+    fn acquire(&mut self, bytes: usize, spare: usize) -> Result<usize> {
         self.release()?;
-        let fits = |(slot, used): &(Slot, SlotUse)| slot.bytes >= bytes && !matches!(used, SlotUse::Open);
-        let kind = self.slots[..self.regular].iter().filter(|s| fits(s)).map(|(slot, _)| slot.bytes).min();
-        let Some(kind) = kind else {
-            return Ok(Target::Private(HostBuffer::zeroed(bytes / size_of::<f32>(), "a unit's gradients")?));
-        };
-        let (index, ticket) = self.slots[..self.regular]
-            .iter()
-            .enumerate()
-            .filter(|(_, s)| s.0.bytes == kind)
-            .filter_map(|(i, (_, used))| match used {
-                SlotUse::Free => Some((i, None)),
-                SlotUse::Started(t) => Some((i, Some(*t))),
-                SlotUse::Open => None,
-            })
-            .min_by_key(|(_, ticket)| *ticket)
-            .expect("a slot of this kind is not open");
-        if let Some(ticket) = ticket {
-            self.progress(plan, true)?;
-            self.comm.finished(ticket, true)?;
+        let fits = |i: &usize| self.memory.slots[*i].bytes >= bytes && !matches!(self.uses[*i], SlotUse::Open);
+        let kind = (0..self.regular).filter(fits).map(|i| self.memory.slots[i].bytes).min();
+        let candidates = (0..self.regular).filter(fits).filter(|i| Some(self.memory.slots[*i].bytes) == kind);
+        let first = candidates.min_by_key(|i| match self.uses[*i] {
+            SlotUse::Started(ticket) => Some(ticket),
+            _ => None,
+        });
+        for slot in first.into_iter().chain([spare]) {
+            match self.uses[slot] {
+                SlotUse::Free => return Ok(slot),
+                SlotUse::Open => {}
+                SlotUse::Started(ticket) => {
+                    // A spare slot is waited for only when the unit is reduced twice in one backward.
+                    if self.comm.reduce_wait(ticket, &mut self.means, slot != spare)? {
+                        self.free(slot);
+                        return Ok(slot);
+                    }
+                }
+            }
         }
-        self.slots[index].1 = SlotUse::Open;
-        Ok(Target::Slot(index))
-    }
-
-    /// The staging slot, when every rank has read what was in it.
-    fn stage(&mut self, plan: &Plan) -> Result<usize> {
-        if let SlotUse::Started(ticket) = self.slots[self.regular].1 {
-            self.progress(plan, true)?;
-            self.comm.finished(ticket, true)?;
-            self.slots[self.regular].1 = SlotUse::Free;
-        }
-        Ok(self.regular)
+        unreachable!("a unit that is being opened has not got its spare slot open")
     }
 
     /// Frees the slots that every rank has read.
     fn release(&mut self) -> Result<()> {
-        for (_, used) in &mut self.slots {
-            if let SlotUse::Started(ticket) = used {
-                if self.comm.finished(*ticket, false)? {
-                    *used = SlotUse::Free;
+        for slot in 0..self.uses.len() {
+            if let SlotUse::Started(ticket) = self.uses[slot] {
+                if self.comm.reduce_done(ticket)? {
+                    self.free(slot);
                 }
             }
         }
         Ok(())
     }
 
-    fn count_open(&mut self) {
-        let used = self.slots[..self.regular].iter().filter(|(_, u)| !matches!(u, SlotUse::Free)).count();
-        let private = self.open.iter().flatten().filter(|o| matches!(o.target, Target::Private(_))).count();
-        self.counters.slots_peak = self.counters.slots_peak.max(used);
-        self.counters.overflow_peak = self.counters.overflow_peak.max(private);
+    fn free(&mut self, slot: usize) {
+        self.uses[slot] = SlotUse::Free;
+        if slot >= self.regular {
+            self.comm.trim_slot(self.memory.id, &self.memory.slots[slot]);
+        }
+    }
+
+    fn count(&mut self) {
+        let used = |uses: &[SlotUse]| uses.iter().filter(|u| !matches!(u, SlotUse::Free)).count();
+        self.counters.slots_peak = self.counters.slots_peak.max(used(&self.uses[..self.regular]));
+        self.counters.overflow_peak = self.counters.overflow_peak.max(used(&self.uses[self.regular..]));
     }
 }

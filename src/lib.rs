@@ -7,6 +7,7 @@
 //!   wrap       wrap       modules become units
 //!   plan       layout     one unit's buffer, cut over the ranks      plan     all units, on this rank
 //!   shard      engine     each rank keeps its cut, in memory of the communicator
+//!                         materialize  gives parameters without storage their values first, a unit at a time
 //!   unshard    engine     wait until every rank's cut can be read (shm: no bytes move)
 //!   compute    (host)     reads parameters as views of the unit buffer
 //!   reduce     gradients  full gradients in a slot; their mean into this rank's gradient shard
@@ -15,9 +16,12 @@
 //!   save       checkpoint shards to files, and back at any world size
 //! ```
 //!
-//! `comm` connects ranks (`shm`: shared pages of one host; `single`: one rank). `capi` is the C ABI: it converts,
-//! calls, converts, and is the only part that knows C. See ARCHITECTURE.md for the protocol between the ranks.
+//! `trace` records in which order a forward needs what; from that, `schedule` says what comes next. Messages for a
+//! person go through `log`. `comm` connects ranks (`shm`: shared pages of one host; `single`: one rank). `capi` is the
+//! C ABI: it converts, calls, converts, and is the only part that knows C. See ARCHITECTURE.md for the protocol between
+//! the ranks.
 
+mod agree;
 pub mod capi;
 pub mod checkpoint;
 pub mod comm;
@@ -27,8 +31,14 @@ pub mod engine;
 pub mod error;
 mod gradients;
 pub mod layout;
+pub mod log;
+pub mod materialize;
 mod memory;
 pub mod module;
+mod order;
 pub mod plan;
+pub mod schedule;
+pub mod shards;
+pub mod trace;
 mod unit;
 pub mod wrap;

@@ -2,11 +2,13 @@
 //!
 //! Pure data, computed before anything is allocated. Unit 0 is the root; units are in depth-first order of the tree.
 
-use crate::comm::Segment;
+use crate::comm::{Segment, UnitName};
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::layout::{Piece, UnitLayout};
 use crate::module::{ModuleId, ModuleTree, ParamId, ROOT};
+use crate::shards::ShardStore;
+use std::sync::Arc;
 
 pub type UnitId = u32;
 
@@ -23,9 +25,11 @@ pub struct UnitPlan {
     pub depth: usize,
     pub params: Vec<ParamId>,
     pub layout: UnitLayout,
-    /// First byte of the unit buffer in the arena.
+    /// Which store its shards are in: 0 the engine's own, then those of the models that the tree has adopted.
+    pub store: usize,
+    /// First byte of the unit buffer in the store's arena.
     pub arena_offset: usize,
-    /// First element of this rank's part in the gradient shards.
+    /// First element of this rank's part in the store's gradient shards.
     pub grad_offset: usize,
 }
 
@@ -36,6 +40,16 @@ impl UnitPlan {
 
     pub fn shard_bytes(&self) -> usize {
         self.layout.shard_len * DType::F32.size()
+    }
+
+    /// Bytes of this rank's gradient shard, with what aligns the next one.
+    pub fn grad_shard_bytes(&self) -> usize {
+        self.shard_bytes().next_multiple_of(UNIT_ALIGN)
+    }
+
+    /// Bytes of the unit buffer, with what aligns the next one.
+    pub fn arena_bytes(&self) -> usize {
+        self.bytes().next_multiple_of(UNIT_ALIGN)
     }
 
     /// How messages call it.
@@ -57,6 +71,8 @@ pub struct ParamPlan {
     pub index: usize,
     pub shape: Vec<i64>,
     pub requires_grad: bool,
+    /// Its number in its unit's store.
+    pub store_param: usize,
     /// This rank's piece.
     pub piece: Piece,
 }
@@ -68,9 +84,9 @@ pub struct Plan {
     pub params: Vec<ParamPlan>,
     /// The unit that each module belongs to.
     pub unit_of_module: Vec<UnitId>,
-    /// Bytes of all unit buffers: the arena.
+    /// Bytes of the unit buffers in the engine's own store: its arena.
     pub arena_bytes: usize,
-    /// Elements of this rank's shards of all units.
+    /// Elements of this rank's shards in it.
     pub shard_elements: usize,
 }
 
@@ -104,32 +120,54 @@ impl Plan {
             Plan { units: Vec::new(), params: Vec::new(), unit_of_module, arena_bytes: 0, shard_elements: 0 };
         let mut places = vec![None; tree.params().len()];
         for (u, (module, params)) in modules.into_iter().zip(owned).enumerate() {
-            let numels: Vec<usize> = params.iter().map(|p| tree.params()[*p as usize].numel()).collect();
-            let layout = UnitLayout::plan(&numels, DType::F32.size(), world_size);
+            let adopted = tree.adopted_unit(module);
+            let layout = match adopted {
+                Some((model, unit)) => tree.adopted()[model].plan.units[unit as usize].layout.clone(),
+                None => {
+                    let numels: Vec<usize> = params.iter().map(|p| tree.params()[*p as usize].numel()).collect();
+                    UnitLayout::plan(&numels, DType::F32.size(), world_size)
+                }
+            };
             for (index, p) in params.iter().enumerate() {
                 places[*p as usize] = Some((u as UnitId, index, layout.piece(index, rank)));
             }
-            let unit = UnitPlan {
+            let mut unit = UnitPlan {
                 name: tree.module(module)?.fqn.clone(),
                 module,
                 depth: plan.depth_of(tree, module),
                 params,
                 layout,
+                store: 0,
                 arena_offset: plan.arena_bytes,
                 grad_offset: plan.shard_elements,
             };
-            plan.arena_bytes += unit.bytes().next_multiple_of(UNIT_ALIGN);
-            plan.shard_elements += unit.layout.shard_len.next_multiple_of(UNIT_ALIGN / DType::F32.size());
+            match adopted {
+                Some((model, u)) => {
+                    let place = &tree.adopted()[model].plan.units[u as usize];
+                    unit.store =
+                        1 + tree.adopted()[..model].iter().map(|m| m.stores.len()).sum::<usize>() + place.store;
+                    (unit.arena_offset, unit.grad_offset) = (place.arena_offset, place.grad_offset);
+                }
+                None => {
+                    plan.arena_bytes += unit.arena_bytes();
+                    plan.shard_elements += unit.grad_shard_bytes() / DType::F32.size();
+                }
+            }
             plan.units.push(unit);
         }
         plan.params = tree
             .params()
             .iter()
             .zip(places)
-            .map(|(p, place)| {
+            .enumerate()
+            .map(|(i, (p, place))| {
                 let (unit, index, piece) = place.expect("every parameter has an owner");
                 let (fqn, shape) = (p.fqn.clone(), p.shape.clone());
-                ParamPlan { fqn, unit, index, shape, requires_grad: p.requires_grad, piece }
+                let store_param = match p.adopted {
+                    Some((model, old)) => tree.adopted()[model].plan.params[old as usize].store_param,
+                    None => i,
+                };
+                ParamPlan { fqn, unit, index, shape, requires_grad: p.requires_grad, store_param, piece }
             })
             .collect();
         Ok(plan)
@@ -156,7 +194,12 @@ impl Plan {
         sizes
     }
 
-    /// The pieces of unit `u` that lie on this rank, to be reduced into the shards that start at `grads`.
+    /// The stores of the units, as [`UnitPlan::store`] counts them, when the engine's own is `own`.
+    pub fn stores(tree: &ModuleTree, own: Arc<ShardStore>) -> Vec<Arc<ShardStore>> {
+        std::iter::once(own).chain(tree.adopted().iter().flat_map(|m| m.stores.iter().cloned())).collect()
+    }
+
+    /// The pieces of unit `u` that lie on this rank, to be reduced into its store's shards, which start at `grads`.
     pub fn segments(&self, u: UnitId, rank: usize, grads: *mut f32) -> Vec<Segment> {
         let unit = &self.units[u as usize];
         let shard = unit.layout.shard(rank);
@@ -172,15 +215,33 @@ impl Plan {
         segments
     }
 
+    /// A unit's name for messages, with the first few of its parameters.
+    pub fn unit_name(&self, unit: UnitId) -> UnitName {
+        const SHOWN: usize = 4;
+        let unit = &self.units[unit as usize];
+        let names = unit.params.iter().map(|p| self.params[*p as usize].fqn.as_str());
+        let mut params = names.take(SHOWN).collect::<Vec<_>>().join(", ");
+        if unit.params.len() > SHOWN {
+            params += &format!(" and {} more", unit.params.len() - SHOWN);
+        }
+        UnitName { label: unit.label().to_string(), params }
+    }
+
     /// One line per unit and parameter: what ranks must agree on.
     pub fn description(&self, tree: &ModuleTree) -> Vec<String> {
         let mut lines = Vec::new();
-        for p in &self.params {
+        for (p, param) in self.params.iter().zip(tree.params()) {
+            let values = match (param.has_storage(), param.adopted) {
+                (_, Some(_)) => "sharded already, ",
+                (false, None) => "without storage, ",
+                (true, None) => "",
+            };
             lines.push(format!(
-                "parameter \"{}\" of shape {:?}, {}, in unit \"{}\"",
+                "parameter \"{}\" of shape {:?}, {}, {}in unit \"{}\"",
                 p.fqn,
                 p.shape,
                 if p.requires_grad { "trained" } else { "frozen" },
+                values,
                 self.units[p.unit as usize].label()
             ));
         }

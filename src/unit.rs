@@ -17,6 +17,8 @@ pub enum UnitState {
 pub struct Unit {
     name: String,
     pub state: UnitState,
+    /// Its all-gather was issued ahead of time.
+    gathered: bool,
     /// Forward passes entered and not left: a unit may contain itself.
     forward_depth: u32,
     /// Forward passes that a backward must follow.
@@ -27,7 +29,33 @@ pub struct Unit {
 
 impl Unit {
     pub fn new(name: &str) -> Unit {
-        Unit { name: name.into(), state: UnitState::Sharded, forward_depth: 0, uses: 0, backward_depth: 0 }
+        Unit {
+            name: name.into(),
+            state: UnitState::Sharded,
+            gathered: false,
+            forward_depth: 0,
+            uses: 0,
+            backward_depth: 0,
+        }
+    }
+
+    pub fn reshard(&mut self) {
+        self.state = UnitState::Sharded;
+        self.gathered = false;
+    }
+
+    /// Its all-gather has been issued, before the host asked for it.
+    pub fn set_gathered(&mut self) {
+        self.gathered = true;
+    }
+
+    /// Whether that is so; the host asks for it now.
+    pub fn take_gathered(&mut self) -> bool {
+        std::mem::take(&mut self.gathered)
+    }
+
+    pub fn is_sharded_and_not_gathered(&self) -> bool {
+        self.state == UnitState::Sharded && !self.gathered
     }
 
     pub fn enter_forward(&mut self) {
@@ -70,7 +98,7 @@ impl Unit {
 
     /// The iteration is over, however far it came.
     pub fn reset(&mut self) {
-        self.state = UnitState::Sharded;
+        self.reshard();
         self.forward_depth = 0;
         self.uses = 0;
         self.backward_depth = 0;

@@ -1,10 +1,13 @@
 //! Wrap policies: which modules become units.
 //!
-//! Each function marks modules of a [`ModuleTree`]; modules marked before stay marked, and the root is always a unit.
+//! Each function marks modules of a [`ModuleTree`]; modules marked before stay marked, the root is always a unit, and
+//! the units of adopted models stay as they are.
 //! The behaviours are those of PyTorch's `torch.distributed.fsdp.wrap` policies of the same names.
 
 use crate::error::{err, Result};
-use crate::module::{ModuleId, ModuleTree, ROOT};
+use crate::module::{ModuleId, ModuleTree, ParamId, ROOT};
+use crate::trace::Trace;
+use std::collections::HashSet;
 
 /// Every module becomes a unit (`always_wrap_policy`).
 pub fn always(tree: &mut ModuleTree) -> Result<()> {
@@ -29,15 +32,34 @@ pub fn by_class(tree: &mut ModuleTree, class_name: &str) -> Result<()> {
 /// Children first, a module whose parameters not yet in a nested unit have at least `min_numel` elements becomes a unit
 /// (`size_based_auto_wrap_policy`). A tied parameter counts where it was registered first.
 pub fn by_size(tree: &mut ModuleTree, min_numel: u64) -> Result<()> {
+    sized(tree, min_numel, |_| true, |_| true)
+}
+
+/// As [`by_size`], but only modules that the traced forward entered become units, and only parameters that it used
+/// count.
+pub fn by_trace(tree: &mut ModuleTree, trace: &Trace, min_numel: u64) -> Result<()> {
+    trace.check_fits(tree.modules().len(), tree.params().iter().map(|p| p.fqn.as_str()))?;
+    let entered: HashSet<ModuleId> = trace.module_order().iter().copied().collect();
+    let used: HashSet<ParamId> = trace.param_order().iter().copied().collect();
+    sized(tree, min_numel, |p| used.contains(&p), |m| entered.contains(&m))
+}
+
+/// Wraps by size the modules that `may` become units, counting the parameters that `counts` names.
+fn sized(
+    tree: &mut ModuleTree,
+    min_numel: u64,
+    counts: impl Fn(ParamId) -> bool,
+    may: impl Fn(ModuleId) -> bool,
+) -> Result<()> {
     if min_numel == 0 {
         return Err(err!(InvalidArgument, "the smallest size of a unit must be at least 1 element"));
     }
-    let mut open = own_numel(tree);
+    let mut open = own_numel(tree, counts);
     for m in tree.preorder().into_iter().rev() {
         if m == ROOT {
             continue;
         }
-        if !tree.is_wrapped(m) && open[m as usize] >= min_numel {
+        if tree.can_wrap(m) && may(m) && open[m as usize] >= min_numel {
             tree.wrap(m)?;
         }
         if !tree.is_wrapped(m) {
@@ -58,7 +80,7 @@ pub fn by_callback(
     let mut chosen = Vec::new();
     for m in tree.preorder() {
         let module = &tree.modules()[m as usize];
-        if !tree.is_wrapped(m) && decide(m, &module.fqn, &module.class_name, below[m as usize])? {
+        if tree.can_wrap(m) && decide(m, &module.fqn, &module.class_name, below[m as usize])? {
             chosen.push(m);
         }
     }
@@ -70,17 +92,17 @@ fn for_each_unwrapped(
     mut decide: impl FnMut(&ModuleTree, ModuleId) -> Result<bool>,
 ) -> Result<()> {
     for m in tree.preorder() {
-        if !tree.is_wrapped(m) && decide(tree, m)? {
+        if tree.can_wrap(m) && decide(tree, m)? {
             tree.wrap(m)?;
         }
     }
     Ok(())
 }
 
-/// Elements of the parameters that each module registered first.
-fn own_numel(tree: &ModuleTree) -> Vec<u64> {
+/// Elements of the parameters that each module registered first, of those that count.
+fn own_numel(tree: &ModuleTree, counts: impl Fn(ParamId) -> bool) -> Vec<u64> {
     let mut numel = vec![0u64; tree.modules().len()];
-    for p in tree.params() {
+    for (_, p) in tree.params().iter().enumerate().filter(|(i, p)| p.adopted.is_none() && counts(*i as ParamId)) {
         numel[p.modules[0] as usize] += p.numel() as u64;
     }
     numel
@@ -88,7 +110,7 @@ fn own_numel(tree: &ModuleTree) -> Vec<u64> {
 
 /// Elements of the parameters in and below each module.
 fn subtree_numel(tree: &ModuleTree) -> Vec<u64> {
-    let mut numel = own_numel(tree);
+    let mut numel = own_numel(tree, |_| true);
     for m in tree.preorder().into_iter().rev() {
         if let Some(parent) = tree.modules()[m as usize].parent {
             numel[parent as usize] += numel[m as usize];
@@ -147,6 +169,38 @@ mod tests {
         by_size(&mut t, 16).unwrap();
         assert_eq!(wrapped(&t), ["", "a.x", "b.z"]);
         assert!(by_size(&mut t, 0).is_err());
+    }
+
+    #[test]
+    fn trace_counts_only_what_was_entered_and_used() {
+        let t = tree();
+        // x is entered and used, y used from its parent without being entered, z entered but its parameter not used.
+        let mut trace = Trace::new(&t);
+        assert!(by_trace(&mut t.clone(), &trace, 1).unwrap_err().message.contains("empty"));
+        for m in [ROOT, 1, 2] {
+            trace.enter(m).unwrap();
+        }
+        trace.use_params(&[2]).unwrap();
+        trace.leave(2).unwrap();
+        trace.use_params(&[1, 3]).unwrap();
+        trace.leave(1).unwrap();
+        for m in [4, 5] {
+            trace.enter(m).unwrap();
+        }
+        assert!(by_trace(&mut t.clone(), &trace, 1).unwrap_err().message.contains("\"b.z\" was entered but not left"));
+        for m in [5, 4, ROOT] {
+            trace.leave(m).unwrap();
+        }
+        for (min, want) in [(1, &["", "a", "a.x"][..]), (15, &["", "a", "a.x"]), (16, &["", "a.x"]), (101, &["", "a"])]
+        {
+            let mut t = t.clone();
+            by_trace(&mut t, &trace, min).unwrap();
+            assert_eq!(wrapped(&t), want, "{min}");
+        }
+        assert!(by_trace(&mut t.clone(), &trace, 0).is_err());
+        let mut other = t.clone();
+        other.add_module(ROOT, "c", "Block").unwrap();
+        assert!(by_trace(&mut other, &trace, 1).unwrap_err().message.contains("another model"));
     }
 
     #[test]

@@ -18,6 +18,7 @@ fn rank_process() {
         "host" => collectives::host(rank),
         "phases" => collectives::phases(rank),
         "reductions" => collectives::reductions(rank),
+        "unordered" => collectives::unordered(rank),
         "wrap" => collectives::wrap(rank),
         "several" => collectives::several(rank),
         "kill" => faults::kill(rank),

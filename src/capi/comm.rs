@@ -138,8 +138,8 @@ pub extern "C" fn fsdp_comm_barrier(comm: *mut fsdp_comm_t) -> fsdp_status_t {
 }
 
 /// Combines the ranks' tensors in place, in rank order, so that every rank gets the same bits. Collective; blocks.
-/// `tensor`: same dtype (float32, float64, int32, int64, uint8) and elements on every rank, borrowed for the call.
-/// `op`: FSDP_REDUCE_*. Since 0.1.
+/// `tensor`: same dtype (float32, float64, float16, bfloat16, int32, int64, uint8) and elements on every rank, borrowed for
+/// the call. `op`: FSDP_REDUCE_*. Since 0.1.
 ///
 /// # Safety
 /// `tensor` is NULL or describes memory that this call alone may read and write.

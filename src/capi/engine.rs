@@ -1,10 +1,10 @@
 //! `fsdp_engine_t`: a sharded model, the hooks a host calls around its compute, and access to shards.
 
-use super::handle::{fsdp_comm_t, fsdp_engine_t, fsdp_model_t, get, insert, remove};
-use super::model::lock;
+use super::handle::{fsdp_comm_t, fsdp_engine_t, fsdp_model_t, fsdp_trace_t, get, insert, remove};
+use super::model::{fsdp_module_init_fn, lock, module_init};
 use super::status::{boundary, boundary_void, fsdp_status_t, out, read_sized, write_sized, Sized_};
-use super::tensor::{self, fsdp_tensor_t, HostTensor};
-use crate::config::EngineConfig;
+use super::tensor::{self, fsdp_dtype_t, fsdp_tensor_t, HostTensor};
+use crate::config::{EngineConfig, OrderCheck, Strategy};
 use crate::dtype::DType;
 use crate::engine::Engine;
 use crate::error::{err, Result};
@@ -16,6 +16,21 @@ pub const FSDP_UNIT_SHARDED: i32 = 0;
 /// The unit's parameters can be read as views of the unit buffer.
 pub const FSDP_UNIT_UNSHARDED: i32 = 1;
 
+/// fsdp_engine_config_t.strategy: a unit is unsharded only while it computes, in forward and in backward (ZeRO-3).
+pub const FSDP_FULL_SHARD: i32 = 0;
+/// A unit stays unsharded from its forward until its backward has ended (ZeRO-2).
+pub const FSDP_SHARD_GRAD_OP: i32 = 1;
+
+/// fsdp_engine_config_t.order_check: every unshard is compared with the other ranks'; a difference is
+/// FSDP_ERR_MISMATCH on every rank.
+pub const FSDP_ORDER_CHECK_ERROR: i32 = 0;
+/// The first training iteration is compared as above. A rank whose forward later differs from its first logs one warning
+/// (fsdp_set_log_callback), and goes on: units are matched by their number, and one that a rank skips counts as zero
+/// from it.
+pub const FSDP_ORDER_CHECK_WARN: i32 = 1;
+/// The same without the comparison and without the warning.
+pub const FSDP_ORDER_CHECK_OFF: i32 = 2;
+
 /// Options of an engine, the same on every rank. Initialize with FSDP_ENGINE_CONFIG_INIT, then set what differs.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +40,20 @@ pub struct fsdp_engine_config_t {
     /// Buffers per rank for a unit's full gradients: how many units may collect or reduce gradients at once. 0: one
     /// more than the levels of nested units. A unit that finds all taken collects in memory of its own.
     pub gradient_slots: u32,
+    /// FSDP_FULL_SHARD or FSDP_SHARD_GRAD_OP.
+    pub strategy: i32,
+    /// FSDP_ORDER_CHECK_ERROR, _WARN or _OFF. Reductions are matched by unit in every case; everything else is always
+    /// compared.
+    pub order_check: i32,
+    /// The type that each rank rounds its gradients to (to nearest even) before they are summed; the sum and the gradient
+    /// shards are float32. {FSDP_DTYPE_FLOAT, 16, 1}, {FSDP_DTYPE_BFLOAT, 16, 1}, or {0, 0, 0} for float32.
+    pub reduce_dtype: fsdp_dtype_t,
+    /// Initializes the parameters without storage, module by module, in place of the reset functions (also of modules
+    /// without parameters) and parameter initializers of the model; NULL to use those. Called by fsdp_engine_create only,
+    /// in its thread.
+    pub param_init_fn: fsdp_module_init_fn,
+    /// Passed to param_init_fn.
+    pub param_init_user_data: *mut c_void,
 }
 
 /// A unit. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
@@ -115,12 +144,17 @@ pub struct fsdp_stats_t {
     pub all_gather_bytes_moved: u64,
     /// Reduce-scatters so far.
     pub reduce_scatters: u64,
-    /// Bytes of the unit buffers that they reduced.
+    /// Bytes of the gradients that this rank gave to them.
     pub reduce_scatter_bytes: u64,
     /// Most gradient slots in use at once.
     pub slots_peak: u32,
     /// Most units at once that collected gradients in memory of their own.
     pub overflow_peak: u32,
+    /// Most bytes of full parameters in private memory at once while fsdp_engine_create gave parameters without storage
+    /// their values: the largest unit of such parameters, alignment included.
+    pub materialized_peak_bytes: u64,
+    /// All-gathers issued ahead of the unit that was asked for (fsdp_engine_set_prefetch_order).
+    pub prefetches: u64,
 }
 
 // SAFETY: repr(C), begins with its size, plain data.
@@ -158,12 +192,48 @@ impl EngineObject {
     }
 }
 
+fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
+    let strategy = Strategy::ALL.into_iter().find(|s| *s as i32 == c.strategy);
+    let order_check = OrderCheck::ALL.into_iter().find(|o| *o as i32 == c.order_check);
+    let unknown = |field: &str, value: i32| err!(InvalidArgument, "fsdp_engine_config_t.{field} cannot be {value}");
+    let reduce_dtype = match (c.reduce_dtype.code, c.reduce_dtype.bits, c.reduce_dtype.lanes) {
+        (0, 0, 0) => Some(DType::F32),
+        (code, bits, 1) => DType::from_dlpack(code, bits),
+        _ => None,
+    };
+    let reduce_dtype = reduce_dtype.filter(|d| crate::comm::can_reduce(*d)).ok_or_else(|| {
+        let fsdp_dtype_t { code, bits, lanes } = c.reduce_dtype;
+        err!(
+            Unsupported,
+            "gradients cannot be reduced as {{code {code}, bits {bits}, lanes {lanes}}} (fsdp_engine_config_t.reduce_dtype): \
+             float32, float16 and bfloat16 can"
+        )
+    })?;
+    // SAFETY: the host's promise for a function it gives: it may be called with its user data.
+    let param_init = unsafe { module_init(c.param_init_fn, c.param_init_user_data) };
+    if param_init.is_none() && !c.param_init_user_data.is_null() {
+        return Err(err!(
+            InvalidArgument,
+            "expected param_init_fn to be callable: it is NULL, and param_init_user_data is not"
+        ));
+    }
+    Ok(EngineConfig {
+        gradient_slots: c.gradient_slots,
+        strategy: strategy.ok_or_else(|| unknown("strategy", c.strategy))?,
+        order_check: order_check.ok_or_else(|| unknown("order_check", c.order_check))?,
+        reduce_dtype,
+        param_init,
+    })
+}
+
 fn with<T>(engine: *const fsdp_engine_t, f: impl FnOnce(&Engine) -> Result<T>) -> Result<T> {
     f(&get(engine)?.engine)
 }
 
 /// Shards a model over the ranks of `comm`: copies this rank's cut of every parameter; the host's own memory is not
-/// needed afterwards. Collective: same model, wrapping and configuration on every rank, else FSDP_ERR_MISMATCH names
+/// needed afterwards. Parameters without storage are initialized first, one unit at a time, in private memory that is
+/// released before the next unit: every rank runs every initializer, so seed them alike. An initializer that fails, or
+/// leaves an element untouched, on one rank is the same error on every rank. Collective: same model, wrapping and configuration on every rank, else FSDP_ERR_MISMATCH names
 /// the first parameter that differs. `config` may be NULL for the defaults. `model` and `comm` stay the caller's and may
 /// be destroyed while the engine lives. *out is owned by the caller: fsdp_engine_destroy. Since 0.1.
 ///
@@ -184,7 +254,7 @@ pub unsafe extern "C" fn fsdp_engine_create(
         let config = match config.is_null() {
             true => EngineConfig::default(),
             // SAFETY: the caller's promise.
-            false => EngineConfig { gradient_slots: unsafe { read_sized(config) }?.gradient_slots },
+            false => engine_config(&unsafe { read_sized(config) }?)?,
         };
         let tree = lock(&model)?.clone();
         // SAFETY: the caller's promise.
@@ -314,6 +384,50 @@ pub extern "C" fn fsdp_engine_set_grad_enabled(engine: *mut fsdp_engine_t, enabl
     boundary(|| with(engine, |e| e.set_grad_enabled(enabled != 0)))
 }
 
+/// Freezes or trains a parameter from the next iteration on: a frozen one gets no gradients (fsdp_engine_param_grad
+/// refuses it). FSDP_ERR_INVALID_STATE while gradients are being collected. Local; may differ between ranks: those that
+/// have no gradient for it count as zero. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_set_requires_grad(
+    engine: *mut fsdp_engine_t,
+    param: u32,
+    requires_grad: i32,
+) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.set_requires_grad(param, requires_grad != 0)))
+}
+
+/// Issues the all-gather of each unit when the one before it in the order of `trace` is unsharded (in backward: in the
+/// reverse order). A unit that turns out not to be needed has been gathered in vain. Give the same trace on every rank,
+/// between iterations; it is not needed afterwards. FSDP_ERR_INVALID_ARGUMENT for a trace of a model of another shape.
+/// Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_set_prefetch_order(
+    engine: *mut fsdp_engine_t,
+    trace: *const fsdp_trace_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let trace = get(trace)?;
+        let trace = super::trace::lock(&trace)?;
+        with(engine, |e| e.set_prefetch_order(&trace))
+    })
+}
+
+/// Says that a forward of the whole model begins. Units that the last one left unsharded are resharded. The order of
+/// unshards up to fsdp_engine_end_forward is recorded if `training` is not 0 and this is the first, else compared with the
+/// first (order_check). Not needed by hosts that call pre_forward of the root, which begins a forward by itself
+/// (training: as fsdp_engine_set_grad_enabled says). Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_begin_forward(engine: *mut fsdp_engine_t, training: i32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.begin_forward(training != 0)))
+}
+
+/// Says that the forward has ended: what is unsharded from here on is for a backward. Not needed by hosts that call
+/// post_forward of the root. Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_end_forward(engine: *mut fsdp_engine_t) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.end_forward()))
+}
+
 /// Call before a unit's forward, in the same order on every rank: unshards the unit. A unit may be used several times
 /// and nested in itself. Collective. Since 0.1.
 #[no_mangle]
@@ -321,7 +435,7 @@ pub extern "C" fn fsdp_engine_pre_forward(engine: *mut fsdp_engine_t, unit: u32)
     boundary(|| with(engine, |e| e.pre_forward(unit)))
 }
 
-/// Call after a unit's forward: reshards it. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
+/// Call after a unit's forward: reshards it, except under FSDP_SHARD_GRAD_OP when a backward follows. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_engine_post_forward(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
     boundary(|| with(engine, |e| e.post_forward(unit)))
@@ -528,6 +642,8 @@ pub unsafe extern "C" fn fsdp_engine_stats(engine: *const fsdp_engine_t, out: *m
             reduce_scatter_bytes: s.gradients.reduce_scatter_bytes,
             slots_peak: s.gradients.slots_peak as u32,
             overflow_peak: s.gradients.overflow_peak as u32,
+            materialized_peak_bytes: s.materialized_peak_bytes,
+            prefetches: s.prefetches,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, stats) }

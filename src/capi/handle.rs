@@ -4,6 +4,7 @@ use super::engine::EngineObject;
 use crate::comm::Communicator;
 use crate::error::{err, Result};
 use crate::module::ModuleTree;
+use crate::trace::Trace;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
@@ -17,6 +18,11 @@ pub struct fsdp_model_t {
     _opaque: [u8; 0],
 }
 
+/// The execution order of a forward.
+pub struct fsdp_trace_t {
+    _opaque: [u8; 0],
+}
+
 /// A sharded model.
 pub struct fsdp_engine_t {
     _opaque: [u8; 0],
@@ -26,6 +32,7 @@ pub struct fsdp_engine_t {
 enum Object {
     Comm(Arc<dyn Communicator>),
     Model(Arc<Mutex<ModuleTree>>),
+    Trace(Arc<Mutex<Trace>>),
     Engine(Arc<EngineObject>),
 }
 
@@ -34,6 +41,7 @@ impl Object {
         match self {
             Object::Comm(_) => "a communicator",
             Object::Model(_) => "a model",
+            Object::Trace(_) => "a trace",
             Object::Engine(_) => "an engine",
         }
     }
@@ -83,6 +91,7 @@ macro_rules! handle {
 
 handle!(fsdp_comm_t, Comm, Arc<dyn Communicator>, "a communicator");
 handle!(fsdp_model_t, Model, Arc<Mutex<ModuleTree>>, "a model");
+handle!(fsdp_trace_t, Trace, Arc<Mutex<Trace>>, "a trace");
 handle!(fsdp_engine_t, Engine, Arc<EngineObject>, "an engine");
 
 /// Puts an object into the table. Numbers are never used again.

@@ -10,6 +10,8 @@ pub mod checkpoint;
 pub mod comm;
 pub mod engine;
 pub mod handle;
+pub mod log;
 pub mod model;
 pub mod status;
 pub mod tensor;
+pub mod trace;

@@ -1,6 +1,7 @@
 //! Status codes, the last error message of each thread, and the boundary that every C function goes through.
 
 use crate::error::{err, Error, Result, Status};
+use crate::log;
 use std::cell::RefCell;
 use std::ffi::{c_char, CStr, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -63,7 +64,7 @@ thread_local! {
 
 /// Runs `f` and turns its outcome into a status; a panic becomes FSDP_ERR_PANIC.
 pub fn boundary(f: impl FnOnce() -> Result<()>) -> fsdp_status_t {
-    let outcome = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+    let outcome = catch_unwind(AssertUnwindSafe(|| log::deferred(f))).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
         Err(err!(Panic, "internal error, please report it: {text}"))

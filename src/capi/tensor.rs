@@ -12,6 +12,8 @@ pub const FSDP_DTYPE_INT: u8 = 0;
 pub const FSDP_DTYPE_UINT: u8 = 1;
 /// IEEE floating point.
 pub const FSDP_DTYPE_FLOAT: u8 = 2;
+/// The upper bits of an IEEE float32.
+pub const FSDP_DTYPE_BFLOAT: u8 = 4;
 
 /// Where a tensor lies; DLPack's DLDevice.
 #[repr(C)]
@@ -27,7 +29,7 @@ pub struct fsdp_device_t {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fsdp_dtype_t {
-    /// FSDP_DTYPE_INT, FSDP_DTYPE_UINT or FSDP_DTYPE_FLOAT.
+    /// FSDP_DTYPE_INT, FSDP_DTYPE_UINT, FSDP_DTYPE_FLOAT or FSDP_DTYPE_BFLOAT.
     pub code: u8,
     /// Bits of one element.
     pub bits: u8,
@@ -41,7 +43,7 @@ pub struct fsdp_dtype_t {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fsdp_tensor_t {
-    /// Start of the memory; may be NULL only if there are no elements.
+    /// Start of the memory. NULL if there are no elements; with elements only where a function gives that a meaning.
     pub data: *mut std::ffi::c_void,
     pub device: fsdp_device_t,
     /// Number of dimensions; 0 for a scalar.
@@ -135,9 +137,15 @@ impl HostTensor {
 /// # Safety
 /// `tensor` is NULL or writable.
 pub unsafe fn write(tensor: *mut fsdp_tensor_t, data: *mut u8, shape: &[i64]) -> Result<()> {
-    let (code, bits) = DType::F32.dlpack();
     // SAFETY: the caller's promise.
-    unsafe { out(tensor, "out") }?.write(fsdp_tensor_t {
+    unsafe { out(tensor, "out") }?.write(float32(data, shape));
+    Ok(())
+}
+
+/// Describes contiguous float32 in host memory; valid as long as `shape`.
+pub fn float32(data: *mut u8, shape: &[i64]) -> fsdp_tensor_t {
+    let (code, bits) = DType::F32.dlpack();
+    fsdp_tensor_t {
         data: data.cast(),
         device: fsdp_device_t { device_type: FSDP_DEVICE_CPU, device_id: 0 },
         ndim: shape.len() as i32,
@@ -145,8 +153,7 @@ pub unsafe fn write(tensor: *mut fsdp_tensor_t, data: *mut u8, shape: &[i64]) ->
         shape: shape.as_ptr().cast_mut(),
         strides: std::ptr::null_mut(),
         byte_offset: 0,
-    });
-    Ok(())
+    }
 }
 
 fn presence<T>(pointer: *const T) -> &'static str {

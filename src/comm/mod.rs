@@ -16,9 +16,11 @@ use std::sync::Arc;
 mod combine;
 pub mod env;
 mod memory;
-mod reduce;
+pub(crate) mod reduce;
 pub mod shm;
 pub mod single;
+
+pub use reduce::supports as can_reduce;
 
 /// What a collective does. The discriminant is what ranks compare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +37,10 @@ pub enum Kind {
     OpenReads = 8,
     /// `wait_writable`, announced for the same reason.
     WaitWritable = 9,
+    /// An all-gather that a forward needs, so that a message can say so.
+    ForwardAllGather = 10,
+    /// `reduce_end`.
+    EndReductions = 11,
 }
 
 impl Kind {
@@ -50,12 +56,14 @@ impl Kind {
             Kind::Alloc => "allocation",
             Kind::OpenReads => "opening of a READ phase",
             Kind::WaitWritable => "wait for writable shards",
+            Kind::ForwardAllGather => "all-gather in forward",
+            Kind::EndReductions => "end of a backward",
         }
     }
 
     /// The kind with this number, if there is one.
     pub(crate) fn from_code(code: u8) -> Option<Kind> {
-        const ALL: [Kind; 9] = [
+        const ALL: [Kind; 11] = [
             Kind::AllGather,
             Kind::ReduceScatter,
             Kind::AllReduce,
@@ -65,6 +73,8 @@ impl Kind {
             Kind::Alloc,
             Kind::OpenReads,
             Kind::WaitWritable,
+            Kind::ForwardAllGather,
+            Kind::EndReductions,
         ];
         ALL.into_iter().find(|k| *k as u8 == code)
     }
@@ -82,6 +92,36 @@ pub enum ReduceOp {
 
 /// `Tag::unit` of a collective that belongs to no unit.
 pub const NO_UNIT: u32 = u32::MAX;
+
+/// What messages say about a unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitName {
+    /// Its module's fully qualified name.
+    pub label: String,
+    /// Its parameters' names, perhaps shortened.
+    pub params: String,
+}
+
+impl std::fmt::Display for UnitName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "unit \"{}\"", self.label)?;
+        match self.params.as_str() {
+            "" => Ok(()),
+            params => write!(f, " with parameters {params}"),
+        }
+    }
+}
+
+/// How much an all-gather is compared with what the other ranks run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Not at all: ranks may gather different units.
+    Off,
+    /// By whoever comes later.
+    Announce,
+    /// By everybody, before anybody goes on: the same call fails on every rank.
+    Together,
+}
 
 /// The identity of a collective. Ranks compare all of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,17 +175,34 @@ pub struct Segment {
     pub accumulate: bool,
 }
 
-/// A reduce-scatter that was started; those of one allocation of slots are finished in the order of starting.
+/// Gradient slots of this rank, as [`Communicator::alloc_slots`] made them: they live as long as `owner`.
+pub struct Slots {
+    pub slots: Vec<Slot>,
+    /// The backend's number of the allocation, so that several engines may share a communicator.
+    pub id: u64,
+    pub owner: Arc<dyn std::any::Any + Send + Sync>,
+}
+
+/// A reduce-scatter that this rank has started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket {
-    /// The backend's number of the allocation of slots, so that several engines may share a communicator.
+    /// [`Slots::id`].
     pub slots: u64,
-    /// How many were started on them before.
+    /// How many this rank had started on them before.
     pub number: u64,
 }
 
-/// See the module's text. All methods but `rank`, `world_size`, `name_units`, `close_reads`, `finished`, `abort` and
-/// `async_error` are collective. After an error of a collective the communicator is broken: every later call on any
+/// Where the means of reduce-scatters go. Units are counted from the first one of the slots.
+pub trait ReduceTarget {
+    /// This rank's pieces of `unit`, whose mean is about to be written.
+    fn segments(&mut self, unit: usize) -> &[Segment];
+    /// The mean of `unit` was written; `present[i]` says whether any rank had a gradient for its parameter i. Pieces of
+    /// absent parameters were left alone.
+    fn reduced(&mut self, unit: usize, present: &[bool]);
+}
+
+/// See the module's text. All methods but `rank`, `world_size`, `name_units`, `close_reads`, the `reduce_*` ones other than
+/// `reduce_end`, `abort` and `async_error` are collective. After an error of a collective the communicator is broken: every later call on any
 /// rank returns the same first error. A wrong argument or a call out of place (`InvalidArgument`, `InvalidState`) is refused
 /// before anything is announced and breaks nothing. `open_reads` and `wait_writable` are announced like the others: every
 /// rank must make as many of them, at the same place in its order of calls.
@@ -155,7 +212,7 @@ pub trait Communicator: Send + Sync {
 
     /// Gives names to the next `names.len()` unit numbers, for error messages; returns the first number. Must be called
     /// in the same order on every rank (local otherwise).
-    fn name_units(&self, names: &[String]) -> u32;
+    fn name_units(&self, names: &[UnitName]) -> u32;
 
     // ---- control plane: small, blocking, on the caller's memory ----
 
@@ -179,30 +236,40 @@ pub trait Communicator: Send + Sync {
     /// Zeroed memory that every rank sees: one copy a host. Taken at once, so that a lack of it is an error; freed when
     /// the last clone on every rank is dropped.
     fn alloc_arena(&self, bytes: usize) -> Result<Arena>;
-    /// `sizes.len()` gradient slots on each rank, slot i of `sizes[i]` bytes with room for `flags` presence bytes each.
-    /// Freed with the returned owner. Pages take memory only when they are written.
-    fn alloc_slots(&self, sizes: &[usize], flags: usize) -> Result<(Vec<Slot>, Arc<dyn std::any::Any + Send + Sync>)>;
+    /// `sizes.len()` gradient slots on each rank, slot i of `sizes[i]` bytes, for reduce-scatters of the units
+    /// `units` (numbers of `name_units`) of at most `flags` parameters. Pages take memory only when they are written.
+    fn alloc_slots(&self, sizes: &[usize], flags: usize, units: std::ops::Range<u32>) -> Result<Slots>;
 
     /// READ phase begins: this rank's shards hold their new values and are not written until `wait_writable`.
     fn open_reads(&self, arena: &Arena) -> Result<()>;
     /// Unshard in place: returns when every rank's shards of the arena may be read (every rank has opened as many READ
     /// phases as this one). Moves no bytes.
-    fn all_gather(&self, tag: Tag, arena: &Arena) -> Result<()>;
+    fn all_gather(&self, tag: Tag, arena: &Arena, check: Check) -> Result<()>;
     /// READ phase ends: this rank reads no peer's shard any more. Local, does not wait.
     fn close_reads(&self, arena: &Arena);
     /// Returns when every rank has closed as many READ phases as this one: own shards may be written.
     fn wait_writable(&self, arena: &Arena) -> Result<()>;
 
-    /// Publishes the full gradient in `slot`; `present[i]` says whether parameter i of the unit has one here. Does not
-    /// wait. The slot must not be written until `finished(ticket)`.
-    fn reduce_scatter_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket>;
-    /// Does this rank's part of the oldest unfinished reduce-scatter on its slots (`ticket` must be that one): for each segment the
-    /// fp32 sum over the ranks that have the parameter, in rank order 0..W-1, divided by W, written or added to `out`.
-    /// Returns for each parameter whether any rank had a gradient; segments of absent parameters are left alone.
-    /// `None`: not every rank has started it, and `wait` was false.
-    fn reduce_scatter_finish(&self, ticket: Ticket, segments: &[Segment], wait: bool) -> Result<Option<Vec<bool>>>;
-    /// Whether every rank has finished the reduce-scatter `ticket`, so that its slot is free; `wait`: until it is so.
-    fn finished(&self, ticket: Ticket, wait: bool) -> Result<bool>;
+    // Reduce-scatters are matched by unit: between two calls of `reduce_end`, the n-th one of a unit on one rank belongs to
+    // the n-th of that unit on the others, whatever each rank starts in between, and a rank that starts fewer of a unit
+    // takes part in the rest with no gradients. Every rank does its part of all of them: for each segment the fp32 sum
+    // over the ranks that have the parameter, in rank order 0..W-1, divided by W, written or added to `out`.
+
+    /// Publishes the full gradient in `slot`, `tag.bytes` of `tag.dtype` (float32, or a 16-bit type that is summed in
+    /// float32); `present[i]` says whether parameter i of the unit has one here. Does not wait. The slot must not be
+    /// written until `reduce_done(ticket)`.
+    fn reduce_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket>;
+    /// Does this rank's part of what every rank has started or skipped by now. Does not wait.
+    fn reduce_ready(&self, slots: u64, target: &mut dyn ReduceTarget) -> Result<()>;
+    /// Whether every rank has done its part of the reduce-scatter, so that its slot is free.
+    fn reduce_done(&self, ticket: Ticket) -> Result<bool>;
+    /// Waits for that, doing this rank's parts meanwhile. False, with `may_give_up` only: ranks start reduce-scatters in
+    /// different orders now, and one of them may wait for this rank; the caller takes another slot and goes on.
+    fn reduce_wait(&self, ticket: Ticket, target: &mut dyn ReduceTarget, may_give_up: bool) -> Result<bool>;
+    /// This rank starts no more until every rank has said so. Returns when this rank's part of everything is done.
+    fn reduce_end(&self, slots: u64, target: &mut dyn ReduceTarget) -> Result<()>;
+    /// Gives the pages of a slot that is free back to the system; it stays usable.
+    fn trim_slot(&self, slots: u64, slot: &Slot);
 
     /// Breaks the communicator on every rank with a message that names this rank and `reason`.
     fn abort(&self, reason: &str);

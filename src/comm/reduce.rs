@@ -1,11 +1,105 @@
-//! The reduction of gradients: the mean over ranks of fp32 vectors, summed in the order the sources are given.
+//! The reduction of gradients: the mean over ranks of vectors, summed in fp32 in the order the sources are given.
 //!
-//! Every element is `(s0 + s1 + ... ) / W` evaluated left to right in fp32, whatever the vector width: the work is split
+//! Sources are float32, or 16-bit types that are widened (exactly) as they are read. Every element is `(s0 + s1 + ... ) / W` evaluated left to right in fp32, whatever the vector width: the work is split
 //! over elements only, never over ranks, and no fused multiply-add is used. For a power of two `W` the division is a
 //! multiplication by the exact reciprocal, which gives the same bits.
 
+use crate::dtype::DType;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
 /// Floats of a block: small enough that the running sum stays in the first-level cache while ranks are added.
 const BLOCK: usize = 2048;
+
+/// Whether gradients of this type can be summed.
+pub fn supports(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// [`mean_f32`] of sources of `dtype`, one that [`supports`] names.
+///
+/// # Safety
+/// As for [`mean_f32`], for `len` elements of `dtype`, aligned for it.
+pub(crate) unsafe fn mean(
+    dtype: DType,
+    sources: &[*const u8],
+    world: usize,
+    out: *mut f32,
+    len: usize,
+    accumulate: bool,
+) {
+    // SAFETY: the caller's promise; a list of pointers may be read as one of pointers to another type.
+    unsafe {
+        match dtype {
+            DType::F16 => {
+                mean_16::<f16>(cast(sources), world, out, len, accumulate, |from, to| from.convert_to_f32_slice(to))
+            }
+            DType::BF16 => {
+                mean_16::<bf16>(cast(sources), world, out, len, accumulate, |from, to| from.convert_to_f32_slice(to))
+            }
+            _ => mean_f32(cast(sources), world, out, len, accumulate),
+        }
+    }
+}
+
+fn cast<T>(sources: &[*const u8]) -> &[*const T] {
+    // SAFETY: thin pointers have one layout, whatever they point to.
+    unsafe { std::slice::from_raw_parts(sources.as_ptr().cast(), sources.len()) }
+}
+
+/// Widens block by block, then does what [`mean_f32`] does, with the same bits for the same values.
+unsafe fn mean_16<T>(
+    sources: &[*const T],
+    world: usize,
+    out: *mut f32,
+    len: usize,
+    accumulate: bool,
+    widen: impl Fn(&[T], &mut [f32]),
+) {
+    let mut sum = [0f32; BLOCK];
+    let mut next = [0f32; BLOCK];
+    let mut at = 0;
+    while at < len && !sources.is_empty() {
+        let n = BLOCK.min(len - at);
+        // SAFETY: `at + n <= len`, and the caller promised `len` readable elements of each source.
+        let source = |i: usize| unsafe { std::slice::from_raw_parts(sources[i].add(at), n) };
+        widen(source(0), &mut sum[..n]);
+        for i in 1..sources.len() {
+            widen(source(i), &mut next[..n]);
+            for (s, a) in sum[..n].iter_mut().zip(&next[..n]) {
+                *s += *a;
+            }
+        }
+        // SAFETY: the sum is a source of `n` floats; `out` is the caller's promise.
+        unsafe { mean_f32(&[sum.as_ptr()], world, out.add(at), n, accumulate) };
+        at += n;
+    }
+}
+
+/// Rounds `len` floats at `from` to a 16-bit type (to nearest, ties to even) and writes them to `to`, which may lie at or
+/// before `from` in the same memory.
+///
+/// # Safety
+/// `from` is readable for `len` floats, `to` writable for `len` elements of `dtype`; if they overlap, `to <= from`.
+pub(crate) unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: usize) {
+    let mut wide = [0f32; BLOCK];
+    let mut at = 0;
+    while at < len {
+        let n = BLOCK.min(len - at);
+        // The block is read as a whole before anything is written: what is written lies before what is still to be read.
+        // SAFETY: `at + n <= len`; the copy is made before the overlapping bytes are written.
+        unsafe { std::ptr::copy_nonoverlapping(from.add(at), wide.as_mut_ptr(), n) };
+        match dtype {
+            // SAFETY: the caller's promise for `to`, and 16-bit elements.
+            DType::F16 => unsafe { std::slice::from_raw_parts_mut(to.cast::<f16>().add(at), n) }
+                .convert_from_f32_slice(&wide[..n]),
+            // SAFETY: as above.
+            _ => unsafe { std::slice::from_raw_parts_mut(to.cast::<bf16>().add(at), n) }
+                .convert_from_f32_slice(&wide[..n]),
+        }
+        at += n;
+    }
+}
 
 /// `out[i] = mean` or `out[i] += mean`, where `mean = (sum of sources[..][i] in the given order) / world`. Ranks without
 /// a source count as zero; with no source at all nothing is written.
@@ -147,6 +241,36 @@ mod tests {
         #[test]
         fn any_shape(world in 1usize..65, part in 0usize..64, len in 0usize..5000, shift in 0usize..9, acc: bool) {
             check(world, part % world + 1, len, shift, acc);
+        }
+    }
+
+    #[test]
+    fn sixteen_bits_are_summed_in_float32() {
+        for (dtype, len) in [(DType::F16, 3 * BLOCK + 5), (DType::BF16, 1000), (DType::F16, 1), (DType::BF16, 0)] {
+            let wide: Vec<Vec<f32>> = (0..3).map(|r| noise(r + 3, len)).collect();
+            // Rounded in place, as gradients in their slots are.
+            let mut narrow_ones: Vec<Vec<f32>> = wide.clone();
+            for v in &mut narrow_ones {
+                let at = v.as_mut_ptr();
+                // SAFETY: in place: `to == from`, and 16 bits need less room than 32.
+                unsafe { narrow(dtype, at, at.cast(), len) };
+            }
+            let round = |x: f32| match dtype {
+                DType::F16 => f16::from_f32(x).to_f32(),
+                _ => bf16::from_f32(x).to_f32(),
+            };
+            let rounded: Vec<Vec<f32>> = wide.iter().map(|v| v.iter().map(|x| round(*x)).collect()).collect();
+            for accumulate in [false, true] {
+                let mut got = noise(99, len);
+                let mut want = got.clone();
+                if len > 0 {
+                    reference(&rounded, 4, &mut want, accumulate);
+                }
+                let sources: Vec<*const u8> = narrow_ones.iter().map(|v| v.as_ptr().cast()).collect();
+                // SAFETY: the vectors hold `len` 16-bit elements.
+                unsafe { mean(dtype, &sources, 4, got.as_mut_ptr(), len, accumulate) };
+                assert!(got.iter().zip(&want).all(|(g, w)| g.to_bits() == w.to_bits()), "{dtype} {len} {accumulate}");
+            }
         }
     }
 

@@ -1,11 +1,10 @@
 //! The communicator of world size 1: plain memory of this process, under the same contract as with several ranks.
 
-use super::memory::{round_up, Mapping};
-use super::{combine, reduce, Arena, Communicator, ReduceOp, Segment, Slot, Tag, Ticket};
+use super::memory::{round_up, Mapping, PAGE};
+use super::{combine, reduce, Arena, Check, Communicator, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket, UnitName};
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
-use std::any::Any;
-use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -23,15 +22,17 @@ struct State {
     broken: Option<Error>,
     units: u32,
     arenas: u64,
+    /// By their number.
+    slots: Vec<Range<u32>>,
     started: u64,
-    finished: u64,
-    pending: VecDeque<Pending>,
+    pending: Vec<Pending>,
 }
 
-/// A reduction that was started and not finished.
+/// A reduction that was started and not done.
 struct Pending {
-    data: *const f32,
-    floats: usize,
+    ticket: Ticket,
+    data: *const u8,
+    tag: Tag,
     present: Vec<bool>,
 }
 
@@ -78,7 +79,7 @@ impl Communicator for Single {
         1
     }
 
-    fn name_units(&self, names: &[String]) -> u32 {
+    fn name_units(&self, names: &[UnitName]) -> u32 {
         let mut state = self.lock();
         let first = state.units;
         state.units += names.len() as u32;
@@ -134,8 +135,8 @@ impl Communicator for Single {
         Ok(Arena { base, bytes, id: state.arenas - 1, owner: Arc::new(memory) })
     }
 
-    fn alloc_slots(&self, sizes: &[usize], _flags: usize) -> Result<(Vec<Slot>, Arc<dyn Any + Send + Sync>)> {
-        drop(self.working()?);
+    fn alloc_slots(&self, sizes: &[usize], _flags: usize, units: Range<u32>) -> Result<Slots> {
+        let mut state = self.working()?;
         let mut offsets = Vec::with_capacity(sizes.len());
         let mut total = 0usize;
         for &bytes in sizes {
@@ -151,7 +152,8 @@ impl Communicator for Single {
             Slot { index, data, bytes }
         };
         let slots = sizes.iter().zip(offsets).enumerate().map(slot).collect();
-        Ok((slots, Arc::new(mapping)))
+        state.slots.push(units);
+        Ok(Slots { slots, id: state.slots.len() as u64 - 1, owner: Arc::new(mapping) })
     }
 
     fn open_reads(&self, arena: &Arena) -> Result<()> {
@@ -164,7 +166,7 @@ impl Communicator for Single {
         Ok(())
     }
 
-    fn all_gather(&self, _tag: Tag, arena: &Arena) -> Result<()> {
+    fn all_gather(&self, _tag: Tag, arena: &Arena, _check: Check) -> Result<()> {
         drop(self.working()?);
         match ArenaMemory::of(arena)?.is_open() {
             true => Ok(()),
@@ -186,57 +188,71 @@ impl Communicator for Single {
         }
     }
 
-    fn reduce_scatter_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
+    fn reduce_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
         let mut state = self.working()?;
-        if tag.bytes > slot.bytes as u64 {
+        if !reduce::supports(tag.dtype) || tag.bytes > slot.bytes as u64 {
+            let (bytes, room) = (tag.bytes, slot.bytes);
             return Err(err!(
                 InvalidArgument,
-                "a reduce-scatter of {} bytes does not fit a slot of {}",
-                tag.bytes,
-                slot.bytes
+                "a reduce-scatter of {bytes} bytes of {} does not fit a slot of {room}",
+                tag.dtype
             ));
         }
-        let floats = tag.bytes as usize / 4;
-        state.pending.push_back(Pending { data: slot.data.cast(), floats, present: present.to_vec() });
+        let slots = state.slots.iter().position(|units| units.contains(&tag.unit));
+        let slots = slots.ok_or_else(|| err!(InvalidArgument, "unit {} has no gradient slots", tag.unit))? as u64;
+        let ticket = Ticket { slots, number: state.started };
         state.started += 1;
-        Ok(Ticket { slots: 0, number: state.started - 1 })
+        state.pending.push(Pending { ticket, data: slot.data, tag, present: present.to_vec() });
+        Ok(ticket)
     }
 
-    fn reduce_scatter_finish(&self, ticket: Ticket, segments: &[Segment], _wait: bool) -> Result<Option<Vec<bool>>> {
+    fn reduce_ready(&self, slots: u64, target: &mut dyn ReduceTarget) -> Result<()> {
         let mut state = self.working()?;
-        if ticket.number != state.finished || state.pending.is_empty() {
-            return Err(err!(
-                InvalidState,
-                "reduce-scatter {} is not the oldest unfinished one ({})",
-                ticket.number,
-                state.finished
-            ));
+        let first = state.slots.get(slots as usize).map(|units| units.start);
+        let first = first.ok_or_else(|| err!(InvalidArgument, "the gradient slots are not of this communicator"))?;
+        let (mine, others): (Vec<Pending>, Vec<Pending>) =
+            state.pending.drain(..).partition(|p| p.ticket.slots == slots);
+        state.pending = others;
+        for pending in mine {
+            let unit = (pending.tag.unit - first) as usize;
+            let (dtype, size) = (pending.tag.dtype, pending.tag.dtype.size());
+            for s in target.segments(unit).iter().filter(|s| pending.present[s.param]) {
+                assert!((s.offset + s.len) * size <= pending.tag.bytes as usize, "a segment outside its unit");
+                // SAFETY: the segment lies in the slot (asserted), whose owner is alive and which the host does not
+                // write before this returns; `out` is the host's, for `len` floats.
+                unsafe {
+                    let source = pending.data.add(s.offset * size);
+                    reduce::mean(dtype, &[source], 1, s.out, s.len, s.accumulate);
+                }
+            }
+            target.reduced(unit, &pending.present);
         }
-        let pending = &state.pending[0];
-        for s in segments {
-            check_segment(s, pending.present.len(), pending.floats)?;
-        }
-        for s in segments.iter().filter(|s| pending.present[s.param]) {
-            // SAFETY: the segment lies in the slot's floats (checked), the slot's owner is alive and the host does not
-            // write it before this returns; `out` is the host's, for `len` floats.
-            unsafe { reduce::mean_f32(&[pending.data.add(s.offset)], 1, s.out, s.len, s.accumulate) };
-        }
-        state.finished += 1;
-        Ok(state.pending.pop_front().map(|p| p.present))
+        Ok(())
     }
 
-    fn finished(&self, ticket: Ticket, wait: bool) -> Result<bool> {
+    fn reduce_done(&self, ticket: Ticket) -> Result<bool> {
         let state = self.working()?;
-        if ticket.number < state.finished {
-            return Ok(true);
+        Ok(ticket.number < state.started && !state.pending.iter().any(|p| p.ticket == ticket))
+    }
+
+    fn reduce_wait(&self, ticket: Ticket, target: &mut dyn ReduceTarget, _may_give_up: bool) -> Result<bool> {
+        self.reduce_ready(ticket.slots, target)?;
+        match self.reduce_done(ticket)? {
+            true => Ok(true),
+            false => Err(err!(InvalidState, "waiting for reduce-scatter {}, which was not started", ticket.number)),
         }
-        match wait {
-            false => Ok(false),
-            true => Err(err!(
-                InvalidState,
-                "waiting for reduce-scatter {}, which this rank has not finished",
-                ticket.number
-            )),
+    }
+
+    fn reduce_end(&self, slots: u64, target: &mut dyn ReduceTarget) -> Result<()> {
+        self.reduce_ready(slots, target)
+    }
+
+    fn trim_slot(&self, _slots: u64, slot: &Slot) {
+        let start = (slot.data as usize).next_multiple_of(PAGE);
+        let end = (slot.data as usize + slot.bytes) & !(PAGE - 1);
+        if start < end {
+            // SAFETY: the range lies in the slot (rounded inwards), which is free.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
         }
     }
 
@@ -256,21 +272,6 @@ fn same_length(input: usize, output: usize) -> Result<()> {
     }
 }
 
-/// Refuses a segment that names a parameter or floats which the reduction does not have.
-pub(super) fn check_segment(segment: &Segment, params: usize, floats: usize) -> Result<()> {
-    let end = segment.offset.checked_add(segment.len);
-    if segment.param >= params || end.is_none_or(|end| end > floats) {
-        return Err(err!(
-            InvalidArgument,
-            "segment (parameter {}, floats {}+{}) lies outside a reduce-scatter of {params} parameters, {floats} floats",
-            segment.param,
-            segment.offset,
-            segment.len
-        ));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -287,42 +288,58 @@ mod tests {
         let arena = c.alloc_arena(100).unwrap();
         assert_eq!(arena.base as usize % 64, 0);
         let gather = tag(Kind::AllGather, 100);
-        assert_eq!(c.all_gather(gather, &arena).unwrap_err().status, Status::InvalidState);
+        assert_eq!(c.all_gather(gather, &arena, Check::Announce).unwrap_err().status, Status::InvalidState);
         c.open_reads(&arena).unwrap();
         assert_eq!(c.open_reads(&arena).unwrap_err().status, Status::InvalidState);
-        c.all_gather(gather, &arena).unwrap();
+        c.all_gather(gather, &arena, Check::Announce).unwrap();
         assert_eq!(c.wait_writable(&arena).unwrap_err().status, Status::InvalidState);
         c.close_reads(&arena);
         c.wait_writable(&arena).unwrap();
     }
 
+    struct Means {
+        segments: Vec<crate::comm::Segment>,
+        present: Vec<bool>,
+    }
+
+    impl ReduceTarget for Means {
+        fn segments(&mut self, unit: usize) -> &[crate::comm::Segment] {
+            assert_eq!(unit, 0);
+            &self.segments
+        }
+        fn reduced(&mut self, _: usize, present: &[bool]) {
+            self.present = present.to_vec();
+        }
+    }
+
     #[test]
     fn mean_of_one_and_presence() {
         let c = init();
-        let (slots, _owner) = c.alloc_slots(&[32, 64], 2).unwrap();
-        let slot = slots[1];
+        let first = c.name_units(&[UnitName { label: "u".into(), params: String::new() }]);
+        let slots = c.alloc_slots(&[32, 64], 2, first..first + 1).unwrap();
+        let slot = slots.slots[1];
         for i in 0..16 {
             // SAFETY: the slot has 16 floats.
             unsafe { slot.data.cast::<f32>().add(i).write(i as f32) };
         }
-        let ticket = c.reduce_scatter_start(tag(Kind::ReduceScatter, 64), &slot, &[true, false]).unwrap();
+        let what = Tag { kind: Kind::ReduceScatter, unit: first, dtype: DType::F32, bytes: 64 };
+        let ticket = c.reduce_start(what, &slot, &[true, false]).unwrap();
         let mut out = [100f32; 6];
         let at = out.as_mut_ptr();
         let segment = |param, offset, len, o: usize, accumulate| {
             // SAFETY: `o` lies in `out`.
-            Segment { param, offset, len, out: unsafe { at.add(o) }, accumulate }
+            crate::comm::Segment { param, offset, len, out: unsafe { at.add(o) }, accumulate }
         };
-        let segments = [segment(0, 2, 2, 0, false), segment(0, 4, 2, 2, true), segment(1, 8, 2, 4, false)];
-        assert!(!c.finished(ticket, false).unwrap());
-        let bad = segment(0, 15, 2, 0, false);
-        assert_eq!(c.reduce_scatter_finish(ticket, &[bad], true).unwrap_err().status, Status::InvalidArgument);
-        assert_eq!(c.reduce_scatter_finish(ticket, &segments, false).unwrap(), Some(vec![true, false]));
+        let segments = vec![segment(0, 2, 2, 0, false), segment(0, 4, 2, 2, true), segment(1, 8, 2, 4, false)];
+        let mut means = Means { segments, present: Vec::new() };
+        assert!(!c.reduce_done(ticket).unwrap());
+        assert!(c.reduce_wait(ticket, &mut means, true).unwrap());
+        assert_eq!(means.present, [true, false]);
         assert_eq!(out, [2.0, 3.0, 104.0, 105.0, 100.0, 100.0]);
-        assert!(c.finished(ticket, true).unwrap());
-        assert_eq!(
-            c.reduce_scatter_finish(Ticket { slots: 0, number: 1 }, &[], true).unwrap_err().status,
-            Status::InvalidState
-        );
+        assert!(c.reduce_done(ticket).unwrap());
+        let none = Ticket { number: 1, ..ticket };
+        assert_eq!(c.reduce_wait(none, &mut means, true).unwrap_err().status, Status::InvalidState);
+        assert!(c.reduce_start(what, &slots.slots[0], &[true]).is_err(), "64 bytes do not fit 32");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Every collective at several world sizes, against sums computed in place.
 
 use crate::support::*;
-use fsdp::comm::{Arena, Communicator, Kind, ReduceOp, Segment, Slot, Ticket};
+use fsdp::comm::{Arena, Check, Communicator, Kind, ReduceOp, ReduceTarget, Segment, Slot, Ticket};
 use fsdp::dtype::DType;
 
 const WORLDS: [usize; 5] = [1, 2, 3, 4, 8];
@@ -20,6 +20,11 @@ fn control_plane_collectives() {
 #[test]
 fn a_writer_waits_for_the_readers() {
     everywhere("phases");
+}
+
+#[test]
+fn reductions_are_matched_by_unit() {
+    everywhere("unordered");
 }
 
 #[test]
@@ -115,7 +120,7 @@ fn fill_shard(arena: &Arena, r: usize, n: usize, value: u32) {
 pub fn phases(rank: &Rank) -> String {
     let (me, w, n) = (rank.rank(), rank.world(), 5000);
     let c = rank.init();
-    let unit = c.name_units(&["layers.0".to_string()]);
+    let unit = c.name_units(&names(&["layers.0"]));
     let arena = c.alloc_arena(n * w * 4).unwrap();
     assert_eq!(arena.base as usize % 64, 0);
     assert!((0..w).all(|r| shard(&arena, r, n).iter().all(|x| *x == 0)));
@@ -132,7 +137,7 @@ pub fn phases(rank: &Rank) -> String {
         }
         fill_shard(&arena, me, n, e * 100 + me as u32);
         c.open_reads(&arena).unwrap();
-        c.all_gather(tag(Kind::AllGather, unit, n * w * 4), &arena).unwrap();
+        c.all_gather(tag(Kind::AllGather, unit, n * w * 4), &arena, Check::Announce).unwrap();
         check(e);
         // A reader that takes its time: the writers must wait for it.
         if e as usize % w == me {
@@ -175,99 +180,193 @@ impl Round<'_> {
             }
         }
         let present: Vec<bool> = (0..4).map(|p| has(me, p, t)).collect();
-        self.c.reduce_scatter_start(tag(Kind::ReduceScatter, self.unit, self.total() * 4), slot, &present).unwrap()
+        self.c.reduce_start(tag(Kind::ReduceScatter, self.unit, self.total() * 4), slot, &present).unwrap()
     }
 
-    fn finish(&self, t: usize, ticket: Ticket) {
-        let (me, w, n) = (self.c.rank(), self.c.world_size(), self.n);
-        // This rank's shard is one contiguous range: here parameter p's part of it is `n` floats of p's quarter.
-        let at = |p: usize| p * self.total() / 4 + me * n;
-        let mut out = noise(5, 4 * n);
-        let before = out.clone();
-        let start = out.as_mut_ptr();
+    fn checker(&self) -> Checker {
+        Checker { me: self.c.rank(), w: self.c.world_size(), n: self.n, t: 0, out: Vec::new(), segments: Vec::new() }
+    }
+}
+
+/// Takes the means of the rounds of one unit, in order, and checks each bit by bit.
+struct Checker {
+    me: usize,
+    w: usize,
+    n: usize,
+    t: usize,
+    out: Vec<f32>,
+    segments: Vec<Segment>,
+}
+
+impl Checker {
+    fn before(&self) -> Vec<f32> {
+        noise(5, 4 * self.n)
+    }
+
+    /// This rank's shard is one contiguous range: here parameter p's part of it is `n` floats of p's quarter.
+    fn at(&self, p: usize) -> usize {
+        p * self.n * self.w + self.me * self.n
+    }
+}
+
+impl ReduceTarget for Checker {
+    fn segments(&mut self, unit: usize) -> &[Segment] {
+        assert_eq!(unit, 0);
+        self.out = self.before();
+        let start = self.out.as_mut_ptr();
         let segment = |p: usize| Segment {
             param: p,
-            offset: at(p),
-            len: n,
+            offset: self.at(p),
+            len: self.n,
             // SAFETY: parameter p's piece of `out`.
-            out: unsafe { start.add(p * n) },
-            accumulate: (p + t) % 2 == 0,
+            out: unsafe { start.add(p * self.n) },
+            accumulate: (p + self.t) % 2 == 0,
         };
-        let segments: Vec<Segment> = (0..4).map(segment).collect();
-        let any = loop {
-            // Sometimes poll before waiting.
-            match self.c.reduce_scatter_finish(ticket, &segments, t % 3 != 0).unwrap() {
-                Some(any) => break any,
-                None => std::thread::yield_now(),
-            }
-        };
+        self.segments = (0..4).map(segment).collect();
+        &self.segments
+    }
+
+    fn reduced(&mut self, _: usize, any: &[bool]) {
+        let (t, w, n) = (self.t, self.w, self.n);
         assert_eq!(any, (0..4).map(|p| (0..w).any(|r| has(r, p, t))).collect::<Vec<_>>());
-        let all: Vec<Vec<f32>> = (0..w).map(|r| noise((t * 64 + r) as u64, self.total())).collect();
+        let all: Vec<Vec<f32>> = (0..w).map(|r| noise((t * 64 + r) as u64, 4 * n * w)).collect();
+        let before = self.before();
         for p in 0..4 {
             for i in 0..n {
-                let sum = (0..w).filter(|r| has(*r, p, t)).map(|r| all[r][at(p) + i]).reduce(|a, b| a + b);
+                let at = self.at(p) + i;
+                let sum = (0..w).filter(|r| has(*r, p, t)).map(|r| all[r][at]).reduce(|a, b| a + b);
                 let old = before[p * n + i];
                 let want = match sum {
                     None => old,
-                    Some(s) if segments[p].accumulate => old + s / w as f32,
+                    Some(s) if self.segments[p].accumulate => old + s / w as f32,
                     Some(s) => s / w as f32,
                 };
-                assert_eq!(out[p * n + i].to_bits(), want.to_bits(), "round {t} parameter {p} element {i}");
+                assert_eq!(self.out[p * n + i].to_bits(), want.to_bits(), "round {t} parameter {p} element {i}");
             }
         }
+        self.t += 1;
     }
 }
 
 pub fn reductions(rank: &Rank) -> String {
     let c = rank.init();
-    let unit = c.name_units(&["layers.0".to_string()]);
+    let unit = c.name_units(&names(&["layers.0"]));
     let round = Round { c: &*c, unit, n: 1037 };
     let bytes = round.total() * 4;
-    let (slots, _owner) = c.alloc_slots(&[bytes, bytes + 64, bytes], 4).unwrap();
+    let memory = c.alloc_slots(&[bytes, bytes + 64, bytes], 4, unit..unit + 1).unwrap();
+    let slots = &memory.slots;
     assert!(slots.iter().all(|s| s.data as usize % 64 == 0 && s.bytes >= bytes));
     // Up to three in flight; ranks use the slots in different orders.
     let slot_of = |t: usize| &slots[(t + rank.rank()) % 3];
     let rounds = 24;
+    let mut means = round.checker();
     let mut tickets: Vec<Ticket> = Vec::new();
-    for t in 0..rounds + 2 {
-        if t < rounds {
-            if t >= 3 {
-                assert!(c.finished(tickets[t - 3], true).unwrap());
-            }
-            tickets.push(round.start(t, slot_of(t)));
+    for t in 0..rounds {
+        if t >= 3 {
+            assert!(c.reduce_wait(tickets[t - 3], &mut means, true).unwrap());
         }
-        if t >= 2 {
-            round.finish(t - 2, tickets[t - 2]);
+        tickets.push(round.start(t, slot_of(t)));
+        if t % 4 == 0 {
+            c.reduce_ready(memory.id, &mut means).unwrap();
         }
     }
-    assert!(c.finished(tickets[rounds - 1], true).unwrap());
+    c.reduce_end(memory.id, &mut means).unwrap();
+    assert_eq!(means.t, rounds);
+    c.barrier().unwrap();
+    assert!(tickets.iter().all(|t| c.reduce_done(*t).unwrap()));
+    "ok".to_string()
+}
+
+/// Whether rank `r` starts a reduction of unit `u` in iteration `k`, and how often.
+fn starts(r: usize, u: usize, k: usize) -> usize {
+    match (r + 2 * u + k) % 5 {
+        0 => 0,
+        1 => 2,
+        _ => 1,
+    }
+}
+
+/// One parameter of one float a unit: unit u, occurrence n, iteration k of rank r.
+fn gradient(r: usize, u: usize, n: usize, k: usize) -> f32 {
+    (1 + r * 7 + u * 31 + n * 5 + k) as f32
+}
+
+struct Sums {
+    values: Vec<f32>,
+    segments: Vec<Segment>,
+}
+
+impl ReduceTarget for Sums {
+    fn segments(&mut self, unit: usize) -> &[Segment] {
+        // SAFETY: the vector has an element a unit.
+        let out = unsafe { self.values.as_mut_ptr().add(unit) };
+        self.segments = vec![Segment { param: 0, offset: 0, len: 1, out, accumulate: true }];
+        &self.segments
+    }
+    fn reduced(&mut self, _: usize, present: &[bool]) {
+        assert_eq!(present, [true]);
+    }
+}
+
+/// Every rank starts the units in an order of its own, some twice, some not at all.
+pub fn unordered(rank: &Rank) -> String {
+    let (me, w, units) = (rank.rank(), rank.world(), 7);
+    let c = rank.init();
+    let first = c.name_units(&names(&["u"; 7]));
+    let memory = c.alloc_slots(&[4; 14], 1, first..first + units as u32).unwrap();
+    for k in 0..40 {
+        let mut sums = Sums { values: vec![0.0; units], segments: Vec::new() };
+        for i in 0..units {
+            let u = (i * (1 + me % 6) + k) % units;
+            for n in 0..starts(me, u, k) {
+                let slot = &memory.slots[2 * u + n];
+                // SAFETY: the slot holds one float, and was read by all before the last iteration ended.
+                unsafe { slot.data.cast::<f32>().write(gradient(me, u, n, k)) };
+                c.reduce_start(tag(Kind::ReduceScatter, first + u as u32, 4), slot, &[true]).unwrap();
+                c.reduce_ready(memory.id, &mut sums).unwrap();
+            }
+        }
+        c.reduce_end(memory.id, &mut sums).unwrap();
+        for (u, got) in sums.values.iter().enumerate() {
+            let mean = |n: usize| {
+                let of = |r: usize| gradient(r, u, n, k);
+                (0..w).filter(|r| starts(*r, u, k) > n).map(of).reduce(|a, b| a + b).map_or(0.0, |s| s / w as f32)
+            };
+            let want: f32 = mean(0) + mean(1);
+            assert_eq!(*got, want, "unit {u} of iteration {k}");
+        }
+        // Slots are free once every rank has read them.
+        c.barrier().unwrap();
+    }
     "ok".to_string()
 }
 
 pub fn wrap(rank: &Rank) -> String {
     let (me, w) = (rank.rank(), rank.world());
     let c = rank.init();
-    let unit = c.name_units(&["a".to_string()]);
+    let unit = c.name_units(&names(&["a"]));
     let arena = c.alloc_arena(64 * w).unwrap();
     let round = Round { c: &*c, unit, n: 3 };
-    let (slots, _owner) = c.alloc_slots(&[round.total() * 4; 2], 4).unwrap();
+    let memory = c.alloc_slots(&[round.total() * 4; 2], 4, unit..unit + 1).unwrap();
     c.open_reads(&arena).unwrap();
     // Announcements only: a fast rank runs ahead until it is a whole ring ahead of a slow one.
     for i in 0..5000 {
         if me == 0 && i % 1000 == 0 {
             sleep_ms(20);
         }
-        c.all_gather(tag(Kind::AllGather, unit, 64 * w), &arena).unwrap();
+        let check = if i % 100 == 0 { Check::Together } else { Check::Announce };
+        c.all_gather(tag(Kind::AllGather, unit, 64 * w), &arena, check).unwrap();
     }
-    let mut last: Option<Ticket> = None;
+    let mut means = round.checker();
+    let mut tickets: Vec<Ticket> = Vec::new();
     for t in 0..2500 {
-        let ticket = round.start(t, &slots[t % 2]);
-        round.finish(t, ticket);
-        if let Some(last) = last {
-            assert!(c.finished(last, true).unwrap());
+        if t >= 2 {
+            assert!(c.reduce_wait(tickets[t - 2], &mut means, true).unwrap());
         }
-        last = Some(ticket);
+        tickets.push(round.start(t, &memory.slots[t % 2]));
     }
+    c.reduce_end(memory.id, &mut means).unwrap();
+    assert_eq!(means.t, 2500);
     c.barrier().unwrap();
     "ok".to_string()
 }
@@ -285,7 +384,7 @@ pub fn several(rank: &Rank) -> String {
         first.open_reads(a).unwrap();
     }
     for (i, a) in arenas.iter().enumerate().skip(1) {
-        first.all_gather(no_unit(Kind::AllGather, i * 1000 * w), a).unwrap();
+        first.all_gather(no_unit(Kind::AllGather, i * 1000 * w), a, Check::Announce).unwrap();
         for r in 0..w {
             // SAFETY: the READ phase is open on every rank.
             let got = unsafe { std::slice::from_raw_parts(a.base.add(r * i * 1000), i * 1000) };

@@ -1,24 +1,25 @@
 //! What goes wrong at run time: killed ranks, ranks that disagree, leave, abort or do not come.
 
 use crate::support::*;
-use fsdp::comm::{Communicator, Kind, ReduceOp};
+use fsdp::comm::{Check, Communicator, Kind, ReduceOp};
 use fsdp::dtype::DType;
 use fsdp::error::{Error, Result, Status};
 use std::sync::Arc;
 
 const WAITS: [&str; 9] =
-    ["barrier", "exchange", "all-reduce", "all-gather", "writable", "finish", "finished", "arena", "slots"];
+    ["barrier", "exchange", "all-reduce", "all-gather", "writable", "end", "finished", "arena", "slots"];
 
 /// Ranks 0..W-1 wait in the named way; the last rank dies instead of coming. Reports the error and when it was seen.
 pub fn kill(rank: &Rank) -> String {
     let c = rank.init();
     let victim = rank.rank() == rank.world() - 1;
-    let unit = c.name_units(&["x".to_string()]);
+    let unit = c.name_units(&names(&["x"]));
     let arena = c.alloc_arena(4096).unwrap();
-    let (slots, _owner) = c.alloc_slots(&[256], 1).unwrap();
+    let memory = c.alloc_slots(&[256], 1, unit..unit + 1).unwrap();
     let reduce = |c: &Arc<dyn Communicator>| {
-        c.reduce_scatter_start(tag(Kind::ReduceScatter, unit, 256), &slots[0], &[true]).unwrap()
+        c.reduce_start(tag(Kind::ReduceScatter, unit, 256), &memory.slots[0], &[true]).unwrap()
     };
+    let mut nothing = Nothing::default();
     let dies = || -> ! {
         sleep_ms(150);
         println!("\nDIES {}", clock_ms());
@@ -29,7 +30,7 @@ pub fn kill(rank: &Rank) -> String {
     let outcome: Result<()> = match case {
         "writable" => {
             c.open_reads(&arena).unwrap();
-            c.all_gather(gather, &arena).unwrap();
+            c.all_gather(gather, &arena, Check::Announce).unwrap();
             if victim {
                 dies()
             }
@@ -41,8 +42,8 @@ pub fn kill(rank: &Rank) -> String {
             if victim {
                 dies()
             }
-            c.reduce_scatter_finish(ticket, &[], true).unwrap();
-            c.finished(ticket, true).map(drop)
+            // Rank 0 alone has done its part when all have started.
+            c.reduce_wait(ticket, &mut nothing, true).map(drop)
         }
         _ if victim => dies(),
         "barrier" => c.barrier(),
@@ -50,11 +51,14 @@ pub fn kill(rank: &Rank) -> String {
         "all-reduce" => c.all_reduce(&mut [0; 300_000], DType::F32, ReduceOp::Sum),
         "all-gather" => {
             c.open_reads(&arena).unwrap();
-            c.all_gather(gather, &arena)
+            c.all_gather(gather, &arena, Check::Announce)
         }
-        "finish" => c.reduce_scatter_finish(reduce(&c), &[], true).map(drop),
+        "end" => {
+            reduce(&c);
+            c.reduce_end(memory.id, &mut nothing)
+        }
         "arena" => c.alloc_arena(100_000).map(drop),
-        "slots" => c.alloc_slots(&[100], 1).map(drop),
+        "slots" => c.alloc_slots(&[100], 1, unit..unit + 1).map(drop),
         _ => panic!("no case {case}"),
     };
     let seen = clock_ms();
@@ -92,28 +96,24 @@ fn every_wait_sees_a_killed_rank_within_a_second() {
 pub fn train_loop(rank: &Rank) -> String {
     let (me, w, n) = (rank.rank(), rank.world(), 1000);
     let c = rank.init();
-    let unit = c.name_units(&["a".to_string(), "b".to_string()]);
+    let unit = c.name_units(&names(&["a", "b"]));
     let arena = c.alloc_arena(n * w * 4).unwrap();
-    let (slots, _owner) = c.alloc_slots(&[n * w * 4; 2], 1).unwrap();
+    let memory = c.alloc_slots(&[n * w * 4; 2], 1, unit..unit + 2).unwrap();
+    let slots = &memory.slots;
     let step = || -> Result<()> {
         // SAFETY: this rank's shard, outside a READ phase.
         unsafe { arena.base.add(me * n * 4).write_bytes(me as u8, n * 4) };
         c.open_reads(&arena)?;
         for u in 0..2 {
-            c.all_gather(tag(Kind::AllGather, unit + u, n * w * 4), &arena)?;
+            c.all_gather(tag(Kind::AllGather, unit + u, n * w * 4), &arena, Check::Announce)?;
         }
-        let mut tickets = Vec::new();
+        let mut nothing = Nothing::default();
         for u in [1, 0] {
-            tickets.push(c.reduce_scatter_start(
-                tag(Kind::ReduceScatter, unit + u, n * w * 4),
-                &slots[u as usize],
-                &[true],
-            )?);
+            let what = tag(Kind::ReduceScatter, unit + u, n * w * 4);
+            let ticket = c.reduce_start(what, &slots[u as usize], &[true])?;
+            c.reduce_wait(ticket, &mut nothing, true)?;
         }
-        for t in tickets {
-            c.reduce_scatter_finish(t, &[], true)?;
-            c.finished(t, true)?;
-        }
+        c.reduce_end(memory.id, &mut nothing)?;
         c.close_reads(&arena);
         c.all_reduce(&mut [0; 8], DType::F64, ReduceOp::Sum)?;
         c.wait_writable(&arena)
@@ -162,26 +162,31 @@ fn is_ours(file: &std::io::Result<std::fs::DirEntry>) -> bool {
 pub fn mismatch(rank: &Rank) -> String {
     let c = rank.init();
     let odd = rank.rank() == 1;
-    let unit = c.name_units(&["layers.1".to_string(), "layers.2".to_string()]);
+    let unit = c.name_units(&names(&["layers.1", "layers.2"]));
     let arena = c.alloc_arena(4096).unwrap();
-    let (slots, _owner) = c.alloc_slots(&[4096], 4).unwrap();
+    let memory = c.alloc_slots(&[4096], 4, unit..unit + 2).unwrap();
     c.open_reads(&arena).unwrap();
     c.barrier().unwrap();
-    let gather = |u, bytes| c.all_gather(tag(Kind::AllGather, u, bytes), &arena);
-    let start = |u, params: usize| {
-        c.reduce_scatter_start(tag(Kind::ReduceScatter, u, 4096), &slots[0], &vec![true; params]).map(drop)
+    let gather_of = |kind, u, bytes, check| c.all_gather(tag(kind, u, bytes), &arena, check);
+    let gather = |u, bytes| gather_of(Kind::AllGather, u, bytes, Check::Announce);
+    let reduce = |bytes, params: usize| {
+        let what = tag(Kind::ReduceScatter, unit, bytes);
+        c.reduce_start(what, &memory.slots[0], &vec![true; params])?;
+        c.reduce_end(memory.id, &mut Nothing::default())
     };
     let first = match (rank.case.as_str(), odd) {
         ("kind", false) => gather(unit, 4096),
-        ("kind", true) => start(unit + 1, 2),
+        ("kind", true) => c.reduce_end(memory.id, &mut Nothing::default()),
+        ("forward", _) => gather_of(Kind::ForwardAllGather, unit + odd as u32, 4096, Check::Together),
         ("unit", _) => gather(unit + odd as u32, 4096),
         ("bytes", _) => gather(unit, 4096 - 64 * odd as usize),
-        ("params", _) => start(unit, 2 + odd as usize),
+        ("params", _) => reduce(4096, 2 + odd as usize),
+        ("gradients", _) => reduce(4096 - 64 * odd as usize, 2),
         ("op", _) => c.all_reduce(&mut [0; 8], DType::F32, if odd { ReduceOp::Max } else { ReduceOp::Sum }),
         ("root", _) => c.broadcast(&mut [0; 8], DType::F32, odd as usize),
         ("length", _) => c.all_reduce(&mut vec![0; 8 + 8 * odd as usize], DType::F32, ReduceOp::Sum),
         ("alloc", false) => c.alloc_arena(64).map(drop),
-        ("alloc", true) => c.alloc_slots(&[64], 1).map(drop),
+        ("alloc", true) => c.alloc_slots(&[64], 1, unit..unit + 1).map(drop),
         (case, _) => panic!("no case {case}"),
     };
     // Collectives that wait for nobody may return before the others come: the next one that waits fails.
@@ -192,10 +197,11 @@ pub fn mismatch(rank: &Rank) -> String {
 fn a_mismatch_is_one_error_on_every_rank() {
     let (l1, l2) = ("unit \"layers.1\"", "unit \"layers.2\"");
     let cases = [
+        ("kind", format!("all-gather of {l1} (float32, 4096 bytes"), "end of a backward".to_string()),
         (
-            "kind",
-            format!("all-gather of {l1} (float32, 4096 bytes"),
-            format!("reduce-scatter of {l2} (float32, 4096 bytes"),
+            "forward",
+            format!("all-gather in forward of {l1} (float32, 4096 bytes, arena 0) with parameters layers.1.weight"),
+            format!("all-gather in forward of {l2} (float32, 4096 bytes, arena 0) with parameters layers.2.weight"),
         ),
         ("unit", format!("all-gather of {l1}"), format!("all-gather of {l2}")),
         (
@@ -203,7 +209,6 @@ fn a_mismatch_is_one_error_on_every_rank() {
             format!("all-gather of {l1} (float32, 4096 bytes"),
             format!("all-gather of {l1} (float32, 4032 bytes"),
         ),
-        ("params", "2 parameters".to_string(), "3 parameters".to_string()),
         ("op", "op sum".to_string(), "op max".to_string()),
         ("root", "root 0".to_string(), "root 1".to_string()),
         ("length", "8 bytes".to_string(), "16 bytes".to_string()),
@@ -212,7 +217,11 @@ fn a_mismatch_is_one_error_on_every_rank() {
     for (case, others, odd) in cases {
         for world in [2, 4] {
             let report = Job::new("mismatch", case, world).same_report();
-            assert!(report.starts_with("Mismatch | ranks disagree at collective 4: rank "), "{case}: {report}");
+            let start = match case {
+                "forward" => "Mismatch | Forward order differs across ranks: at collective 4 rank ",
+                _ => "Mismatch | ranks disagree: at collective 4 rank ",
+            };
+            assert!(report.starts_with(start), "{case}: {report}");
             let (a, b) = report.split_once(" but rank ").unwrap();
             // The odd rank is 1: first of the two only against a higher one.
             let (others_text, odd_text) = if a.contains("rank 1 runs") { (b, a) } else { (a, b) };
@@ -222,21 +231,29 @@ fn a_mismatch_is_one_error_on_every_rank() {
     }
 }
 
-/// Rank 1 skips a unit's reduction and goes on to the end of its step.
+#[test]
+fn gradients_of_different_shapes_are_an_error_on_every_rank() {
+    for (case, a, b) in [("params", "2 parameters", "3 parameters"), ("gradients", "4096 bytes", "4032 bytes")] {
+        let report = Job::new("mismatch", case, 3).same_report();
+        assert!(report.starts_with("Mismatch | ranks disagree: rank "), "{case}: {report}");
+        assert!(report.contains(a) && report.contains(b) && report.contains("\"layers.1\""), "{case}: {report}");
+    }
+}
+
+/// Rank 1 ends its step without ending its backward.
 pub fn skip(rank: &Rank) -> String {
     let c = rank.init();
-    let unit = c.name_units(&["a".to_string(), "b".to_string()]);
+    let unit = c.name_units(&names(&["a", "b"]));
     let arena = c.alloc_arena(64).unwrap();
-    let (slots, _owner) = c.alloc_slots(&[64, 64], 1).unwrap();
+    let memory = c.alloc_slots(&[64, 64], 1, unit..unit + 2).unwrap();
     c.open_reads(&arena).unwrap();
     c.barrier().unwrap();
     let step = || -> Result<()> {
         for u in 0..2 {
-            if rank.rank() == 1 && u == 1 {
-                continue;
-            }
-            let t = c.reduce_scatter_start(tag(Kind::ReduceScatter, unit + u, 64), &slots[u as usize], &[true])?;
-            c.reduce_scatter_finish(t, &[], true)?;
+            c.reduce_start(tag(Kind::ReduceScatter, unit + u, 64), &memory.slots[u as usize], &[true])?;
+        }
+        if rank.rank() != 1 {
+            c.reduce_end(memory.id, &mut Nothing::default())?;
         }
         c.close_reads(&arena);
         c.wait_writable(&arena)?;
@@ -246,10 +263,10 @@ pub fn skip(rank: &Rank) -> String {
 }
 
 #[test]
-fn a_skipped_unit_is_an_error_and_no_hang() {
+fn a_backward_that_one_rank_does_not_end_is_an_error_and_no_hang() {
     let report = Job::new("skip", "", 3).same_report();
     assert!(report.starts_with("Mismatch | ranks disagree"), "{report}");
-    assert!(report.contains("reduce-scatter of unit \"b\"") && report.contains("wait for writable shards"), "{report}");
+    assert!(report.contains("end of a backward") && report.contains("wait for writable shards"), "{report}");
 }
 
 /// Rank 2 does not come in time.
@@ -311,17 +328,15 @@ fn a_rank_that_leaves_early_is_not_called_dead() {
 /// Rank 1 has done all that the others need and leaves; rank 2 is slow.
 pub fn leave_late(rank: &Rank) -> String {
     let c = rank.init();
-    let unit = c.name_units(&["a".to_string()]);
-    let (slots, _owner) = c.alloc_slots(&[64], 1).unwrap();
-    let t = c.reduce_scatter_start(tag(Kind::ReduceScatter, unit, 64), &slots[0], &[true]).unwrap();
+    let unit = c.name_units(&names(&["a"]));
+    let memory = c.alloc_slots(&[64], 1, unit..unit + 1).unwrap();
+    c.reduce_start(tag(Kind::ReduceScatter, unit, 64), &memory.slots[0], &[true]).unwrap();
     if rank.rank() == 2 {
         sleep_ms(400);
     }
-    c.reduce_scatter_finish(t, &[], true).unwrap();
-    if rank.rank() != 1 {
-        assert!(c.finished(t, true).unwrap());
-        assert_eq!(c.async_error(), None);
-    }
+    let mut nothing = Nothing::default();
+    c.reduce_end(memory.id, &mut nothing).unwrap();
+    assert_eq!((nothing.0, c.async_error()), (1, None));
     "ok".to_string()
 }
 

@@ -1,7 +1,7 @@
 //! The life of a communicator: making it from the environment, using it wrongly, making it again, leaving nothing behind.
 
 use crate::support::*;
-use fsdp::comm::{env, shm, Kind, Segment, Ticket};
+use fsdp::comm::{env, shm, Check, Kind, Tag, Ticket};
 use fsdp::dtype::DType;
 use fsdp::error::Status;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -9,42 +9,46 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 /// Local misuse is an error of this rank alone and breaks nothing.
 pub fn misuse(rank: &Rank) -> String {
     let c = rank.init();
-    let unit = c.name_units(&["a".to_string()]);
+    let unit = c.name_units(&names(&["a"]));
     let arena = c.alloc_arena(64).unwrap();
-    let (slots, _owner) = c.alloc_slots(&[64, 64], 1).unwrap();
+    let memory = c.alloc_slots(&[64, 64], 1, unit..unit + 1).unwrap();
+    let slots = &memory.slots;
     let gather = tag(Kind::AllGather, unit, 64);
     let scatter = |bytes| tag(Kind::ReduceScatter, unit, bytes);
+    let mut nothing = Nothing::default();
     let mut seen = Vec::new();
     if rank.rank() == 0 {
-        seen.push(c.all_gather(gather, &arena).unwrap_err().status);
-        // The slots are the second allocation.
-        let none = Ticket { slots: 1, number: 0 };
-        seen.push(c.finished(none, true).unwrap_err().status);
-        seen.push(c.reduce_scatter_finish(none, &[], true).unwrap_err().status);
-        assert_eq!(seen, [Status::InvalidState; 3]);
+        seen.push(c.all_gather(gather, &arena, Check::Announce).unwrap_err().status);
+        let none = Ticket { slots: memory.id, number: 0 };
+        assert!(!c.reduce_done(none).unwrap());
+        seen.push(c.reduce_wait(none, &mut nothing, true).unwrap_err().status);
+        assert_eq!(seen, [Status::InvalidState; 2]);
         seen.clear();
-        seen.push(c.reduce_scatter_start(scatter(128), &slots[0], &[true]).unwrap_err().status);
-        seen.push(c.reduce_scatter_start(scatter(64), &slots[0], &[true; 2]).unwrap_err().status);
+        seen.push(c.reduce_start(scatter(128), &slots[0], &[true]).unwrap_err().status);
+        seen.push(c.reduce_start(scatter(64), &slots[0], &[true; 2]).unwrap_err().status);
         let stranger = fsdp::comm::Slot { index: 1, ..slots[0] };
-        seen.push(c.reduce_scatter_start(scatter(64), &stranger, &[true]).unwrap_err().status);
+        seen.push(c.reduce_start(scatter(64), &stranger, &[true]).unwrap_err().status);
+        let other = tag(Kind::ReduceScatter, unit + 1, 64);
+        seen.push(c.reduce_start(other, &slots[0], &[true]).unwrap_err().status);
         seen.push(c.all_gather_host(&[0; 4], &mut [0; 5], DType::F32).unwrap_err().status);
         seen.push(c.broadcast(&mut [0; 4], DType::F32, 2).unwrap_err().status);
         let single = fsdp::comm::single::init();
         seen.push(c.open_reads(&single.alloc_arena(64).unwrap()).unwrap_err().status);
         seen.push(single.open_reads(&arena).unwrap_err().status);
-        seen.push(c.finished(Ticket { slots: 7, number: 0 }, false).unwrap_err().status);
-        assert_eq!(seen, [Status::InvalidArgument; 8]);
+        seen.push(c.reduce_done(Ticket { slots: 7, number: 0 }).unwrap_err().status);
+        seen.push(c.reduce_ready(7, &mut nothing).unwrap_err().status);
+        assert_eq!(seen, [Status::InvalidArgument; 10]);
+        let integers = Tag { dtype: DType::I32, ..scatter(64) };
+        assert_eq!(c.reduce_start(integers, &slots[0], &[true]).unwrap_err().status, Status::Unsupported);
     }
     c.open_reads(&arena).unwrap();
     assert_eq!(c.open_reads(&arena).unwrap_err().status, Status::InvalidState);
     assert_eq!(c.wait_writable(&arena).unwrap_err().status, Status::InvalidState);
-    let t = c.reduce_scatter_start(scatter(64), &slots[0], &[true]).unwrap();
-    let again = c.reduce_scatter_start(scatter(64), &slots[0], &[true]).unwrap_err();
+    c.reduce_start(scatter(64), &slots[0], &[true]).unwrap();
+    let again = c.reduce_start(scatter(64), &slots[0], &[true]).unwrap_err();
     assert_eq!(again.status, Status::InvalidState);
-    let mut out = [0f32; 4];
-    let outside = Segment { param: 0, offset: 15, len: 2, out: out.as_mut_ptr(), accumulate: false };
-    assert_eq!(c.reduce_scatter_finish(t, &[outside], true).unwrap_err().status, Status::InvalidArgument);
-    c.reduce_scatter_finish(t, &[], true).unwrap();
+    c.reduce_end(memory.id, &mut nothing).unwrap();
+    assert_eq!(nothing.0, 1);
     c.close_reads(&arena);
     c.close_reads(&arena);
     c.wait_writable(&arena).unwrap();
@@ -69,11 +73,11 @@ pub fn leak(rank: &Rank) -> String {
     for _ in 0..20 {
         let c = rank.init();
         let arena = c.alloc_arena(100_000).unwrap();
-        let (_slots, owner) = c.alloc_slots(&[4096; 3], 2).unwrap();
+        let slots = c.alloc_slots(&[4096; 3], 2, 0..1).unwrap();
         assert!(held().1 >= 3, "the memory is memfds");
         c.open_reads(&arena).unwrap();
         c.barrier().unwrap();
-        drop((c, arena, owner));
+        drop((c, arena, slots));
     }
     assert_eq!(held(), before);
     "ok".to_string()

@@ -1,7 +1,7 @@
 //! Starting ranks as processes, with a deadline, and collecting what they report.
 
 use fsdp::comm::shm::{self, Config};
-use fsdp::comm::{Communicator, Kind, Tag, NO_UNIT};
+use fsdp::comm::{Communicator, Kind, ReduceTarget, Segment, Tag, UnitName, NO_UNIT};
 use fsdp::dtype::DType;
 use fsdp::error::{Error, Result};
 use std::io::{BufRead, BufReader, Read};
@@ -220,6 +220,24 @@ pub fn sleep_ms(ms: u64) {
 
 pub fn tag(kind: Kind, unit: u32, bytes: usize) -> Tag {
     Tag { kind, unit, dtype: DType::F32, bytes: bytes as u64 }
+}
+
+/// Names for `name_units`.
+pub fn names(labels: &[&str]) -> Vec<UnitName> {
+    labels.iter().map(|l| UnitName { label: l.to_string(), params: format!("{l}.weight") }).collect()
+}
+
+/// Takes part in reductions that write nothing on this rank; counts them.
+#[derive(Default)]
+pub struct Nothing(pub usize);
+
+impl ReduceTarget for Nothing {
+    fn segments(&mut self, _: usize) -> &[Segment] {
+        &[]
+    }
+    fn reduced(&mut self, _: usize, _: &[bool]) {
+        self.0 += 1;
+    }
 }
 
 pub fn no_unit(kind: Kind, bytes: usize) -> Tag {

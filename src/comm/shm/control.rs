@@ -4,7 +4,7 @@
 //! stores what it publishes, then rings its doorbell; whoever waits for the rank sleeps on that doorbell.
 
 use crate::comm::memory::{Mapping, PAGE};
-use crate::comm::{Kind, ReduceOp, Tag, NO_UNIT};
+use crate::comm::{Kind, ReduceOp, Tag, UnitName, NO_UNIT};
 use crate::dtype::DType;
 use crate::error::Result;
 use std::cell::UnsafeCell;
@@ -135,12 +135,17 @@ impl Announcement {
         Announcement::sized(Kind::Alloc, DType::U8, bytes, Detail::Memory(ARENA))
     }
 
+    /// A reduce-scatter, for messages.
+    pub fn reduce(tag: Tag, params: u32) -> Announcement {
+        Announcement { tag, detail: Detail::Slots(0, params) }
+    }
+
     /// For a person: `all-gather of unit "layers.1" (float32, 4096 bytes)`.
-    pub fn describe(&self, names: &[String]) -> String {
+    pub fn describe(&self, names: &[UnitName]) -> String {
         let Tag { kind, unit, dtype, bytes } = self.tag;
         let mut text = kind.name().to_string();
         if let Some(name) = names.get(unit as usize) {
-            text += &format!(" of unit \"{name}\"");
+            text += &format!(" of unit \"{}\"", name.label);
         } else if unit != NO_UNIT {
             text += &format!(" of unit {unit}");
         }
@@ -154,7 +159,8 @@ impl Announcement {
             Detail::Memory(what) => format!(", {what}"),
         };
         match kind {
-            Kind::Barrier | Kind::Exchange => {}
+            Kind::Barrier | Kind::Exchange | Kind::EndReductions => {}
+            _ if self.detail == Detail::None && bytes == 0 => {}
             Kind::OpenReads | Kind::WaitWritable => text += &format!(" ({})", detail.trim_start_matches(", ")),
             Kind::Alloc => text += &format!(" ({bytes} bytes{detail})"),
             _ => text += &format!(" ({dtype}, {bytes} bytes{detail})"),
@@ -238,7 +244,7 @@ mod tests {
             detail: AtomicU64::new(0),
         };
         assert_eq!(entry.load(), None);
-        for code in 1..=9 {
+        for code in 1..=11 {
             for dtype in DType::ALL {
                 for detail in details {
                     let tag = Tag { kind: Kind::from_code(code).unwrap(), unit: 5, dtype, bytes: 1 << 40 };
@@ -253,7 +259,7 @@ mod tests {
     #[test]
     fn descriptions_name_the_unit() {
         let tag = Tag { kind: Kind::AllGather, unit: 1, dtype: DType::F32, bytes: 4096 };
-        let names = ["a".to_string(), "layers.1".to_string()];
+        let names = ["a", "layers.1"].map(|n| UnitName { label: n.into(), params: String::new() });
         let a = Announcement { tag, detail: Detail::None };
         assert_eq!(a.describe(&names), "all-gather of unit \"layers.1\" (float32, 4096 bytes)");
         assert_eq!(a.describe(&[]), "all-gather of unit 1 (float32, 4096 bytes)");

@@ -4,6 +4,7 @@
 use super::control::{Control, RankArea, MESSAGE};
 use super::rendezvous::Mesh;
 use super::socket;
+use crate::comm::UnitName;
 use crate::error::{err, Error, Result, Status};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -21,7 +22,7 @@ pub struct Group {
     pub control: Control,
     /// A socket and the process id of every other rank; the socket's end is the process's end.
     peers: Vec<Option<(OwnedFd, u32)>>,
-    names: Mutex<Vec<String>>,
+    names: Mutex<Vec<UnitName>>,
     /// How long waits spin, in nanoseconds, and the most that may become.
     pub spin_ns: AtomicU32,
     pub spin_max_ns: u32,
@@ -56,7 +57,7 @@ impl Group {
     }
 
     /// The names of the units, for messages.
-    pub fn names(&self) -> MutexGuard<'_, Vec<String>> {
+    pub fn names(&self) -> MutexGuard<'_, Vec<UnitName>> {
         self.names.lock().unwrap_or_else(|p| p.into_inner())
     }
 

@@ -84,11 +84,8 @@ impl Host<'_> {
         for part in data.chunks_mut(SCRATCH) {
             self.mine()[..part.len()].copy_from_slice(part);
             self.arrive()?;
-            part.copy_from_slice(&self.of(0)[..part.len()]);
-            for r in 1..self.group.world {
-                combine::combine(part, &self.of(r)[..part.len()], dtype, op);
-            }
-            combine::complete(part, dtype, op, self.group.world);
+            let sources: Vec<&[u8]> = (0..self.group.world).map(|r| &self.of(r)[..part.len()]).collect();
+            combine::combine(part, &sources, dtype, op);
         }
         Ok(())
     }
@@ -118,11 +115,8 @@ impl Host<'_> {
             }
             self.arrive()?;
             let mine = me * piece..me * piece + len;
-            part.copy_from_slice(&self.of(0)[mine.clone()]);
-            for r in 1..world {
-                combine::combine(part, &self.of(r)[mine.clone()], dtype, op);
-            }
-            combine::complete(part, dtype, op, world);
+            let sources: Vec<&[u8]> = (0..world).map(|r| &self.of(r)[mine.clone()]).collect();
+            combine::combine(part, &sources, dtype, op);
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 //! sleeps and watches, `host` runs control-plane collectives, `segment` holds arenas and gradient slots, `reductions`
 //! the reduce-scatters in flight. Nothing has a name in a file system; all of it ends with the processes.
 
-use super::{combine, Arena, Communicator, Kind, ReduceOp, Segment, Slot, Tag, Ticket};
+use super::{combine, Arena, Check, Communicator, Kind, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket, UnitName};
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
 use control::{Announcement, Detail, RankArea};
@@ -13,7 +13,7 @@ use group::Group;
 use host::Host;
 use reductions::Reductions;
 use segment::{ArenaSegment, SlotLayout, SlotSegment};
-use std::any::Any;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -111,7 +111,11 @@ impl Shm {
     }
 
     fn announce(&self, local: &mut Local, a: &Announcement) -> Result<()> {
-        self.group.announce(local.issued, a)?;
+        self.announce_with(local, a, false)
+    }
+
+    fn announce_with(&self, local: &mut Local, a: &Announcement, together: bool) -> Result<()> {
+        self.group.announce(local.issued, a, together)?;
         local.issued += 1;
         Ok(())
     }
@@ -167,7 +171,7 @@ impl Communicator for Shm {
         self.group.world
     }
 
-    fn name_units(&self, names: &[String]) -> u32 {
+    fn name_units(&self, names: &[UnitName]) -> u32 {
         let mut all = self.group.names();
         let first = all.len() as u32;
         all.extend_from_slice(names);
@@ -219,18 +223,18 @@ impl Communicator for Shm {
         Ok(Arena { base: segment.base(), bytes, id: segment.id, owner: Arc::new(segment) })
     }
 
-    fn alloc_slots(&self, sizes: &[usize], flags: usize) -> Result<(Vec<Slot>, Arc<dyn Any + Send + Sync>)> {
+    fn alloc_slots(&self, sizes: &[usize], flags: usize, units: Range<u32>) -> Result<Slots> {
         let layout = SlotLayout::new(sizes, flags, self.group.world)?;
         let total = layout.total;
         let what = Announcement::sized(Kind::Alloc, DType::U8, total, Detail::Layout(layout.digest()));
         let local = &mut *self.working()?;
         let map = |fd: &OwnedFd, id| SlotSegment::map(fd, layout, id as u32);
         let segment = Arc::new(self.allocate(local, what, total, false, map)?);
-        local.reductions.add(&segment);
+        local.reductions.add(&segment, units, self.group.world);
         let rank = self.group.rank;
         let slot = |(index, &bytes)| Slot { index, data: segment.data(rank, index), bytes };
         let slots = sizes.iter().enumerate().map(slot).collect();
-        Ok((slots, segment))
+        Ok(Slots { slots, id: segment.id as u64, owner: segment })
     }
 
     fn open_reads(&self, arena: &Arena) -> Result<()> {
@@ -247,7 +251,7 @@ impl Communicator for Shm {
         Ok(())
     }
 
-    fn all_gather(&self, tag: Tag, arena: &Arena) -> Result<()> {
+    fn all_gather(&self, tag: Tag, arena: &Arena, check: Check) -> Result<()> {
         let local = &mut *self.working()?;
         let segment = self.arena(arena)?;
         let (opened, closed) = self.phases(segment);
@@ -255,7 +259,9 @@ impl Communicator for Shm {
             return Err(err!(InvalidState, "all-gather outside a READ phase of arena {}", arena.id));
         }
         let what = Announcement { tag, detail: Detail::Arena(segment.id as u32) };
-        self.announce(local, &what)?;
+        if check != Check::Off {
+            self.announce_with(local, &what, check == Check::Together)?;
+        }
         let arrived = |r: usize, _: &RankArea| segment.phase(r).opened.load(Ordering::Acquire) >= opened;
         self.group.wait(&Wait { what: &|| self.group.describe(&what), arrived: &arrived })
     }
@@ -282,19 +288,33 @@ impl Communicator for Shm {
         self.group.wait(&Wait { what: &|| self.group.describe(&what), arrived: &arrived })
     }
 
-    fn reduce_scatter_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
+    fn reduce_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
         let local = &mut *self.working()?;
-        let next = local.reductions.prepare(&self.group, tag, slot, present)?;
-        self.announce(local, &next.what)?;
-        local.reductions.start(&self.group, next, present)
+        let start = local.reductions.prepare(&self.group, tag, slot, present)?;
+        local.reductions.start(&self.group, start, tag, present)
     }
 
-    fn reduce_scatter_finish(&self, ticket: Ticket, segments: &[Segment], wait: bool) -> Result<Option<Vec<bool>>> {
-        self.working()?.reductions.finish(&self.group, ticket, segments, wait)
+    fn reduce_ready(&self, slots: u64, target: &mut dyn ReduceTarget) -> Result<()> {
+        self.working()?.reductions.ready(&self.group, slots, target)
     }
 
-    fn finished(&self, ticket: Ticket, wait: bool) -> Result<bool> {
-        self.working()?.reductions.finished(&self.group, ticket, wait)
+    fn reduce_done(&self, ticket: Ticket) -> Result<bool> {
+        self.working()?.reductions.done(&self.group, ticket)
+    }
+
+    fn reduce_wait(&self, ticket: Ticket, target: &mut dyn ReduceTarget, may_give_up: bool) -> Result<bool> {
+        self.working()?.reductions.wait(&self.group, ticket, target, may_give_up)
+    }
+
+    fn reduce_end(&self, slots: u64, target: &mut dyn ReduceTarget) -> Result<()> {
+        let local = &mut *self.working()?;
+        let what = local.reductions.end_announcement(slots);
+        self.announce(local, &what)?;
+        local.reductions.end(&self.group, slots, target)
+    }
+
+    fn trim_slot(&self, slots: u64, slot: &Slot) {
+        self.lock().reductions.trim(&self.group, slots, slot);
     }
 
     fn abort(&self, reason: &str) {

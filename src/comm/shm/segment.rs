@@ -6,7 +6,7 @@ use crate::comm::memory::{round_up, Mapping, PAGE};
 use crate::error::{err, Error, Result};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Creates a zeroed segment of `bytes` whose size is sealed. `reserve`: its memory is taken now, so that a lack of it is
 /// an error here; otherwise pages take memory when they are touched, as private memory does.
@@ -119,14 +119,36 @@ impl ArenaSegment {
     }
 }
 
+/// One reduce-scatter that a rank has started.
+#[repr(C)]
+pub struct Publication {
+    /// Times the rank had ended an iteration before.
+    pub iteration: AtomicU64,
+    /// Ranks that have done their part, a bit each.
+    pub done: AtomicU64,
+    pub bytes: AtomicU64,
+    /// Counted from the first unit of the slots.
+    pub unit: AtomicU32,
+    pub slot: AtomicU32,
+    pub params: AtomicU32,
+    pub dtype: AtomicU32,
+}
+
 /// How far one rank is with the reductions on its slots.
 #[repr(C)]
 pub struct Progress {
-    /// Reduce-scatters started, and finished.
+    /// Reduce-scatters started.
     pub started: Line<AtomicU64>,
-    pub finished: Line<AtomicU64>,
-    /// The slot of reduction t is at t % RING.
-    pub slots: [AtomicU64; RING],
+    /// Iterations ended.
+    pub ended: Line<AtomicU64>,
+    /// Reduce-scatter t is at t % RING.
+    entries: [Publication; RING],
+}
+
+impl Progress {
+    pub fn entry(&self, number: u64) -> &Publication {
+        &self.entries[number as usize % RING]
+    }
 }
 
 /// Gradient slots of all ranks: per rank, page-aligned, its [`Progress`], then for each slot its data (64-byte aligned)
@@ -199,6 +221,17 @@ impl SlotSegment {
         let data = self.layout.sizes[index].next_multiple_of(64);
         // SAFETY: the layout keeps the flags behind the data, inside the mapping.
         unsafe { self.data(rank, index).add(data) }
+    }
+
+    /// Gives the whole pages of a slot back; it reads as zero afterwards.
+    pub fn trim(&self, rank: usize, index: usize) {
+        let start = (self.data(rank, index) as usize).next_multiple_of(PAGE);
+        let end = (self.data(rank, index) as usize + self.layout.sizes[index]) & !(PAGE - 1);
+        if start < end {
+            // SAFETY: the range lies in the slot (rounded inwards), which its rank says nobody reads. A refusal keeps
+            // the memory, no more.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_REMOVE) };
+        }
     }
 
     /// Which of this rank's slots starts at this address.

@@ -48,11 +48,6 @@ pub struct Wait<'a> {
 }
 
 impl Group {
-    /// Whether all others have arrived; never sleeps.
-    pub fn all_arrived(&self, arrived: &dyn Fn(usize, &RankArea) -> bool) -> bool {
-        self.others().all(|r| arrived(r, self.control.rank(r)))
-    }
-
     /// Returns when all others have arrived. Breaks the job when one is dead, has left, or does not come in time.
     pub fn wait(&self, wait: &Wait<'_>) -> Result<()> {
         let mut deadline = None;
@@ -62,9 +57,19 @@ impl Group {
                 continue;
             }
             let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.timeout);
-            self.sleep(wait, peer, deadline)?;
+            self.sleep(wait, peer, deadline, None)?;
         }
         Ok(())
+    }
+
+    /// Returns when `peer` has arrived; false when it has not and `patience` is over.
+    pub fn wait_for(&self, peer: usize, wait: &Wait<'_>, patience: Option<Duration>) -> Result<bool> {
+        if (wait.arrived)(peer, self.control.rank(peer)) || self.spin(|| (wait.arrived)(peer, self.control.rank(peer)))
+        {
+            return Ok(true);
+        }
+        let now = Instant::now();
+        self.sleep(wait, peer, now + self.timeout, patience.map(|p| now + p))
     }
 
     /// Spins for a time that grows while spinning pays and shrinks while it does not.
@@ -86,7 +91,7 @@ impl Group {
         }
     }
 
-    fn sleep(&self, wait: &Wait<'_>, peer: usize, deadline: Instant) -> Result<()> {
+    fn sleep(&self, wait: &Wait<'_>, peer: usize, deadline: Instant, give_up: Option<Instant>) -> Result<bool> {
         let area = self.control.rank(peer);
         let door = &area.doorbell.0;
         let _waiter = Waiter::new(&door.waiters);
@@ -96,7 +101,7 @@ impl Group {
             let bell = door.bell.load(Ordering::SeqCst);
             let left = self.has_left(peer);
             if (wait.arrived)(peer, area) {
-                return Ok(());
+                return Ok(true);
             }
             self.check()?;
             if left {
@@ -109,6 +114,9 @@ impl Group {
             }
             if now >= deadline {
                 return Err(self.fail(self.late(wait)));
+            }
+            if give_up.is_some_and(|g| now >= g) {
+                return Ok(false);
             }
             futex_wait(&door.bell, bell, SLICE.min(deadline - now));
         }

@@ -1,0 +1,38 @@
+//! What ranks must agree on when an engine is made: the model, the options, and whether it went well.
+
+use crate::comm::Communicator;
+use crate::config::EngineConfig;
+use crate::error::{err, Error, Result, Status};
+
+/// Makes an error of one rank the same error on every rank. Collective.
+pub fn on_result(done: Result<u64>, comm: &dyn Communicator) -> Result<u64> {
+    let mine = done.as_ref().err().map_or(String::new(), |e| format!("{}\n{}", e.status as i32, e.message));
+    let all = comm.exchange(mine.as_bytes())?;
+    let Some((rank, text)) = all.iter().enumerate().find(|(_, text)| !text.is_empty()) else { return done };
+    let text = String::from_utf8_lossy(text);
+    let (code, message) = text.split_once('\n').unwrap_or(("", &text));
+    let status = code.parse().ok().and_then(Status::from_code).unwrap_or(Status::Callback);
+    Err(Error::new(status, format!("rank {rank}: {message}")))
+}
+
+/// Compares the model and the configuration of all ranks; every rank gets the same error.
+pub fn on_model(description: &[String], config: &EngineConfig, comm: &dyn Communicator) -> Result<()> {
+    let options = config.agreed().map(|(name, value)| format!("{name} = {value}"));
+    let lines: Vec<&str> = options.iter().chain(description).map(String::as_str).collect();
+    let all = comm.exchange(lines.join("\n").as_bytes())?;
+    let Some(rank) = (1..all.len()).find(|r| all[*r] != all[0]) else { return Ok(()) };
+    let (first, other) = (String::from_utf8_lossy(&all[0]), String::from_utf8_lossy(&all[rank]));
+    let mut pairs = (first.lines(), other.lines());
+    for line in 0.. {
+        let (a, b) = (pairs.0.next(), pairs.1.next());
+        if a != b {
+            let what = if line < options.len() { "options" } else { "models" };
+            let (a, b) = (a.unwrap_or("nothing there"), b.unwrap_or("nothing there"));
+            return Err(err!(Mismatch, "ranks have different {what}: rank 0 has {a}, but rank {rank} has {b}"));
+        }
+        if a.is_none() {
+            break;
+        }
+    }
+    Err(err!(Mismatch, "ranks have different models"))
+}

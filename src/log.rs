@@ -1,0 +1,134 @@
+//! Messages for a person: one callback of the host for the whole process, or a line on standard error.
+//!
+//! A callback may call anything, so it must not run under a lock: C functions run inside [`deferred`], which hands
+//! messages on when the function's work is done and its locks are released.
+
+use std::cell::RefCell;
+use std::io::Write;
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// Receives each message.
+pub type LogCallback = Arc<dyn Fn(Level, &str) + Send + Sync>;
+
+/// How important a message is. Numbers are those of the C ABI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Level {
+    /// Nothing failed, but what happens may not be what was meant.
+    Warning = 2,
+}
+
+impl Level {
+    fn name(self) -> &'static str {
+        match self {
+            Level::Warning => "warning",
+        }
+    }
+}
+
+static CALLBACK: RwLock<Option<LogCallback>> = RwLock::new(None);
+
+/// Where messages go from now on; None: one line each on standard error.
+pub fn set_callback(callback: Option<LogCallback>) {
+    let old = std::mem::replace(&mut *CALLBACK.write().unwrap_or_else(PoisonError::into_inner), callback);
+    // Dropped here, after the lock: dropping may run code of the host.
+    drop(old);
+}
+
+thread_local! {
+    /// What this thread has to say when the outermost `deferred` ends; None outside of one.
+    static PENDING: RefCell<Option<Vec<(Level, String)>>> = const { RefCell::new(None) };
+}
+
+/// Says that something may not be what was meant: at once, or when the `deferred` that this thread is in has ended.
+pub fn warn(message: &str) {
+    let held = PENDING.with_borrow_mut(|pending| {
+        let held = pending.as_mut().map(|messages| messages.push((Level::Warning, message.to_string())));
+        held.is_some()
+    });
+    if !held {
+        deliver(Level::Warning, message);
+    }
+}
+
+/// Runs `f`, then hands on the messages it had; inside another `deferred` of this thread, that one does so.
+pub(crate) fn deferred<T>(f: impl FnOnce() -> T) -> T {
+    /// Hands on when it is dropped, so that a panic loses no message.
+    struct Outermost;
+    impl Drop for Outermost {
+        fn drop(&mut self) {
+            for (level, message) in PENDING.take().unwrap_or_default() {
+                deliver(level, &message);
+            }
+        }
+    }
+    let begins = PENDING.with_borrow_mut(|pending| match pending {
+        Some(_) => false,
+        None => pending.replace(Vec::new()).is_none(),
+    });
+    let _outermost = begins.then(|| Outermost);
+    f()
+}
+
+/// Without a lock of this file: the callback may set another one.
+fn deliver(level: Level, message: &str) {
+    let callback = CALLBACK.read().unwrap_or_else(PoisonError::into_inner).clone();
+    match callback {
+        Some(callback) => callback(level, message),
+        None => {
+            let line = format!("fsdp: {}: {message}\n", level.name());
+            // In one write, so that lines of several ranks do not mix. If nobody can hear it, there is nobody to tell.
+            let _ = std::io::stderr().write_all(line.as_bytes());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// One test, because the callback is the process's.
+    #[test]
+    fn the_callback_hears_everything_and_may_call_back() {
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let (first, second) = (heard.clone(), heard.clone());
+        set_callback(Some(Arc::new(move |level, message| {
+            first.lock().unwrap().push(format!("first {level:?} {message}"));
+            let second = second.clone();
+            set_callback(Some(Arc::new(move |_, message| second.lock().unwrap().push(format!("second {message}")))));
+            warn("from inside");
+        })));
+        warn("one");
+        std::thread::spawn(|| warn("two")).join().unwrap();
+        let count = || heard.lock().unwrap().len();
+        let before = deferred(|| {
+            warn("three");
+            deferred(|| warn("four"));
+            count()
+        });
+        assert_eq!((before, count()), (3, 5));
+        let _ = std::panic::catch_unwind(|| {
+            deferred(|| {
+                warn("five");
+                panic!("in the middle")
+            })
+        });
+        warn("six");
+        set_callback(None);
+        warn("this line belongs to a test");
+        assert_eq!(
+            *heard.lock().unwrap(),
+            [
+                "first Warning one",
+                "second from inside",
+                "second two",
+                "second three",
+                "second four",
+                "second five",
+                "second six"
+            ]
+        );
+        assert_eq!(Arc::strong_count(&heard), 1, "the callbacks are gone");
+    }
+}

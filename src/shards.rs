@@ -1,0 +1,119 @@
+//! The memory that outlives an engine: parameter shards (in an arena of the communicator) and gradient shards.
+//!
+//! An engine makes one [`ShardStore`] for the parameters that it shards; an engine that adopts another one's units shares
+//! that one's stores. READ and WRITE phases belong to the store, because they are about its arena: only one engine may
+//! be inside an iteration on a store at a time.
+
+use crate::comm::{Arena, Communicator};
+use crate::error::{err, Result};
+use crate::memory::HostBuffer;
+use crate::module::ModuleTree;
+use crate::plan::Plan;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// What this rank may do with a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Own shards may be written.
+    Writable,
+    /// The engine of this number is in an iteration: units are or may be unsharded.
+    Reading(u64),
+    /// This rank reads no more, others may.
+    Closed,
+}
+
+/// See the module's text.
+pub struct ShardStore {
+    comm: Arc<dyn Communicator>,
+    pub arena: Arena,
+    /// This rank's gradient shards, at the plan's `grad_offset`s.
+    pub grads: HostBuffer,
+    /// By parameter of the engine that made the store: whether its gradient shard holds a value that the next
+    /// reduction adds to.
+    held: Vec<AtomicBool>,
+    phase: Mutex<Phase>,
+}
+
+// SAFETY: the gradient shards are plain private memory; the engines' locks and phases say who touches what when.
+unsafe impl Send for ShardStore {}
+// SAFETY: as above.
+unsafe impl Sync for ShardStore {}
+
+/// A model that an engine has sharded: what another engine needs in order to adopt it.
+pub struct ShardedModel {
+    pub tree: ModuleTree,
+    pub plan: Plan,
+    /// The plan's stores; the engine's own is the first.
+    pub stores: Vec<Arc<ShardStore>>,
+    pub comm: Arc<dyn Communicator>,
+}
+
+impl std::fmt::Debug for ShardedModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ShardedModel of {} units", self.plan.units.len())
+    }
+}
+
+impl ShardStore {
+    /// Collective: allocates for the plan's own units.
+    pub fn new(comm: Arc<dyn Communicator>, plan: &Plan) -> Result<ShardStore> {
+        Ok(ShardStore {
+            arena: comm.alloc_arena(plan.arena_bytes)?,
+            grads: HostBuffer::zeroed(plan.shard_elements, "the gradient shards")?,
+            held: plan.params.iter().map(|_| AtomicBool::new(false)).collect(),
+            phase: Mutex::new(Phase::Writable),
+            comm,
+        })
+    }
+
+    pub fn holds(&self, param: usize) -> bool {
+        self.held[param].load(Ordering::Relaxed)
+    }
+
+    pub fn set_held(&self, param: usize, held: bool) {
+        self.held[param].store(held, Ordering::Relaxed);
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// An error if another engine than `engine` is in an iteration.
+    pub fn require_free(&self, engine: u64) -> Result<()> {
+        match *self.phase() {
+            Phase::Reading(other) if other != engine => Err(err!(
+                InvalidState,
+                "these parameters are in use: another engine that shares them has not ended its iteration"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Opens `engine`'s READ phase.
+    pub fn open(&self, engine: u64) -> Result<()> {
+        self.require_free(engine)?;
+        self.comm.open_reads(&self.arena)?;
+        *self.phase() = Phase::Reading(engine);
+        Ok(())
+    }
+
+    /// Ends `engine`'s READ phase; nothing happens if it has none.
+    pub fn close(&self, engine: u64) {
+        let mut phase = self.phase();
+        if *phase == Phase::Reading(engine) {
+            self.comm.close_reads(&self.arena);
+            *phase = Phase::Closed;
+        }
+    }
+
+    /// Waits until every rank has closed what this one has: own shards may be written.
+    pub fn wait_writable(&self) -> Result<()> {
+        let closed = *self.phase() == Phase::Closed;
+        if closed {
+            self.comm.wait_writable(&self.arena)?;
+            *self.phase() = Phase::Writable;
+        }
+        Ok(())
+    }
+}
