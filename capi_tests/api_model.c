@@ -131,9 +131,7 @@ static void parameters(void) {
             "module 5");
   CHECK_ERR(fsdp_model_add_parameter(m, 0, "", &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT, "empty");
   CHECK_ERR(fsdp_model_add_parameter(m, 0, "w.b", &t, 1, &out), FSDP_ERR_INVALID_ARGUMENT, "w.b");
-  fsdp_tensor_t bad = tensor_of(memory, 2, shape, FSDP_DTYPE_FLOAT, 16);
-  CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &bad, 1, &out), FSDP_ERR_UNSUPPORTED, "\"w\"");
-  bad = tensor_f32(NULL, 2, shape);
+  fsdp_tensor_t bad = tensor_of(memory, 2, shape, FSDP_DTYPE_FLOAT, 8);
   CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &bad, 1, &out), FSDP_ERR_UNSUPPORTED, "\"w\"");
   bad = tensor_f32(memory, 1, negative);
   CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &bad, 1, &out), FSDP_ERR_INVALID_ARGUMENT, "-4");
@@ -165,18 +163,18 @@ static void parameters(void) {
 
 /* A parameter of a dtype that collectives know but shards do not: refused by name, at the latest by
  * the engine. */
-static void double_parameters_are_refused(void) {
+static void other_dtypes_are_refused(uint8_t code, uint8_t bits, const char *message) {
   fsdp_model_t *m = net();
   double value = 1;
   int64_t one = 1;
   uint32_t out = 77;
-  fsdp_tensor_t t = tensor_of(&value, 1, &one, FSDP_DTYPE_FLOAT, 64);
+  fsdp_tensor_t t = tensor_of(&value, 1, &one, code, bits);
   fsdp_status_t status = fsdp_model_add_parameter(m, 0, "d", &t, 1, &out);
   if (status == FSDP_OK) {
     fsdp_comm_t *comm = NULL;
     fsdp_engine_t *engine = NO_SUCH_HANDLE(fsdp_engine_t);
     CHECK_OK(fsdp_comm_init_single(&comm));
-    CHECK_ERR(fsdp_engine_create(m, comm, NULL, &engine), FSDP_ERR_UNSUPPORTED, "\"d\" is float64");
+    CHECK_ERR(fsdp_engine_create(m, comm, NULL, &engine), FSDP_ERR_UNSUPPORTED, message);
     CHECK(engine == NO_SUCH_HANDLE(fsdp_engine_t));
     fsdp_comm_destroy(comm);
   } else {
@@ -292,7 +290,9 @@ int main(void) {
   creating();
   modules();
   parameters();
-  double_parameters_are_refused();
+  other_dtypes_are_refused(FSDP_DTYPE_FLOAT, 64, "\"d\" is float64");
+  other_dtypes_are_refused(FSDP_DTYPE_FLOAT, 16, "\"d\" is float16");
+  other_dtypes_are_refused(FSDP_DTYPE_BFLOAT, 16, "\"d\" is bfloat16");
   tying();
   wrapping_explicitly();
   wrapping_by_policy();

@@ -11,7 +11,6 @@ typedef enum {
   OTHER_DTYPE,
   OTHER_OP,
   OTHER_ROOT,
-  OTHER_REDUCTION,
   WRITE_INSTEAD,
   CASES
 } case_t;
@@ -27,7 +26,6 @@ static const struct {
                  {"another dtype", "int32", "float32"},
                  {"another op", "max", "sum"},
                  {"another root", "root 1", "root 0"},
-                 {"reductions swapped", "\"layer1\"", "\"layer2\""},
                  {"begin_write instead of a forward", "writable", "\"layer1\""}};
 
 /* One try to run the case to its end; the status of the first call that fails. */
@@ -64,15 +62,6 @@ static fsdp_status_t run(const job_t *job, fsdp_engine_t *engine, case_t which) 
       status = fsdp_comm_all_reduce(job->comm, &t, other ? FSDP_REDUCE_MAX : FSDP_REDUCE_SUM);
       break;
     case OTHER_ROOT: status = fsdp_comm_broadcast(job->comm, &t, other); break;
-    case OTHER_REDUCTION:
-      for (uint32_t u = 2; u <= 3 && status == FSDP_OK; u++)
-        status = fsdp_engine_pre_forward(engine, u);
-      for (uint32_t u = 3; u >= 2 && status == FSDP_OK; u--) {
-        const uint32_t unit = other ? 5 - u : u;
-        status = stack_add_grad(engine, unit - 1, 1);
-        if (status == FSDP_OK) status = fsdp_engine_reduce(engine, unit);
-      }
-      break;
     default:
       if (!other) status = fsdp_engine_pre_forward(engine, 2);
       if (other) status = fsdp_engine_begin_write(engine);

@@ -53,9 +53,29 @@ FIELD(fsdp_tensor_t, shape, 24);
 FIELD(fsdp_tensor_t, strides, 32);
 FIELD(fsdp_tensor_t, byte_offset, 40);
 
-SIZE(fsdp_engine_config_t, 16);
+SIZE(fsdp_engine_config_t, 40);
 FIELD(fsdp_engine_config_t, struct_size, 0);
 FIELD(fsdp_engine_config_t, gradient_slots, 8);
+FIELD(fsdp_engine_config_t, strategy, 12);
+FIELD(fsdp_engine_config_t, order_check, 16);
+FIELD(fsdp_engine_config_t, reduce_dtype, 20);
+FIELD(fsdp_engine_config_t, param_init_fn, 24);
+FIELD(fsdp_engine_config_t, param_init_user_data, 32);
+
+SIZE(fsdp_module_init_t, 56);
+FIELD(fsdp_module_init_t, struct_size, 0);
+FIELD(fsdp_module_init_t, module, 8);
+FIELD(fsdp_module_init_t, fqn, 16);
+FIELD(fsdp_module_init_t, class_name, 24);
+FIELD(fsdp_module_init_t, param_count, 32);
+FIELD(fsdp_module_init_t, params, 40);
+FIELD(fsdp_module_init_t, tensors, 48);
+
+/* Callbacks. A typedef may be repeated if it is the same type. */
+typedef int32_t (*fsdp_wrap_fn)(uint32_t, const char *, const char *, uint64_t, void *);
+typedef int32_t (*fsdp_module_init_fn)(const fsdp_module_init_t *, void *);
+typedef int32_t (*fsdp_param_init_fn)(uint32_t, const fsdp_tensor_t *, void *);
+typedef void (*fsdp_log_fn)(int32_t, const char *, void *);
 
 SIZE(fsdp_unit_info_t, 64);
 FIELD(fsdp_unit_info_t, struct_size, 0);
@@ -85,7 +105,7 @@ FIELD(fsdp_shard_t, data, 0);
 FIELD(fsdp_shard_t, grad, 8);
 FIELD(fsdp_shard_t, numel, 16);
 
-SIZE(fsdp_stats_t, 88);
+SIZE(fsdp_stats_t, 104);
 FIELD(fsdp_stats_t, struct_size, 0);
 FIELD(fsdp_stats_t, param_shard_bytes, 8);
 FIELD(fsdp_stats_t, grad_shard_bytes, 16);
@@ -98,12 +118,19 @@ FIELD(fsdp_stats_t, reduce_scatters, 64);
 FIELD(fsdp_stats_t, reduce_scatter_bytes, 72);
 FIELD(fsdp_stats_t, slots_peak, 80);
 FIELD(fsdp_stats_t, overflow_peak, 84);
+FIELD(fsdp_stats_t, materialized_peak_bytes, 88);
+FIELD(fsdp_stats_t, prefetches, 96);
 
 SIZE(fsdp_status_t, 4);
 VALUE(FSDP_REDUCE_SUM, 0);
 VALUE(FSDP_REDUCE_AVG, 1);
 VALUE(FSDP_REDUCE_MAX, 2);
 VALUE(FSDP_REDUCE_MIN, 3);
+VALUE(FSDP_FULL_SHARD, 0);
+VALUE(FSDP_SHARD_GRAD_OP, 1);
+VALUE(FSDP_ORDER_CHECK_ERROR, 0);
+VALUE(FSDP_ORDER_CHECK_WARN, 1);
+VALUE(FSDP_ORDER_CHECK_OFF, 2);
 VALUE(FSDP_UNIT_SHARDED, 0);
 VALUE(FSDP_UNIT_UNSHARDED, 1);
 VALUE(FSDP_OK, 0);
@@ -125,6 +152,8 @@ VALUE(FSDP_DEVICE_CPU, 1);
 VALUE(FSDP_DTYPE_INT, 0);
 VALUE(FSDP_DTYPE_UINT, 1);
 VALUE(FSDP_DTYPE_FLOAT, 2);
+VALUE(FSDP_DTYPE_BFLOAT, 4);
+VALUE(FSDP_LOG_WARNING, 2);
 
 /* Where a dlpack.h is at hand: a DLTensor may be passed as an fsdp_tensor_t. */
 #ifdef FSDP_TEST_DLPACK
@@ -148,6 +177,7 @@ VALUE(FSDP_DEVICE_CPU, kDLCPU);
 VALUE(FSDP_DTYPE_INT, kDLInt);
 VALUE(FSDP_DTYPE_UINT, kDLUInt);
 VALUE(FSDP_DTYPE_FLOAT, kDLFloat);
+VALUE(FSDP_DTYPE_BFLOAT, kDLBfloat);
 #endif
 
 int main(void) {

@@ -2,12 +2,9 @@
 // hooks, shared ownership, errors, a checkpoint.
 //
 // usage: test_cpp_layer [RANKS]
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <optional>
@@ -16,31 +13,9 @@
 #include <vector>
 
 #include "fsdp/fsdp.hpp"
+#include "harness.hpp"
 
 namespace {
-
-#define REQUIRE(condition)                                                            \
-  do {                                                                                \
-    if (!(condition)) {                                                               \
-      throw std::runtime_error(std::string(__FILE__ ":") + std::to_string(__LINE__) + \
-                               ": " #condition);                                      \
-    }                                                                                 \
-  } while (false)
-
-/// The status of the Error that `action` throws, whose message must contain `part`.
-fsdp_status_t status_of(const std::function<void()>& action, const std::string& part) {
-  try {
-    action();
-  } catch (const fsdp::Error& error) {
-    const std::string message = error.what();
-    if (message.find(part) == std::string::npos) {
-      throw std::runtime_error("\"" + part + "\" is not in: " + message);
-    }
-    REQUIRE(message.find(fsdp_status_name(error.status())) != std::string::npos);
-    return error.status();
-  }
-  throw std::runtime_error("an error about \"" + part + "\" was expected");
-}
 
 void collectives(const fsdp::Communicator& comm) {
   const int ranks = comm.world_size();
@@ -188,7 +163,9 @@ void wrapping(const fsdp::Communicator& comm) {
     model.add_parameter(a, "w", fsdp::TensorView(data, {2}));
     model.add_parameter(b, "w", fsdp::TensorView(data, {2, 2}), /*requires_grad=*/false);
     wrap(model);
-    return fsdp::Engine(model, comm, /*gradient_slots=*/2).unit_count();
+    fsdp::EngineConfig config;
+    config.gradient_slots = 2;
+    return fsdp::Engine(model, comm, config).unit_count();
   };
   REQUIRE(units([](fsdp::Model&) {}) == 1);
   REQUIRE(units([](fsdp::Model& model) { model.wrap_always(); }) == 3);
@@ -221,42 +198,12 @@ void wrapping(const fsdp::Communicator& comm) {
       "a");
 }
 
-int run(int ranks, int rank, const std::string& job) {
-  try {
-    const auto comm = ranks == 1 ? fsdp::Communicator::single()
-                                 : fsdp::Communicator::shm(job, rank, ranks, 20000, 20000);
-    REQUIRE(comm.rank() == rank && comm.world_size() == ranks);
-    collectives(comm);
-    training(comm);
-    wrapping(comm);
-    comm.barrier();
-    return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "rank %d of %d: %s\n", rank, ranks, error.what());
-    return 1;
-  }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int ranks = argc > 1 ? std::atoi(argv[1]) : 1;
-  const std::string job = "cpp-layer-" + std::to_string(getpid());
-  int failed = 0;
-  std::vector<pid_t> children;
-  for (int rank = 0; rank < ranks; ++rank) {
-    const pid_t child = fork();
-    if (child == 0) {
-      alarm(60);
-      _exit(run(ranks, rank, job));
-    }
-    children.push_back(child);
-  }
-  for (const pid_t child : children) {
-    int status = 0;
-    waitpid(child, &status, 0);
-    failed += !WIFEXITED(status) || WEXITSTATUS(status) != 0;
-  }
-  std::printf("%s C++ layer on %d rank(s)\n", failed == 0 ? "ok    " : "FAILED", ranks);
-  return failed == 0 ? 0 : 1;
+  return run_ranks(argc, argv, [](const fsdp::Communicator& comm) {
+    collectives(comm);
+    training(comm);
+    wrapping(comm);
+  });
 }

@@ -4,6 +4,7 @@
 #include <fsdp.h>
 
 #include <cstdint>
+#include <exception>
 #include <map>
 #include <memory>
 #include <string>
@@ -13,6 +14,7 @@
 #include "fsdp/communicator.hpp"
 #include "fsdp/error.hpp"
 #include "fsdp/model.hpp"
+#include "fsdp/trace.hpp"
 
 namespace fsdp {
 
@@ -25,19 +27,68 @@ using ParamInfo = fsdp_param_info_t;
 /// This rank's piece of a parameter and of its gradient; see fsdp_shard_t.
 using Shard = fsdp_shard_t;
 
+/// When units are resharded; see fsdp_engine_config_t.
+enum class Strategy : std::int32_t {
+  full_shard = FSDP_FULL_SHARD,         ///< after every forward and backward (ZeRO-3)
+  shard_grad_op = FSDP_SHARD_GRAD_OP,   ///< after the backward only (ZeRO-2)
+};
+
+/// What is done about ranks that run different forwards; see fsdp_engine_config_t.
+enum class OrderCheck : std::int32_t {
+  error = FSDP_ORDER_CHECK_ERROR,  ///< an error on every rank
+  warn = FSDP_ORDER_CHECK_WARN,    ///< in the first training iteration; later one warning, right gradients
+  off = FSDP_ORDER_CHECK_OFF,      ///< nothing
+};
+
+/// Options of an engine, the same on every rank; see fsdp_engine_config_t.
+struct EngineConfig {
+  /// Buffers for units' full gradients; 0 is one more than the levels of nested units.
+  std::uint32_t gradient_slots = 0;
+  Strategy strategy = Strategy::full_shard;
+  OrderCheck order_check = OrderCheck::error;
+  /// The type gradients are rounded to before they are summed; all zero for float32.
+  fsdp_dtype_t reduce_dtype{};
+  /// Initializes parameters without storage, module by module, in place of the model's own
+  /// initializers. Called by Engine's constructor only; what it throws is rethrown there.
+  ModuleInit param_init_fn;
+};
+
 /// An engine. Copies share it; the last one destroys it, after which no pointer obtained from it
 /// may be used. One thread at a time. Which functions are collective is said in fsdp.h.
 class Engine {
  public:
-  /// Cuts the model over the communicator's ranks, copying this rank's piece of every parameter.
-  /// Collective: all ranks must describe the same model. `gradient_slots` as in
-  /// fsdp_engine_config_t, 0 for the default.
-  Engine(const Model& model, const Communicator& comm, std::uint32_t gradient_slots = 0)
+  /// Cuts the model over the communicator's ranks, copying this rank's piece of every parameter and
+  /// initializing those without storage. What an initializer throws on this rank is rethrown.
+  /// Collective: all ranks must describe the same model.
+  Engine(const Model& model, const Communicator& comm, const EngineConfig& options = {})
       : comm_(comm) {
     fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
-    config.gradient_slots = gradient_slots;
+    config.gradient_slots = options.gradient_slots;
+    config.strategy = static_cast<std::int32_t>(options.strategy);
+    config.order_check = static_cast<std::int32_t>(options.order_check);
+    config.reduce_dtype = options.reduce_dtype;
+    struct Call {
+      const ModuleInit& init;
+      std::exception_ptr thrown;
+    } call{options.param_init_fn, nullptr};
+    if (options.param_init_fn) {
+      config.param_init_fn = +[](const fsdp_module_init_t* init, void* user_data) -> std::int32_t {
+        auto* call = static_cast<Call*>(user_data);
+        try {
+          call->init(*init);
+          return 0;
+        } catch (...) {
+          call->thrown = std::current_exception();
+          return -1;
+        }
+      };
+      config.param_init_user_data = &call;
+    }
     fsdp_engine_t* engine = nullptr;
-    check(fsdp_engine_create(model.get(), comm.get(), &config, &engine), "cannot shard the model");
+    const fsdp_status_t status = fsdp_engine_create(model.get(), comm.get(), &config, &engine);
+    if (call.thrown) std::rethrow_exception(call.thrown);
+    model.rethrow();
+    check(status, "cannot shard the model");
     handle_.reset(engine, fsdp_engine_destroy);
   }
 
@@ -82,6 +133,22 @@ class Engine {
   void set_grad_enabled(bool enabled) {
     check(fsdp_engine_set_grad_enabled(get(), enabled ? 1 : 0));
   }
+
+  /// Whether a parameter gets gradients from the next iteration on. Local.
+  void set_requires_grad(std::uint32_t param, bool requires_grad) {
+    check(fsdp_engine_set_requires_grad(get(), param, requires_grad ? 1 : 0));
+  }
+
+  /// Issues all-gathers one unit ahead, in the order that was traced; the same on every rank. Local.
+  void set_prefetch_order(const Trace& trace) {
+    check(fsdp_engine_set_prefetch_order(get(), trace.get()));
+  }
+
+  /// A forward of the whole model begins; for hosts that do not call pre_forward of the root. The
+  /// order of a `training` one is compared. Local.
+  void begin_forward(bool training) { check(fsdp_engine_begin_forward(get(), training ? 1 : 0)); }
+  /// It has ended: what is unsharded from here on is for a backward. Local.
+  void end_forward() { check(fsdp_engine_end_forward(get())); }
 
   /// The hook before a unit's forward: its parameters can be read afterwards. Collective.
   void pre_forward(std::uint32_t unit) { check(fsdp_engine_pre_forward(get(), unit)); }

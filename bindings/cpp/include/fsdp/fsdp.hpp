@@ -1,12 +1,15 @@
-// The whole C++ layer over fsdp.h: exceptions, communicator, model description and engine.
+// The whole C++ layer over fsdp.h: exceptions, communicator, model description, traces, engine,
+// log.
 //
-// Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model or Engine
-// copies a reference, and the last copy destroys the C handle. Every function throws fsdp::Error
-// when the C call behind it fails, and is otherwise as documented in fsdp.h.
+// Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace or
+// Engine copies a reference, and the last copy destroys the C handle. Every function throws
+// fsdp::Error when the C call behind it fails, and is otherwise as documented in fsdp.h.
 #pragma once
 
 #include "fsdp/communicator.hpp"
 #include "fsdp/engine.hpp"
 #include "fsdp/error.hpp"
+#include "fsdp/log.hpp"
 #include "fsdp/model.hpp"
 #include "fsdp/tensor_view.hpp"
+#include "fsdp/trace.hpp"
