@@ -15,7 +15,7 @@ export BUILD PYTHON JOBS
 export PATH := $(abspath $(BUILD))/venv/bin:$(PATH)
 export CARGO_TARGET_DIR = $(abspath $(BUILD))/cargo
 
-.PHONY: build setup configure demo test check header format install clean help
+.PHONY: build setup configure demo test check header format scenario-data install clean help
 .DEFAULT_GOAL := build
 
 build: configure ## Build the library, the tool, the bindings' tests and the examples (default)
@@ -48,6 +48,15 @@ header: ## Regenerate include/fsdp.h and the list of exported symbols
 format: ## Format the Rust sources
 	@cargo fmt
 
+scenario-data: $(BUILD)/scenario-venv/installed ## Regenerate the scenario tests' numbers with PyTorch (downloads 2.5 GB)
+	@$(BUILD)/scenario-venv/bin/python scripts/make_scenario_data.py capi_tests/scenario_data
+
+$(BUILD)/scenario-venv/installed: scripts/requirements/scenarios.txt
+	@rm -rf $(BUILD)/scenario-venv
+	@$(PYTHON) -m venv $(BUILD)/scenario-venv
+	@$(BUILD)/scenario-venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
 install: build ## Install library, headers, tool, CMake package and pkg-config file (PREFIX=/usr/local)
 	@cmake --install $(BUILD) --prefix $(abspath $(PREFIX))
 
@@ -62,4 +71,4 @@ clean-all: ## Remove the build folder
 help: ## Show this list
 	@echo "make TARGET [VARIABLE=value]; variables: BUILD=$(BUILD) PREFIX=$(PREFIX) PYTHON=$(PYTHON) JOBS=$(JOBS)"
 	@echo "TORCH_DIR=... a LibTorch of your own  CONFIG=... more arguments for cmake, e.g. -DFSDP_SANITIZE=address"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
