@@ -190,7 +190,7 @@ static void in_their_order_of_precedence(void) {
   override.shift = 7;
   CHECK_OK(create(model, &override, &engine));
   CHECK_STR(host.seen, "");
-  CHECK_STR(override.seen, "0  Net 0;1 a Block 1;2 a.x Block 3;");
+  CHECK_STR(override.seen, "0  Net 0;4 b.buffers Block;1 a Block 1;2 a.x Block 3;");
   for (uint32_t p = 0; p < PARAMS; p++) check_values(engine, p, 7);
   fsdp_engine_destroy(engine);
   fsdp_model_destroy(model);
@@ -223,7 +223,7 @@ static void failures(void) {
   CHECK_STR(host.seen, "0  Net 0;4 b.buffers Block;1 a Block 1;");
   host.seen[0] = '\0';
   CHECK_ERR(create(model, &host, &engine), FSDP_ERR_CALLBACK, "param_init_fn for module \"a\"");
-  CHECK_STR(host.seen, "0  Net 0;1 a Block 1;");
+  CHECK_STR(host.seen, "0  Net 0;4 b.buffers Block;1 a Block 1;");
   host.fail = WEIGHT;
   host.code = 3;
   CHECK_OK(fsdp_model_set_param_init(model, WEIGHT, init_param, &host));

@@ -62,6 +62,24 @@ FIELD(fsdp_engine_config_t, reduce_dtype, 20);
 FIELD(fsdp_engine_config_t, param_init_fn, 24);
 FIELD(fsdp_engine_config_t, param_init_user_data, 32);
 
+SIZE(fsdp_sgd_config_t, 48);
+FIELD(fsdp_sgd_config_t, struct_size, 0);
+FIELD(fsdp_sgd_config_t, lr, 8);
+FIELD(fsdp_sgd_config_t, momentum, 16);
+FIELD(fsdp_sgd_config_t, dampening, 24);
+FIELD(fsdp_sgd_config_t, weight_decay, 32);
+FIELD(fsdp_sgd_config_t, nesterov, 40);
+FIELD(fsdp_sgd_config_t, maximize, 44);
+
+SIZE(fsdp_adamw_config_t, 56);
+FIELD(fsdp_adamw_config_t, struct_size, 0);
+FIELD(fsdp_adamw_config_t, lr, 8);
+FIELD(fsdp_adamw_config_t, beta1, 16);
+FIELD(fsdp_adamw_config_t, beta2, 24);
+FIELD(fsdp_adamw_config_t, eps, 32);
+FIELD(fsdp_adamw_config_t, weight_decay, 40);
+FIELD(fsdp_adamw_config_t, maximize, 48);
+
 SIZE(fsdp_module_init_t, 56);
 FIELD(fsdp_module_init_t, struct_size, 0);
 FIELD(fsdp_module_init_t, module, 8);

@@ -27,6 +27,8 @@
 #define FSDP_SHM_CONFIG_INIT { sizeof(fsdp_shm_config_t), NULL, 0, 1, 0, 0 }
 #define FSDP_ENGINE_CONFIG_INIT \
   { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL }
+#define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
+#define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
 
 /**
  * Sum over the ranks, in rank order.
@@ -205,6 +207,11 @@ typedef struct fsdp_engine_t fsdp_engine_t;
  * A host's tree of modules and parameters, and which modules are units.
  */
 typedef struct fsdp_model_t fsdp_model_t;
+
+/**
+ * An optimizer of a sharded model.
+ */
+typedef struct fsdp_optimizer_t fsdp_optimizer_t;
 
 /**
  * The execution order of a forward.
@@ -616,6 +623,98 @@ typedef int32_t (*fsdp_wrap_fn)(uint32_t module,
                                 uint64_t numel,
                                 void *user_data);
 
+/**
+ * Options of stochastic gradient descent, with the meaning that they have in torch.optim.SGD. Initialize with
+ * FSDP_SGD_CONFIG_INIT, then set what differs.
+ *
+ * Lower-case names are float32; [x] is x computed in double and rounded to float32 once. Each line is one operation after
+ * the other, left to right, each rounded to nearest, without fused multiply-add, so that the result is the same bit for
+ * bit (NaNs aside) whatever the world size, the wrapping and the processor's vectors, in the processor's default
+ * floating-point mode. lr is the optimizer's times the parameter's factor.
+ *
+ *     g = grad                                        (maximize: -grad)
+ *     g = g + [weight_decay] * p                      (only if weight_decay is not 0)
+ *     b = [momentum] * b + [1 - dampening] * g        (only with momentum; b = g in the parameter's first step)
+ *     d = b                                           (nesterov: g + [momentum] * b; without momentum: g)
+ *     p = p - [lr] * d
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_sgd_config_t).
+   */
+  size_t struct_size;
+  /**
+   * Learning rate, at least 0.
+   */
+  double lr;
+  /**
+   * At least 0. With 0 there is no state; else the state "momentum_buffer".
+   */
+  double momentum;
+  /**
+   * Any finite number.
+   */
+  double dampening;
+  /**
+   * At least 0.
+   */
+  double weight_decay;
+  /**
+   * Not 0: Nesterov's momentum, which needs a momentum and no dampening.
+   */
+  int32_t nesterov;
+  /**
+   * Not 0: climb instead of descending.
+   */
+  int32_t maximize;
+} fsdp_sgd_config_t;
+
+/**
+ * Options of AdamW (Adam with decoupled weight decay: Loshchilov & Hutter, arXiv 1711.05101), with the meaning that they
+ * have in torch.optim.AdamW. Initialize with FSDP_ADAMW_CONFIG_INIT, then set what differs; weight_decay 0 is plain Adam.
+ * The states are "exp_avg" (m) and "exp_avg_sq" (v), both 0 at first.
+ *
+ * Notation and promise as for fsdp_sgd_config_t. t is the parameter's number of steps, this one included; powers are
+ * computed in double by squaring (result *= base for each set bit of t, lowest first, base *= base after each bit).
+ *
+ *     g = grad                                        (maximize: -grad)
+ *     w = p * [1 - lr * weight_decay]
+ *     m = [beta1] * m + [1 - beta1] * g
+ *     v = [beta2] * v + [1 - beta2] * g * g
+ *     d = sqrt(v) / [sqrt(1 - beta2^t)] + [eps]
+ *     p = w - [lr / (1 - beta1^t)] * m / d
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_adamw_config_t).
+   */
+  size_t struct_size;
+  /**
+   * Learning rate, at least 0.
+   */
+  double lr;
+  /**
+   * At least 0, less than 1.
+   */
+  double beta1;
+  /**
+   * At least 0, less than 1.
+   */
+  double beta2;
+  /**
+   * At least 0.
+   */
+  double eps;
+  /**
+   * At least 0.
+   */
+  double weight_decay;
+  /**
+   * Not 0: climb instead of descending.
+   */
+  int32_t maximize;
+} fsdp_adamw_config_t;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -808,7 +907,8 @@ fsdp_status_t fsdp_engine_create(const fsdp_model_t *model,
                                  fsdp_engine_t **out);
 
 /**
- * Frees the engine and this rank's shards; NULL does nothing. Local. All pointers got from it end here. Since 0.1.
+ * Frees the engine and this rank's shards; NULL does nothing. Local. All pointers got from it end here. An optimizer
+ * of it keeps the shards' memory until it is destroyed too. Since 0.1.
  */
 void fsdp_engine_destroy(fsdp_engine_t *engine);
 
@@ -1194,6 +1294,119 @@ fsdp_status_t fsdp_model_add_sharded(fsdp_model_t *model,
  * Frees the model; NULL does nothing. Engines made from it live on. Local. Since 0.1.
  */
 void fsdp_model_destroy(fsdp_model_t *model);
+
+/**
+ * Makes an optimizer of all parameters of an engine. It keeps its state in float32, for this rank's shards only, from
+ * the first step on. `config` may be NULL for the defaults. Collective: same options on every rank, else
+ * FSDP_ERR_MISMATCH names the first that differs; FSDP_ERR_INVALID_ARGUMENT names an option out of its limits. Optimizer
+ * and engine may be destroyed in either order. *out is owned by the caller: fsdp_optimizer_destroy. Since 0.1.
+ *
+ * # Safety
+ * `config` is NULL or points to `struct_size` readable bytes; `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_optimizer_create_sgd(fsdp_engine_t *engine,
+                                        const fsdp_sgd_config_t *config,
+                                        fsdp_optimizer_t **out);
+
+/**
+ * The same with AdamW. Since 0.1.
+ *
+ * # Safety
+ * As for fsdp_optimizer_create_sgd.
+ */
+fsdp_status_t fsdp_optimizer_create_adamw(fsdp_engine_t *engine,
+                                          const fsdp_adamw_config_t *config,
+                                          fsdp_optimizer_t **out);
+
+/**
+ * Frees the optimizer and its state; NULL does nothing. Local. All pointers got from it end here. Since 0.1.
+ */
+void fsdp_optimizer_destroy(fsdp_optimizer_t *optimizer);
+
+/**
+ * Updates this rank's shards from their gradients, which stay: fsdp_engine_zero_grad forgets them. A parameter without a
+ * gradient (none on any rank) is left alone and does not count the step. Begins as fsdp_engine_begin_write does: local
+ * after a backward; else it ends a forward without backward, and is collective. FSDP_ERR_INVALID_STATE in the middle of
+ * a backward; FSDP_ERR_OUT_OF_MEMORY if there is none for the state; nothing has changed then. Since 0.1.
+ */
+fsdp_status_t fsdp_optimizer_step(fsdp_optimizer_t *optimizer);
+
+/**
+ * Sets the learning rate (at least 0) from the next step on. Local; set the same on every rank. Since 0.1.
+ */
+fsdp_status_t fsdp_optimizer_set_lr(fsdp_optimizer_t *optimizer,
+                                    double lr);
+
+/**
+ * The learning rate. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_optimizer_get_lr(const fsdp_optimizer_t *optimizer, double *out);
+
+/**
+ * Gives one parameter options of its own from the next step on: its learning rate is `lr_factor` (at first 1) times the
+ * optimizer's, its weight decay `weight_decay` (at least 0) instead of the configuration's. E.g. 1 and 0 for biases.
+ * Local; set the same on every rank. Since 0.1.
+ */
+fsdp_status_t fsdp_optimizer_set_param_options(fsdp_optimizer_t *optimizer,
+                                               uint32_t param,
+                                               double lr_factor,
+                                               double weight_decay);
+
+/**
+ * How many steps a parameter has taken: those in which it had a gradient. 0 for one without elements. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_optimizer_step_count(const fsdp_optimizer_t *optimizer,
+                                        uint32_t param,
+                                        uint64_t *out);
+
+/**
+ * The state `name` ("momentum_buffer", "exp_avg", "exp_avg_sq") of this rank's piece of a parameter: *out_data has
+ * fsdp_shard_t.numel floats, or is NULL before the parameter's first step. Borrowed until fsdp_optimizer_destroy. Local.
+ * FSDP_ERR_INVALID_ARGUMENT if the optimizer has no such state. Since 0.1.
+ *
+ * # Safety
+ * `name` is NULL or NUL-terminated; `out_data` is NULL or writable.
+ */
+fsdp_status_t fsdp_optimizer_state(const fsdp_optimizer_t *optimizer,
+                                   uint32_t param,
+                                   const char *name,
+                                   float **out_data);
+
+/**
+ * Saves a checkpoint of the engine's shards and of this optimizer: its states, and each parameter's count of steps as
+ * the text "fsdp.optimizer". Otherwise as fsdp_checkpoint_save: `states` are further ones of the host's. The options
+ * (learning rate, ...) are not in it: the host sets them again. fsdp_checkpoint_load reads such a checkpoint's
+ * parameters, too. FSDP_ERR_MISMATCH if parameters have not taken the same steps on every rank. Collective. Since 0.1.
+ *
+ * # Safety
+ * As for fsdp_checkpoint_save.
+ */
+fsdp_status_t fsdp_optimizer_save(fsdp_optimizer_t *optimizer,
+                                  const char *dir,
+                                  const fsdp_state_t *states,
+                                  size_t state_count,
+                                  const fsdp_metadata_t *metadata,
+                                  size_t metadata_count);
+
+/**
+ * Loads what fsdp_optimizer_save has saved, at any world size and wrapping: shards, this optimizer's states and counts,
+ * and the data of `states`. With the same options and the same world size, training goes on bit for bit as if it had
+ * not stopped. Otherwise as fsdp_checkpoint_load: on an error nothing has changed. FSDP_ERR_CHECKPOINT if it was saved
+ * without an optimizer, with another one, or with SGD without the momentum that this one has. Collective. Since 0.1.
+ *
+ * # Safety
+ * As for fsdp_checkpoint_load.
+ */
+fsdp_status_t fsdp_optimizer_load(fsdp_optimizer_t *optimizer,
+                                  const char *dir,
+                                  const fsdp_state_t *states,
+                                  size_t state_count);
 
 /**
  * What went wrong in this thread's latest call that returns a status: a sentence that names the parameter, unit, rank

@@ -1,4 +1,4 @@
-//! What ranks must agree on when an engine is made: the model, the options, and whether it went well.
+//! What ranks must agree on when an engine or an optimizer is made: the model, the options, and whether it went well.
 
 use crate::comm::Communicator;
 use crate::config::EngineConfig;
@@ -18,7 +18,13 @@ pub fn on_result(done: Result<u64>, comm: &dyn Communicator) -> Result<u64> {
 /// Compares the model and the configuration of all ranks; every rank gets the same error.
 pub fn on_model(description: &[String], config: &EngineConfig, comm: &dyn Communicator) -> Result<()> {
     let options = config.agreed().map(|(name, value)| format!("{name} = {value}"));
-    let lines: Vec<&str> = options.iter().chain(description).map(String::as_str).collect();
+    let lines: Vec<String> = options.iter().chain(description).cloned().collect();
+    on_lines(&lines, |line| if line < options.len() { "options" } else { "models" }, comm)
+}
+
+/// Compares lines of text of all ranks; every rank gets the same error, which shows the first that differs and says
+/// `what` they are part of. Collective.
+pub fn on_lines(lines: &[String], what: impl Fn(usize) -> &'static str, comm: &dyn Communicator) -> Result<()> {
     let all = comm.exchange(lines.join("\n").as_bytes())?;
     let Some(rank) = (1..all.len()).find(|r| all[*r] != all[0]) else { return Ok(()) };
     let (first, other) = (String::from_utf8_lossy(&all[0]), String::from_utf8_lossy(&all[rank]));
@@ -26,7 +32,7 @@ pub fn on_model(description: &[String], config: &EngineConfig, comm: &dyn Commun
     for line in 0.. {
         let (a, b) = (pairs.0.next(), pairs.1.next());
         if a != b {
-            let what = if line < options.len() { "options" } else { "models" };
+            let what = what(line);
             let (a, b) = (a.unwrap_or("nothing there"), b.unwrap_or("nothing there"));
             return Err(err!(Mismatch, "ranks have different {what}: rank 0 has {a}, but rank {rank} has {b}"));
         }
@@ -34,5 +40,5 @@ pub fn on_model(description: &[String], config: &EngineConfig, comm: &dyn Commun
             break;
         }
     }
-    Err(err!(Mismatch, "ranks have different models"))
+    Err(err!(Mismatch, "ranks have different {}", what(lines.len())))
 }

@@ -319,6 +319,11 @@ impl Engine {
     /// From its return until the next unshard this rank may write its shards. Nothing to do after `finish_backward`;
     /// else it ends a forward that no backward followed, and waits until every rank has done so too.
     pub fn begin_write(&self) -> Result<()> {
+        self.write(|| ())
+    }
+
+    /// `begin_write`, and then `f` before any other call on this engine.
+    pub(crate) fn write<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
         let mut state = self.lock()?;
         if state.reading {
             if let Some(unit) = state.gradients.collecting() {
@@ -334,7 +339,8 @@ impl Engine {
             self.finish_forward_locked(&mut state)?;
         }
         self.model.stores.iter().try_for_each(|s| s.require_free(self.number))?;
-        self.model.stores.iter().try_for_each(|s| s.wait_writable())
+        self.model.stores.iter().try_for_each(|s| s.wait_writable())?;
+        Ok(f())
     }
 
     /// The address of a full parameter in the unit buffer; an error while its unit is sharded.
@@ -422,6 +428,11 @@ impl Engine {
             prefetches: state.prefetches,
             gradients: state.gradients.counters,
         })
+    }
+
+    /// The host reads no unit any more, wherever it was in an iteration: other ranks may wait for that. Local.
+    pub fn stop_reading(&self) {
+        self.model.stores.iter().for_each(|s| s.close(self.number));
     }
 
     // ---- internals ----
@@ -565,8 +576,7 @@ impl Engine {
 }
 
 impl Drop for Engine {
-    /// Other ranks may still wait for this one to stop reading; it does now.
     fn drop(&mut self) {
-        self.model.stores.iter().for_each(|s| s.close(self.number));
+        self.stop_reading();
     }
 }

@@ -12,7 +12,7 @@
 //!   compute    (host)     reads parameters as views of the unit buffer
 //!   reduce     gradients  full gradients in a slot; their mean into this rank's gradient shard
 //!   reshard    engine     views end
-//!   step       (host)     an optimizer on the shards
+//!   step       optim      SGD or AdamW on the shards, or an optimizer of the host's
 //!   save       checkpoint shards to files, and back at any world size
 //! ```
 //!
@@ -35,6 +35,7 @@ pub mod log;
 pub mod materialize;
 mod memory;
 pub mod module;
+pub mod optim;
 mod order;
 pub mod plan;
 pub mod schedule;

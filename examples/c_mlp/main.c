@@ -6,7 +6,7 @@
  *
  * or any other launcher that fsdp_comm_init_env knows; without one it runs as a single rank. The
  * task is to learn a wavy function of two variables from random samples. A step is: forward, loss,
- * backward (mlp.c), then the optimizer below, which sees only this rank's shards. Losses are the
+ * backward (mlp.c), then the library's optimizer, which updates this rank's shards. Losses are the
  * same for every number of ranks, up to rounding, because the ranks split one global batch.
  */
 #include <errno.h>
@@ -27,7 +27,7 @@
 typedef struct {
   int steps, batch, hidden, layers, adam, log_every;
   unsigned seed;
-  float lr;
+  double lr;
 } options_t;
 
 static const char HELP[] =
@@ -46,54 +46,19 @@ static const char HELP[] =
     "  --log-every N   steps between two printed losses (default 20)\n"
     "  --help          print this\n";
 
-/* ---- the optimizer: any element-wise rule works on shards as it would on whole parameters ---- */
+/* ---- the optimizer: the library's, on this rank's shards; its state is sharded like them ---- */
 
-/* Adam's averages of one parameter's shard: like the shard, 1 / world size of an unsharded run's.
- */
-typedef struct {
-  float *mean, *square;
-} adam_state_t;
-
-static void sgd_update(fsdp_shard_t shard, float lr) {
-  for (int64_t i = 0; i < shard.numel; i++) shard.data[i] -= lr * shard.grad[i];
-}
-
-static void adam_update(fsdp_shard_t shard, adam_state_t state, float lr, int step) {
-  const float beta1 = 0.9f, beta2 = 0.999f, epsilon = 1e-8f;
-  const float correct1 = 1 - powf(beta1, (float)step), correct2 = 1 - powf(beta2, (float)step);
-  for (int64_t i = 0; i < shard.numel; i++) {
-    const float g = shard.grad[i];
-    state.mean[i] = beta1 * state.mean[i] + (1 - beta1) * g;
-    state.square[i] = beta2 * state.square[i] + (1 - beta2) * g * g;
-    shard.data[i] -=
-        lr * (state.mean[i] / correct1) / (sqrtf(state.square[i] / correct2) + epsilon);
+static fsdp_status_t create_optimizer(const options_t *options, fsdp_engine_t *engine,
+                                      fsdp_optimizer_t **optimizer) {
+  if (options->adam) {
+    fsdp_adamw_config_t config = FSDP_ADAMW_CONFIG_INIT;
+    config.lr = options->lr;
+    config.weight_decay = 0;
+    return fsdp_optimizer_create_adamw(engine, &config, optimizer);
   }
-}
-
-static fsdp_status_t optimize(const options_t *options, fsdp_engine_t *engine, adam_state_t *states,
-                              int step) {
-  uint32_t count;
-  TRY(fsdp_engine_param_count(engine, &count));
-  for (uint32_t p = 0; p < count; p++) {
-    fsdp_shard_t shard;
-    TRY(fsdp_engine_shard(engine, p, &shard));
-    /* No gradient: no rank used the parameter. No elements: this rank's share of it is empty. */
-    if (shard.grad == NULL || shard.numel == 0) continue;
-    if (!options->adam) {
-      sgd_update(shard, options->lr);
-      continue;
-    }
-    if (states[p].mean == NULL) {
-      states[p].mean = (float *)calloc((size_t)shard.numel, sizeof(float));
-      states[p].square = (float *)calloc((size_t)shard.numel, sizeof(float));
-      if (states[p].mean == NULL || states[p].square == NULL) {
-        fprintf(stderr, "c_mlp: no memory for the optimizer\n");
-        exit(1);
-      }
-    }
-    adam_update(shard, states[p], options->lr, step);
-  }
-  return fsdp_engine_zero_grad(engine);
+  fsdp_sgd_config_t config = FSDP_SGD_CONFIG_INIT;
+  config.lr = options->lr;
+  return fsdp_optimizer_create_sgd(engine, &config, optimizer);
 }
 
 /* ---- the task ---- */
@@ -117,7 +82,7 @@ typedef struct {
   fsdp_comm_t *comm;
   int32_t rank, world;
   mlp_t mlp;
-  adam_state_t *states;
+  fsdp_optimizer_t *optimizer;
   float *x, *y, *gradient;
 } trainer_t;
 
@@ -137,7 +102,8 @@ static fsdp_status_t train_step(const options_t *options, trainer_t *t, int step
     t->gradient[s] = 2 * error / (float)batch;
   }
   TRY(mlp_backward(&t->mlp, t->gradient, batch));
-  TRY(optimize(options, t->mlp.engine, t->states, step));
+  TRY(fsdp_optimizer_step(t->optimizer));
+  TRY(fsdp_engine_zero_grad(t->mlp.engine));
 
   fsdp_tensor_t mean;
   memset(&mean, 0, sizeof mean);
@@ -179,7 +145,6 @@ static fsdp_status_t print_memory(const trainer_t *t) {
 /* Joins the job, makes the model, trains. On an error the caller cleans up. */
 static fsdp_status_t run(const options_t *options, trainer_t *t) {
   int sizes[MLP_MAX_LAYERS + 1];
-  uint32_t count;
   TRY(fsdp_comm_init_env(&t->comm));
   TRY(fsdp_comm_rank(t->comm, &t->rank));
   TRY(fsdp_comm_world_size(t->comm, &t->world));
@@ -192,12 +157,11 @@ static fsdp_status_t run(const options_t *options, trainer_t *t) {
   for (int l = 0; l <= options->layers; l++)
     sizes[l] = l == 0 ? 2 : l == options->layers ? 1 : options->hidden;
   TRY(mlp_create(&t->mlp, t->comm, sizes, options->layers, (int)batch, options->seed));
-  TRY(fsdp_engine_param_count(t->mlp.engine, &count));
-  t->states = (adam_state_t *)calloc(count, sizeof *t->states);
+  TRY(create_optimizer(options, t->mlp.engine, &t->optimizer));
   t->x = (float *)calloc(batch * 2, sizeof(float));
   t->y = (float *)calloc(batch, sizeof(float));
   t->gradient = (float *)calloc(batch, sizeof(float));
-  if (t->states == NULL || t->x == NULL || t->y == NULL || t->gradient == NULL) {
+  if (t->x == NULL || t->y == NULL || t->gradient == NULL) {
     fprintf(stderr, "c_mlp: no memory\n");
     exit(1);
   }
@@ -207,14 +171,7 @@ static fsdp_status_t run(const options_t *options, trainer_t *t) {
 }
 
 static void clean_up(trainer_t *t) {
-  uint32_t count = 0;
-  if (t->states != NULL && fsdp_engine_param_count(t->mlp.engine, &count) == FSDP_OK) {
-    for (uint32_t p = 0; p < count; p++) {
-      free(t->states[p].mean);
-      free(t->states[p].square);
-    }
-  }
-  free(t->states);
+  fsdp_optimizer_destroy(t->optimizer);
   free(t->x);
   free(t->y);
   free(t->gradient);
@@ -277,14 +234,14 @@ static options_t parse(int argc, char **argv) {
       o.adam = strcmp(value, "adam") == 0;
     } else if (strcmp(option, "--lr") == 0) {
       char *end;
-      o.lr = strtof(value, &end);
-      if (end == value || *end != '\0' || !(o.lr > 0) || o.lr > 1e6f)
+      o.lr = strtod(value, &end);
+      if (end == value || *end != '\0' || !(o.lr > 0) || o.lr > 1e6)
         refuse(option, value, "a positive number is needed");
     } else {
       refuse("option", option, "it is unknown");
     }
   }
-  if (o.lr == 0) o.lr = o.adam ? 0.01f : 0.1f;
+  if (o.lr == 0) o.lr = o.adam ? 0.01 : 0.1;
   return o;
 }
 

@@ -127,7 +127,7 @@ fn c_string(text: &str, key: &str) -> Result<CString> {
 
 /// # Safety
 /// `metadata` points to `count` entries of NUL-terminated strings.
-unsafe fn read_metadata(metadata: *const fsdp_metadata_t, count: usize) -> Result<Metadata> {
+pub unsafe fn read_metadata(metadata: *const fsdp_metadata_t, count: usize) -> Result<Metadata> {
     if metadata.is_null() && count > 0 {
         return Err(err!(InvalidArgument, "metadata is NULL but metadata_count is {count}"));
     }
@@ -147,7 +147,7 @@ unsafe fn read_metadata(metadata: *const fsdp_metadata_t, count: usize) -> Resul
 
 /// # Safety
 /// `states` points to `count` entries with NUL-terminated names.
-unsafe fn read_states(states: *const fsdp_state_t, count: usize) -> Result<Vec<StateTensor>> {
+pub unsafe fn read_states(states: *const fsdp_state_t, count: usize) -> Result<Vec<StateTensor>> {
     if states.is_null() && count > 0 {
         return Err(err!(InvalidArgument, "states is NULL but state_count is {count}"));
     }

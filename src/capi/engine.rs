@@ -176,7 +176,7 @@ unsafe impl Sized_ for fsdp_stats_t {
 
 /// An engine and the names C reads.
 pub struct EngineObject {
-    pub engine: Engine,
+    pub engine: Arc<Engine>,
     unit_names: Vec<CString>,
     param_names: Vec<CString>,
 }
@@ -187,8 +187,15 @@ impl EngineObject {
         EngineObject {
             unit_names: engine.plan().units.iter().map(|u| names(&u.name)).collect(),
             param_names: engine.plan().params.iter().map(|p| names(&p.fqn)).collect(),
-            engine,
+            engine: Arc::new(engine),
         }
+    }
+}
+
+impl Drop for EngineObject {
+    /// An optimizer may keep the engine.
+    fn drop(&mut self) {
+        self.engine.stop_reading();
     }
 }
 
@@ -264,7 +271,8 @@ pub unsafe extern "C" fn fsdp_engine_create(
     })
 }
 
-/// Frees the engine and this rank's shards; NULL does nothing. Local. All pointers got from it end here. Since 0.1.
+/// Frees the engine and this rank's shards; NULL does nothing. Local. All pointers got from it end here. An optimizer
+/// of it keeps the shards' memory until it is destroyed too. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_engine_destroy(engine: *mut fsdp_engine_t) {
     boundary_void(|| remove(engine));

@@ -4,6 +4,7 @@ use super::engine::EngineObject;
 use crate::comm::Communicator;
 use crate::error::{err, Result};
 use crate::module::ModuleTree;
+use crate::optim::Optimizer;
 use crate::trace::Trace;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
@@ -28,12 +29,18 @@ pub struct fsdp_engine_t {
     _opaque: [u8; 0],
 }
 
+/// An optimizer of a sharded model.
+pub struct fsdp_optimizer_t {
+    _opaque: [u8; 0],
+}
+
 #[derive(Clone)]
 enum Object {
     Comm(Arc<dyn Communicator>),
     Model(Arc<Mutex<ModuleTree>>),
     Trace(Arc<Mutex<Trace>>),
     Engine(Arc<EngineObject>),
+    Optimizer(Arc<Optimizer>),
 }
 
 impl Object {
@@ -43,6 +50,7 @@ impl Object {
             Object::Model(_) => "a model",
             Object::Trace(_) => "a trace",
             Object::Engine(_) => "an engine",
+            Object::Optimizer(_) => "an optimizer",
         }
     }
 }
@@ -93,6 +101,7 @@ handle!(fsdp_comm_t, Comm, Arc<dyn Communicator>, "a communicator");
 handle!(fsdp_model_t, Model, Arc<Mutex<ModuleTree>>, "a model");
 handle!(fsdp_trace_t, Trace, Arc<Mutex<Trace>>, "a trace");
 handle!(fsdp_engine_t, Engine, Arc<EngineObject>, "an engine");
+handle!(fsdp_optimizer_t, Optimizer, Arc<Optimizer>, "an optimizer");
 
 /// Puts an object into the table. Numbers are never used again.
 pub fn insert<H: Handle>(object: H::Object) -> *mut H {

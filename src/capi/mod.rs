@@ -12,6 +12,7 @@ pub mod engine;
 pub mod handle;
 pub mod log;
 pub mod model;
+pub mod optim;
 pub mod status;
 pub mod tensor;
 pub mod trace;

@@ -126,7 +126,7 @@ inline int run_ranks(int ranks, const std::function<void(fsdp::Communicator)>& t
 
 /// One named part of a test program.
 struct Part {
-  const char* name;
+  std::string name;
   std::function<void(fsdp::Communicator)> run;
 };
 
@@ -140,7 +140,7 @@ inline int main_of(int argc, char** argv, const std::vector<Part>& parts) {
   int failed = 0;
   for (const Part& part : parts) {
     const int code = run_ranks(ranks, part.run);
-    std::printf("%s %s on %d rank%s\n", code == 0 ? "ok    " : "FAILED", part.name, ranks,
+    std::printf("%s %s on %d rank%s\n", code == 0 ? "ok    " : "FAILED", part.name.c_str(), ranks,
                 ranks == 1 ? "" : "s");
     std::fflush(stdout);
     failed += code != 0;

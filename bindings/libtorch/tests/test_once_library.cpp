@@ -21,3 +21,11 @@ EXPORTED once::Linear* library_make(const fsdp::Communicator* comm) {
 EXPORTED void library_use(once::Linear* model, const fsdp::Communicator* comm) {
   once::train(*model, *comm);
 }
+
+EXPORTED const void* library_log() { return &fsdp::detail::deferred_log(); }
+
+EXPORTED torch::nn::Linear* library_defer() {
+  return new torch::nn::Linear(fsdp::deferred_init([] { return torch::nn::Linear(5, 3); }));
+}
+
+EXPORTED void library_materialize(torch::nn::Linear* layer) { fsdp::materialize_module(**layer); }

@@ -1,8 +1,8 @@
 // The whole C++ layer over fsdp.h: exceptions, communicator, model description, traces, engine,
-// log.
+// optimizer, log.
 //
-// Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace or
-// Engine copies a reference, and the last copy destroys the C handle. Every function throws
+// Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace, Engine
+// or Optimizer copies a reference, and the last copy destroys the C handle. Every function throws
 // fsdp::Error when the C call behind it fails, and is otherwise as documented in fsdp.h.
 #pragma once
 
@@ -11,5 +11,6 @@
 #include "fsdp/error.hpp"
 #include "fsdp/log.hpp"
 #include "fsdp/model.hpp"
+#include "fsdp/optimizer.hpp"
 #include "fsdp/tensor_view.hpp"
 #include "fsdp/trace.hpp"

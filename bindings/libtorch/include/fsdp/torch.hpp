@@ -16,6 +16,9 @@
 #pragma once
 
 #include "fsdp/fsdp.hpp"
+#include "fsdp/torch/deferred.hpp"
 #include "fsdp/torch/options.hpp"
+#include "fsdp/torch/reset.hpp"
 #include "fsdp/torch/sharded_module.hpp"
 #include "fsdp/torch/tensors.hpp"
+#include "fsdp/torch/trace.hpp"

@@ -52,7 +52,8 @@ class GradientNode final : public torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const at::Tensor gradient = std::move(gradients.at(0));
-    if (!gradient.defined()) return {};
+    // As AccumulateGrad: a parameter frozen since the forward gets none.
+    if (!gradient.defined() || !leaf_.requires_grad()) return {};
     const std::shared_ptr<GradientSink> sink = sink_.lock();
     if (!sink) {
       throw Error(FSDP_ERR_INVALID_STATE,

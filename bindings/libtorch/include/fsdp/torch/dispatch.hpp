@@ -1,13 +1,15 @@
-// The dispatcher side: how operators on sharded tensors are seen before they run.
+// The dispatcher side: how operators on sharded and deferred tensors are seen before they run.
 //
-// Sharded tensors carry DispatchKey::DeferredInit in their key set (reserved above autograd for an
+// Such tensors carry DispatchKey::DeferredInit in their key set (reserved above autograd for an
 // out-of-tree library and otherwise unused), so views of them carry it too and no other operator
-// pays. One boxed fallback on that key recognizes storages by the deleter of their DataPtr, asks
-// the StorageTag in its context, and redispatches below the key.
+// pays. One boxed fallback on that key recognizes storages by the deleter of their DataPtr and
+// finds the StorageTag in its context. A sharded storage's tag is asked and the operator goes on
+// below the key; a deferred one's names a recorder, which gets the operator instead. A thread that
+// is inside deferred_init has the key in its thread-local state, so that factories come here too.
 //
 // A process may register one fallback per key, while this header may be compiled into several
-// shared objects. The first registers, and publishes what the others need (the deleter that marks
-// our storages) through an operator of its own, which all find in LibTorch's one dispatcher.
+// shared objects. The first registers, and publishes what the others need (DispatchTable) through
+// an operator of its own, which all find in LibTorch's one dispatcher.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -24,7 +26,20 @@
 
 namespace fsdp::detail {
 
-inline constexpr c10::DispatchKey kShardedKey = c10::DispatchKey::DeferredInit;
+inline constexpr c10::DispatchKey kTagKey = c10::DispatchKey::DeferredInit;
+
+class DeferredScope;  // deferred.hpp
+
+/// Takes operators over instead of letting them run. Implemented by deferred construction.
+class OperatorRecorder {
+ public:
+  /// Replaces `op`'s arguments on top of `stack` by its results. None of them is sharded. Called
+  /// on the thread that calls the operator, with the key still active.
+  virtual void record(const c10::OperatorHandle& op, torch::jit::Stack* stack) = 0;
+
+ protected:
+  ~OperatorRecorder() = default;
+};
 
 /// Who answers for a storage. Reference-counted by the DataPtrs that carry it and by its makers.
 class StorageTag {
@@ -36,38 +51,60 @@ class StorageTag {
   /// Called once for every before_operator that returned, when the operator is done.
   virtual void after_operator() noexcept {}
 
+  /// Who gets the operators on this storage; null for a sharded one, whose operators run.
+  OperatorRecorder* recorder() const noexcept { return recorder_; }
+
   void retain() noexcept { references_.fetch_add(1, std::memory_order_relaxed); }
   void release() noexcept {
     if (references_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
   }
 
  protected:
-  StorageTag() = default;
+  explicit StorageTag(OperatorRecorder* recorder = nullptr) : recorder_(recorder) {}
   virtual ~StorageTag() = default;
 
  private:
+  OperatorRecorder* const recorder_;
   std::atomic<std::size_t> references_{0};
+};
+
+/// What a thread is inside of.
+struct ThreadSlots {
+  OperatorRecorder* recorder;  ///< gets this thread's factories, and all that deferred tensors meet
+  DeferredScope* scope;        ///< the innermost
 };
 
 /// What the shared objects of a process agree on. The layout belongs to the operator's name below.
 struct DispatchTable {
-  c10::DeleterFnPtr deleter;
+  c10::DeleterFnPtr deleter;                   ///< marks our storages
+  ThreadSlots& (*thread_slots)();              ///< those of the calling thread
+  std::atomic<OperatorRecorder*>* recorder;    ///< the process's one recorder, once there is one
 };
 
 inline constexpr const char* kTableOperator = "fsdp::dispatch_table";
-inline constexpr const char* kTableOverload = "v1";
+inline constexpr const char* kTableOverload = "v2";
 
 inline void release_storage_tag(void* context) { static_cast<StorageTag*>(context)->release(); }
 
-inline StorageTag* tag_of(const c10::TensorImpl& tensor, c10::DeleterFnPtr deleter) {
-  if (!tensor.key_set().has(kShardedKey) || !tensor.has_storage()) return nullptr;
-  auto* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
-  const at::DataPtr& data = storage->_mutable_data_ptr_no_checks();
+/// The registrar's; others reach it through the table.
+inline ThreadSlots& own_thread_slots() {
+  static thread_local ThreadSlots slots{};
+  return slots;
+}
+
+inline StorageTag* tag_of(c10::StorageImpl& storage, c10::DeleterFnPtr deleter) {
+  const at::DataPtr& data = storage._mutable_data_ptr_no_checks();
   if (data.get_deleter() != deleter) return nullptr;
   return static_cast<StorageTag*>(data.get_context());
 }
 
-/// The tags an operator's arguments have touched; tells them when it is done, however it ends.
+inline StorageTag* tag_of(const c10::TensorImpl& tensor, c10::DeleterFnPtr deleter) {
+  if (!tensor.key_set().has(kTagKey) || !tensor.has_storage()) return nullptr;
+  return tag_of(*tensor.unsafe_storage().unsafeGetStorageImpl(), deleter);
+}
+
+/// The tags of sharded storages that an operator's arguments have touched; tells them when it is
+/// done, however it ends.
 class TouchedTags {
  public:
   TouchedTags() = default;
@@ -84,13 +121,30 @@ class TouchedTags {
     const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
     StorageTag* tag = tag_of(*impl, &release_storage_tag);
     if (tag == nullptr) return;
+    if (tag->recorder() != nullptr) {
+      recorder_ = tag->recorder();
+      return;
+    }
     tag->before_operator(op, *impl, writes);
     tag->retain();
     tags_.push_back(tag);
   }
 
+  /// Who takes the operator over, if anybody does. Throws when it touches both kinds of tensors.
+  OperatorRecorder* recorder(const c10::OperatorHandle& op) const {
+    if (tags_.empty()) return recorder_ != nullptr ? recorder_ : own_thread_slots().recorder;
+    if (recorder_ != nullptr) {
+      throw Error(FSDP_ERR_UNSUPPORTED,
+                  op.operator_name().name +
+                      " was called with a tensor of a sharded model and a deferred tensor: "
+                      "materialize the deferred one before");
+    }
+    return nullptr;
+  }
+
  private:
   c10::SmallVector<StorageTag*, 8> tags_;
+  OperatorRecorder* recorder_ = nullptr;
 };
 
 inline bool is_written(const c10::Argument& argument) {
@@ -111,8 +165,9 @@ inline bool is_closed(const c10::OperatorHandle& op) {
   return name.compare(0, 6, "aten::") == 0 && name != "aten::_backward";
 }
 
-/// The boxed kernel behind every operator that has a sharded tensor among its arguments.
-inline void sharded_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+/// The boxed kernel behind every operator that has a tagged tensor among its arguments, and behind
+/// every operator of a thread inside deferred_init.
+inline void tag_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                              torch::jit::Stack* stack) {
   TouchedTags touched;
   const auto& arguments = op.schema().arguments();
@@ -129,10 +184,14 @@ inline void sharded_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet 
       }
     }
   }
+  if (OperatorRecorder* recorder = touched.recorder(op)) {
+    recorder->record(op, stack);
+    return;
+  }
   const c10::DispatchKeySet below =
-      keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kShardedKey);
+      keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kTagKey);
   if (is_closed(op)) {
-    c10::impl::ExcludeDispatchKeyGuard nested(kShardedKey);
+    c10::impl::ExcludeDispatchKeyGuard nested(kTagKey);
     op.redispatchBoxed(below, stack);
   } else {
     op.redispatchBoxed(below, stack);
@@ -140,7 +199,8 @@ inline void sharded_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet 
 }
 
 inline void publish_table(const c10::OperatorHandle&, torch::jit::Stack* stack) {
-  static const DispatchTable table{&release_storage_tag};
+  static std::atomic<OperatorRecorder*> recorder{nullptr};
+  static const DispatchTable table{&release_storage_tag, &own_thread_slots, &recorder};
   stack->emplace_back(reinterpret_cast<std::int64_t>(&table));
 }
 
@@ -148,11 +208,11 @@ inline void publish_table(const c10::OperatorHandle&, torch::jit::Stack* stack) 
 inline const DispatchTable& find_or_register_table() {
   auto& dispatcher = c10::Dispatcher::singleton();
   const c10::OperatorName name(kTableOperator, kTableOverload);
-  if (!dispatcher.hasBackendFallbackForDispatchKey(kShardedKey)) {
+  if (!dispatcher.hasBackendFallbackForDispatchKey(kTagKey)) {
     try {
       // Never unregistered: operators may be running, and order at exit is not ours to choose.
       new c10::RegistrationHandleRAII(dispatcher.registerFallback(
-          kShardedKey, c10::KernelFunction::makeFromBoxedFunction<&sharded_fallback>(), "fsdp"));
+          kTagKey, c10::KernelFunction::makeFromBoxedFunction<&tag_fallback>(), "fsdp"));
       new c10::RegistrationHandleRAII(dispatcher.registerDef(
           c10::FunctionSchema(kTableOperator, kTableOverload, {},
                               {c10::Argument("address", c10::IntType::get())}),
@@ -205,7 +265,7 @@ inline c10::intrusive_ptr<c10::StorageImpl> tagged_storage(void* data, std::size
 inline at::Tensor tagged_tensor(const c10::intrusive_ptr<c10::StorageImpl>& storage,
                                 std::int64_t offset, at::IntArrayRef shape) {
   at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(storage), c10::DispatchKeySet({c10::DispatchKey::CPU, kShardedKey}),
+      c10::Storage(storage), c10::DispatchKeySet({c10::DispatchKey::CPU, kTagKey}),
       caffe2::TypeMeta::Make<float>());
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   impl->set_sizes_contiguous(shape);
@@ -215,7 +275,8 @@ inline at::Tensor tagged_tensor(const c10::intrusive_ptr<c10::StorageImpl>& stor
 
 /// Whether `tensor` belongs to a sharded model, live or destroyed.
 inline bool is_sharded(const at::Tensor& tensor) {
-  return tag_of(*tensor.unsafeGetTensorImpl(), dispatch_table().deleter) != nullptr;
+  const StorageTag* tag = tag_of(*tensor.unsafeGetTensorImpl(), dispatch_table().deleter);
+  return tag != nullptr && tag->recorder() == nullptr;
 }
 
 }  // namespace fsdp::detail

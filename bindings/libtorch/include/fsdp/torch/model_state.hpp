@@ -3,7 +3,9 @@
 // Units are unsharded when an operator touches them, inside the handle's forward (on its thread) or
 // inside a backward pass, and are errors elsewhere. A unit is resharded when a unit that is neither
 // its ancestor nor its descendant is touched, when its gradients have been reduced, and at the end
-// of a forward or backward. Nothing is kept in thread-local storage.
+// of a forward or backward. Under Strategy::shard_grad_op the engine is not told of the first and
+// of the last until a backward has ended: for the module the unit is closed, for the engine it is
+// there still, and opening it again costs nothing. Nothing is kept in thread-local storage.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -34,7 +36,8 @@ struct ParamState {
   at::Tensor shard;   ///< the sharded leaf that optimizers get
   at::Tensor poison;  ///< the leaf's `.grad`
   c10::intrusive_ptr<torch::autograd::Node> node;
-  bool arrived = false;  ///< has a gradient since its unit's last reduction
+  bool requires_grad = false;  ///< as the engine knows it
+  bool arrived = false;        ///< has a gradient since its unit's last reduction
 };
 
 class ModelState final : public UnitHost,
@@ -42,12 +45,16 @@ class ModelState final : public UnitHost,
                          public std::enable_shared_from_this<ModelState> {
  public:
   /// Filled by shard_module() right after construction.
-  explicit ModelState(const Engine& engine) : writes(std::make_shared<ShardWrites>(engine)) {}
+  ModelState(const Engine& engine, Strategy strategy)
+      : writes(std::make_shared<ShardWrites>(engine)), strategy_(strategy) {}
 
   ModelState(const ModelState&) = delete;
   ModelState& operator=(const ModelState&) = delete;
 
   ~ModelState() {
+    if (replaced_) return;
+    // The shards stay with the module: other ranks must not wait for what this one reads no more.
+    if (!backward_open_ && !failed_) stop_reading();
     writes->detach();
     for (const auto& unit : units) unit->orphan();
   }
@@ -58,11 +65,37 @@ class ModelState final : public UnitHost,
 
   Engine& engine() { return writes->engine(); }
 
+  // ---- the module being sharded again ----
+
+  /// Throws when another model has the parameters now.
+  void require_current() const {
+    if (replaced_) throw Error(FSDP_ERR_INVALID_STATE, UnitStorage::kReplaced);
+  }
+
+  /// Throws inside of a forward or backward; ends an iteration whose backward has not come.
+  void prepare_replacement() {
+    if (forward_depth_ > 0 || backward_open_) {
+      throw Error(FSDP_ERR_INVALID_STATE,
+                  "a sharded module cannot be sharded again inside of its forward or backward");
+    }
+    settle();
+    stop_reading();
+  }
+
+  /// The model of `successor` has the parameters from here on.
+  void replace(const std::shared_ptr<ShardWrites>& successor) {
+    replaced_ = true;
+    for (const auto& unit : units) unit->replace();
+    writes->hand_over(successor);
+    for (ParamState& param : params) param.node.reset();
+  }
+
   // ---- forward ----
 
-  /// Opens the scope in which this thread's operators unshard. Nests. Collective only when the
-  /// last backward failed.
-  void begin_forward() {
+  /// Opens the scope in which this thread's operators unshard. Nests. `training`: its order is
+  /// compared. Collective only when the last backward failed.
+  void begin_forward(bool training) {
+    require_current();
     const std::thread::id self = std::this_thread::get_id();
     if (forward_thread_.load() == self) {
       ++forward_depth_;
@@ -75,7 +108,10 @@ class ModelState final : public UnitHost,
     }
     forward_depth_ = 1;
     try {
-      if (!backward_open_) settle();
+      if (backward_open_) return;
+      settle();
+      take_over_requires_grad();
+      engine().begin_forward(training);
     } catch (...) {
       leave_forward();
       throw;
@@ -86,8 +122,10 @@ class ModelState final : public UnitHost,
   void end_forward(bool backward_follows) {
     if (--forward_depth_ > 0) return;
     leave_forward();
-    reshard_all();
-    if (!backward_follows && !backward_open_) {
+    reshard_all(backward_follows);
+    if (backward_open_) return;
+    engine().end_forward();
+    if (!backward_follows) {
       engine().finish_forward();
       writes->on_closed();
     }
@@ -133,6 +171,7 @@ class ModelState final : public UnitHost,
     torch::autograd::Engine::get_default_engine().queue_callback(
         [token = std::make_shared<BackwardToken>(weak_from_this())] { token->finish(); });
     backward_open_ = true;
+    if (!writes->reading()) take_over_requires_grad();
     for (const auto& unit : units) unit->expected = unit->arrived = 0;
     for (std::size_t i = 0; i < params.size(); ++i) {
       ParamState& param = params[i];
@@ -145,6 +184,7 @@ class ModelState final : public UnitHost,
   }
 
   void accept_gradient(std::uint32_t index, const at::Tensor& gradient) override {
+    require_current();
     enter_backward();
     ParamState& param = params[index];
     // A backward that needs no parameter's value still takes part in an iteration.
@@ -160,7 +200,7 @@ class ModelState final : public UnitHost,
       engine().reduce(unit.index);
       for (std::uint32_t id : unit.param_ids) params[id].arrived = false;
       unit.arrived = 0;
-      if (!unit.pinned()) reshard(unit);
+      if (!unit.pinned()) reshard(unit, /*keep=*/false);
     }
   }
 
@@ -215,6 +255,27 @@ class ModelState final : public UnitHost,
            name == "aten::sym_stride" || name == "aten::sym_numel" || name == "aten::numel";
   }
 
+  /// What the host has frozen or unfrozen since the last iteration.
+  void take_over_requires_grad() {
+    for (std::size_t i = 0; i < params.size(); ++i) {
+      ParamState& param = params[i];
+      if (param.leaf.requires_grad() == param.requires_grad) continue;
+      engine().set_requires_grad(static_cast<std::uint32_t>(i), !param.requires_grad);
+      param.requires_grad = !param.requires_grad;
+      param.shard.set_requires_grad(param.requires_grad);
+    }
+  }
+
+  void stop_reading() noexcept {
+    if (!writes->reading()) return;
+    try {
+      engine().finish_forward();
+    } catch (...) {
+      // The communicator is broken: its error comes again at the next collective.
+    }
+    writes->on_closed();
+  }
+
   static bool in_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
 
   void leave_forward() {
@@ -229,7 +290,9 @@ class ModelState final : public UnitHost,
       const bool related =
           (other.tree_begin <= unit.tree_begin && unit.tree_begin < other.tree_end) ||
           (unit.tree_begin <= other.tree_begin && other.tree_begin < unit.tree_end);
-      if (!related && !other.pinned()) reshard(other);
+      if (!related && !other.pinned()) {
+        reshard(other, backward_open_ || at::GradMode::is_enabled());
+      }
     }
     if (!unit.unsharded()) {
       writes->on_unshard();
@@ -239,16 +302,18 @@ class ModelState final : public UnitHost,
     active_ = &unit;
   }
 
-  void reshard(UnitStorage& unit) {
-    if (!unit.unsharded()) return;
-    unit.mark_sharded();
-    unsharded_.erase(std::find(unsharded_.begin(), unsharded_.end(), &unit));
-    if (active_ == &unit) active_ = nullptr;
-    engine().reshard(unit.index);
+  /// `keep`: a backward needs the unit again; the strategy says what the engine does until then.
+  void reshard(UnitStorage& unit, bool keep) {
+    if (unit.unsharded()) {
+      unit.mark_sharded();
+      unsharded_.erase(std::find(unsharded_.begin(), unsharded_.end(), &unit));
+      if (active_ == &unit) active_ = nullptr;
+    }
+    if (!keep || strategy_ == Strategy::full_shard) engine().reshard(unit.index);
   }
 
-  void reshard_all() {
-    while (!unsharded_.empty()) reshard(*unsharded_.back());
+  void reshard_all(bool keep) {
+    while (!unsharded_.empty()) reshard(*unsharded_.back(), keep);
   }
 
   bool holds_our_gradient(const ParamState& param, std::uint32_t index) {
@@ -285,7 +350,7 @@ class ModelState final : public UnitHost,
   void finish_backward() {
     backward_open_ = false;
     failed_ = true;  // until everything below has succeeded
-    reshard_all();
+    reshard_all(false);
     engine().finish_backward();
     writes->on_writable();
     const torch::NoGradGuard no_grad;
@@ -310,38 +375,20 @@ class ModelState final : public UnitHost,
     backward_open_ = false;
     failed_ = true;
     try {
-      reshard_all();
+      reshard_all(false);
     } catch (...) {
       // The engine's own error comes again at the next call, which settles.
     }
   }
 
+  const Strategy strategy_;
+  bool replaced_ = false;
   std::atomic<std::thread::id> forward_thread_{};
   int forward_depth_ = 0;
   bool backward_open_ = false;
   bool failed_ = false;
   UnitStorage* active_ = nullptr;        ///< the unit touched last, while unsharded
   std::vector<UnitStorage*> unsharded_;  ///< in the order of unsharding
-};
-
-/// Opens a forward scope for as long as it lives.
-class ForwardScope {
- public:
-  explicit ForwardScope(ModelState& state) : state_(state) { state_.begin_forward(); }
-  ForwardScope(const ForwardScope&) = delete;
-  ForwardScope& operator=(const ForwardScope&) = delete;
-  ~ForwardScope() {
-    if (!finished_) state_.abandon_forward();
-  }
-  /// The regular end; without it the forward counts as failed.
-  void finish(bool backward_follows) {
-    finished_ = true;
-    state_.end_forward(backward_follows);
-  }
-
- private:
-  ModelState& state_;
-  bool finished_ = false;
 };
 
 }  // namespace fsdp::detail

@@ -1,126 +1,89 @@
-// What fully_shard is told: the communicator, which modules become units, sizes.
+// What fully_shard is told: the communicator, which modules become units, when units are unsharded,
+// how gradients are reduced, and how parameters without storage get their values.
 #pragma once
 
 #include <torch/torch.h>
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
-#include <utility>
-#include <vector>
 
-#include "fsdp/fsdp.hpp"
+#include "fsdp/torch/trace.hpp"
+#include "fsdp/torch/wrap.hpp"
 
 namespace fsdp {
 
-namespace detail {
-
-/// One module of the tree, in the order of the walk (parents before children).
-struct WalkedModule {
-  const torch::nn::Module* module;
-  std::uint32_t id;        ///< its number in the model description; 0 is the root
-  std::string name;        ///< dotted from the root
-  std::string class_name;  ///< as the compiler names it, with namespaces
+/// The types of what ranks exchange. Parameters, their shards and gradient shards are float32.
+struct MixedPrecision {
+  /// What units are unsharded to: kFloat; others throw UNSUPPORTED.
+  at::ScalarType param_dtype = at::kFloat;
+  /// What each rank rounds its gradients to (to nearest even) before they are summed in float32:
+  /// kFloat, kHalf or kBFloat16.
+  at::ScalarType reduce_dtype = at::kFloat;
 };
 
-/// `a::b::BlockImpl` -> `BlockImpl`, also for templates (`a::B<c::D>` -> `B<c::D>`).
-inline std::string unqualified(const std::string& class_name) {
-  const std::size_t stop = class_name.find('<');
-  const std::size_t colons = class_name.rfind("::", stop);
-  return colons == std::string::npos ? class_name : class_name.substr(colons + 2);
-}
-
-}  // namespace detail
-
-/// Decides which modules become units, each a parcel that is unsharded and resharded as a whole.
-/// The root always is one, and owns what no other unit does. Make one with the functions below;
-/// default-constructed it adds no unit below the root.
-class WrapPolicy {
- public:
-  using Apply = std::function<void(Model&, const std::vector<detail::WalkedModule>&)>;
-
-  WrapPolicy() = default;
-  explicit WrapPolicy(Apply apply) : apply_(std::move(apply)) {}
-
-  /// Marks the units in `model`. Called by fully_shard.
-  void apply(Model& model, const std::vector<detail::WalkedModule>& modules) const {
-    if (apply_) apply_(model, modules);
-  }
-
- private:
-  Apply apply_;
-};
-
-/// Every module for which `want(module, dotted name)` returns true is a unit; exceptions thrown by
-/// `want` leave fully_shard unchanged.
-inline WrapPolicy wrap_if(
-    std::function<bool(const torch::nn::Module&, const std::string& fqn)> want) {
-  return WrapPolicy([want = std::move(want)](Model& model, const auto& modules) {
-    for (const auto& walked : modules) {
-      if (walked.id != 0 && want(*walked.module, walked.name)) model.wrap_module(walked.id);
-    }
-  });
-}
-
-/// Every module of this class is a unit. `class_name` is the C++ class, with or without its
-/// namespaces: for TORCH_MODULE(Block) it is "BlockImpl". Throws INVALID_ARGUMENT when the model
-/// has no such module.
-inline WrapPolicy wrap_class(const std::string& class_name) {
-  return WrapPolicy([class_name](Model& model, const auto& modules) {
-    bool found = false;
-    for (const auto& walked : modules) {
-      if (walked.class_name != class_name && detail::unqualified(walked.class_name) != class_name) {
-        continue;
-      }
-      found = true;
-      if (walked.id != 0) model.wrap_module(walked.id);
-    }
-    if (!found) {
-      throw Error(FSDP_ERR_INVALID_ARGUMENT,
-                  "wrap_class(\"" + class_name + "\"): the model has no module of this class");
-    }
-  });
-}
-
-/// Every module is a unit; one that owns no parameter costs nothing.
-inline WrapPolicy wrap_always() {
-  return WrapPolicy([](Model& model, const auto&) { model.wrap_always(); });
-}
-
-/// Every module with at least `min_numel` parameter elements below it, counted without those of
-/// nested units, is a unit.
-inline WrapPolicy wrap_size(std::uint64_t min_numel) {
-  return WrapPolicy([min_numel](Model& model, const auto&) { model.wrap_size(min_numel); });
-}
-
-/// Exactly these modules (and the root) are units. Throws INVALID_ARGUMENT when one of them is not
-/// part of the model.
-inline WrapPolicy wrap_modules(std::vector<const torch::nn::Module*> wanted) {
-  return WrapPolicy([wanted = std::move(wanted)](Model& model, const auto& modules) {
-    for (const torch::nn::Module* module : wanted) {
-      bool found = false;
-      for (const auto& walked : modules) {
-        if (walked.module != module) continue;
-        found = true;
-        if (walked.id != 0) model.wrap_module(walked.id);
-      }
-      if (!found) {
-        throw Error(FSDP_ERR_INVALID_ARGUMENT,
-                    "wrap_modules: a module is not part of the model that is being sharded");
-      }
-    }
-  });
-}
-
-/// The options of fully_shard.
+/// The options of fully_shard; the same on every rank.
 struct ShardOptions {
   /// The ranks to shard over; required.
-  Communicator comm;
+  Communicator comm = {};
   /// Which modules become units.
-  WrapPolicy wrap;
+  WrapPolicy wrap = {};
   /// Buffers for units' full gradients; 0 is the engine's default, one more than the levels of
   /// nested units. A unit that finds all taken collects in memory of its own.
   std::uint32_t gradient_slots = 0;
+  /// Whether a unit is resharded after each use, or stays unsharded from its forward until its
+  /// backward has ended.
+  Strategy strategy = Strategy::full_shard;
+  /// What is done about ranks that run different forwards. Only forwards in training mode
+  /// (train()) with gradients enabled are compared with the first iteration.
+  OrderCheck order_check = OrderCheck::error;
+  MixedPrecision mixed_precision = {};
+  /// Initializes what has no storage (meta or deferred), instead of reset_parameters() and of the
+  /// records of deferred_init. Called once on every rank for each module that itself registered
+  /// such a parameter or buffer: unit by unit, the root first; within a unit in the order of
+  /// registration. All of them in the module's unit have memory during the call (those of other
+  /// units do not), gradients are disabled, and each element must be written by the time that its
+  /// own module's call ends. Values may be written in place, by set_data(), or by
+  /// fsdp::materialize_module(). An exception on one rank is an error on every rank. An empty
+  /// function throws INVALID_ARGUMENT.
+  std::optional<std::function<void(torch::nn::Module&)>> param_init_fn = {};
+  /// The order in which units are unsharded: each one's all-gather is issued when the one before it
+  /// is unsharded. A trace of the same module, from trace_forward, the same on every rank.
+  std::optional<ExecutionTrace> prefetch_order = {};
 };
 
+namespace detail {
+
+/// The engine's part of the options. Throws for what cannot be done.
+inline EngineConfig engine_config(const ShardOptions& options) {
+  EngineConfig config;
+  config.gradient_slots = options.gradient_slots;
+  config.strategy = options.strategy;
+  config.order_check = options.order_check;
+  if (options.mixed_precision.param_dtype != at::kFloat) {
+    throw Error(FSDP_ERR_UNSUPPORTED,
+                std::string("MixedPrecision::param_dtype = ") +
+                    c10::toString(options.mixed_precision.param_dtype) +
+                    " is not supported: only Float is");
+  }
+  switch (options.mixed_precision.reduce_dtype) {
+    case at::kFloat:
+      break;
+    case at::kHalf:
+      config.reduce_dtype = {FSDP_DTYPE_FLOAT, 16, 1};
+      break;
+    case at::kBFloat16:
+      config.reduce_dtype = {FSDP_DTYPE_BFLOAT, 16, 1};
+      break;
+    default:
+      throw Error(FSDP_ERR_UNSUPPORTED,
+                  std::string("MixedPrecision::reduce_dtype = ") +
+                      c10::toString(options.mixed_precision.reduce_dtype) +
+                      " is not supported: Float, Half and BFloat16 are");
+  }
+  return config;
+}
+
+}  // namespace detail
 }  // namespace fsdp

@@ -28,6 +28,14 @@ class ShardWrites {
   const Engine& engine() const noexcept { return engine_; }
   Engine& engine() noexcept { return engine_; }
 
+  /// The shards belong to another model from here on: `successor` answers, and its engine takes the
+  /// place of this one.
+  void hand_over(std::shared_ptr<ShardWrites> successor) {
+    detach();
+    engine_ = successor->engine();
+    successor_ = std::move(successor);
+  }
+
   /// A unit has been unsharded: this rank and its peers may be reading shards.
   void on_unshard() noexcept {
     reading_ = true;
@@ -49,6 +57,7 @@ class ShardWrites {
 
   /// Call before writing a shard. Collective when it has to wait.
   void before_write() {
+    if (successor_) return successor_->before_write();
     if (written_) return;
     if (!writable_) {
       if (recover_) recover_();
@@ -75,6 +84,7 @@ class ShardWrites {
 
  private:
   Engine engine_;
+  std::shared_ptr<ShardWrites> successor_;
   bool reading_ = false;
   bool writable_ = false;
   bool written_ = false;

@@ -39,11 +39,38 @@ inline double sum_of_squares(const float* data, std::int64_t count) {
   return sum;
 }
 
+/// Opens a forward scope for as long as it lives.
+class ForwardScope {
+ public:
+  ForwardScope(ModelState& state, bool training) : state_(state) {
+    state_.begin_forward(training && at::GradMode::is_enabled());
+  }
+  ForwardScope(const ForwardScope&) = delete;
+  ForwardScope& operator=(const ForwardScope&) = delete;
+  ~ForwardScope() {
+    if (!finished_) state_.abandon_forward();
+  }
+  /// The regular end; without it the forward counts as failed.
+  void finish(bool backward_follows) {
+    finished_ = true;
+    state_.end_forward(backward_follows);
+  }
+
+ private:
+  ModelState& state_;
+  bool finished_ = false;
+};
+
 }  // namespace detail
 
-/// A sharded module. Copies share it; when the last one is destroyed, the module's parameters
-/// become unusable (every use is an error that names the parameter), while the tensors that
-/// parameters() returned stay valid as long as somebody holds them.
+/// A sharded module. Copies share it. When the last one is destroyed, using the module's parameters
+/// is an error that names the parameter; their values stay as long as the module or a tensor of
+/// parameters() does, and fully_shard goes on from them.
+///
+/// A sharded module may be sharded again, by itself or as a part of a bigger one: its units and the
+/// values of its parameters and gradients stay as they are, and only the newest handle runs it. An
+/// older handle that is still alive keeps its parameters(), which are the newer one's too (an
+/// optimizer on them goes on), and throws INVALID_STATE when anything else is asked of it.
 ///
 /// One training thread at a time. Other threads may run any operators on other tensors meanwhile.
 /// Functions marked collective must be called by all ranks in the same order; all throw
@@ -63,7 +90,7 @@ class ShardedModule {
   /// in itself. Collective.
   template <class... Args>
   decltype(auto) forward(Args&&... args) {
-    detail::ForwardScope scope(*state_);
+    detail::ForwardScope scope(*state_, module_->is_training());
     using Output = decltype(module_->forward(std::forward<Args>(args)...));
     if constexpr (std::is_void_v<Output>) {
       module_->forward(std::forward<Args>(args)...);
@@ -123,6 +150,7 @@ class ShardedModule {
   /// min(1, max_norm / (norm + 1e-6)), as in torch::nn::utils::clip_grad_norm_; a norm that is not
   /// finite makes the gradients so too. Collective.
   double clip_grad_norm_(double max_norm) {
+    state_->require_current();
     const torch::NoGradGuard no_grad;
     state_->settle();
     double sum = 0;
@@ -147,6 +175,7 @@ class ShardedModule {
   /// Writes the parameters to directory `dir`, complete or not at all. `metadata` is any text of
   /// the caller's, which checkpoint_metadata(dir) returns. Buffers are not saved. Collective.
   void save_checkpoint(const std::string& dir, const std::string& metadata = "") {
+    state_->require_current();
     state_->settle();
     state_->engine().save_checkpoint(dir, {}, {{kUserMetadata, metadata}});
   }
@@ -155,6 +184,7 @@ class ShardedModule {
   /// included; learning rates and other options are the caller's to save. Collective.
   void save_checkpoint(const std::string& dir, torch::optim::Optimizer& optimizer,
                        const std::string& metadata = "") {
+    state_->require_current();
     state_->settle();
     const auto snapshot = detail::snapshot_optimizer(optimizer, *state_);
     state_->engine().save_checkpoint(
@@ -165,6 +195,7 @@ class ShardedModule {
   /// Reads the parameters from a checkpoint of the same parameters, at any world size and
   /// wrapping. On error nothing has changed. Collective.
   void load_checkpoint(const std::string& dir) {
+    state_->require_current();
     state_->settle();
     state_->writes->before_write();
     state_->engine().load_checkpoint(dir);
@@ -173,6 +204,7 @@ class ShardedModule {
   /// As above with the state of the optimizer, which must be of the kind that was saved.
   /// Collective.
   void load_checkpoint(const std::string& dir, torch::optim::Optimizer& optimizer) {
+    state_->require_current();
     state_->settle();
     auto target = detail::prepare_optimizer_load(
         checkpoint_metadata(dir, detail::kOptimizerMetadata), optimizer, *state_);
@@ -182,7 +214,7 @@ class ShardedModule {
   }
 
   /// Sizes and counters of this rank. Local.
-  Stats stats() const { return state_->engine().stats(); }
+  Stats stats() const { return engine().stats(); }
 
   /// Bytes of this rank's share of parameters and gradients, padding included; an optimizer adds
   /// its own, in proportion to parameters(). Local.
@@ -193,7 +225,10 @@ class ShardedModule {
 
   /// The engine behind this model, for what only the C++ layer offers. Unsharding, resharding and
   /// reducing through it is not for users of this handle.
-  const Engine& engine() const { return state_->engine(); }
+  const Engine& engine() const {
+    state_->require_current();
+    return state_->engine();
+  }
 
  private:
   /// Arranges that a backward from `output` is recognized from its start; whether one may come.
@@ -223,8 +258,19 @@ class ShardedModule {
 /// Shards `module` in place over `options.comm`: each rank keeps its cut of every parameter and
 /// the memory of the full ones is freed. The module's code does not change; afterwards it is called
 /// through the returned handle. Each rank cuts the values its own module has, so initialize all
-/// ranks alike (same seed). Parameters must be float32 on the CPU; any wrong one is an error that
-/// names it and leaves the module unchanged. Collective.
+/// ranks alike (same seed).
+///
+/// Parameters without storage (on the meta device, or deferred by deferred_init) get their values
+/// here, one unit at a time: by ShardOptions::param_init_fn, else from their deferred_init, else by
+/// their module's reset_parameters() (LibTorch's own classes, or a Resettable). Buffers likewise;
+/// they stay whole. What an initializer leaves unwritten is an error that names it, and an error on
+/// one rank is an error on all.
+///
+/// A module that is sharded already, or contains one that is, is taken over as it is (see
+/// ShardedModule); a part of a sharded module alone cannot be sharded again.
+///
+/// Parameters must be float32, on the CPU or meta; any wrong one is an error that names it. On
+/// error the module is unchanged. Collective.
 template <class Impl>
 ShardedModule<Impl> fully_shard(std::shared_ptr<Impl> module, const ShardOptions& options) {
   if (module == nullptr) throw Error(FSDP_ERR_INVALID_ARGUMENT, "fully_shard: the module is null");

@@ -6,15 +6,34 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "fsdp/torch/dispatch.hpp"
+#include "fsdp/torch/shard_leaf.hpp"
 
 namespace fsdp::detail {
 
+class ModelState;
 class UnitStorage;
+
+/// What outlives the handle of a sharded model, as long as one of the module's parameters does: its
+/// shards (and with them the engine), and what is needed to shard the module again.
+struct ShardedRoot {
+  struct Param {
+    std::string name;
+    const c10::TensorImpl* leaf;  ///< the module's own tensor; to compare with, may be gone
+    at::Tensor shard;
+  };
+
+  const torch::nn::Module* module;  ///< to compare with, may be gone
+  std::uint32_t first_module;       ///< its number in the engine's model
+  std::uint32_t module_count;       ///< modules of the engine's model
+  std::shared_ptr<ShardWrites> writes;
+  std::vector<Param> params;        ///< by parameter number
+  std::weak_ptr<ModelState> state;  ///< the handle's, if it lives
+};
 
 /// Decides what happens when an operator touches a unit. Implemented by ModelState.
 class UnitHost {
@@ -36,16 +55,18 @@ struct UnitParam {
 
 inline std::string operator_name(const c10::OperatorHandle& op) { return op.operator_name().name; }
 
-/// One unit's storage and its state as the binding sees it. Made by ModelState; lives as long as
-/// any tensor of the unit, which may be longer than the model: then every use is an error.
+/// One unit's storage and its state as the binding sees it. Made for ModelState; lives as long as
+/// any tensor of the unit, which may be longer than the handle: then every use is an error, but the
+/// values stay, for fully_shard to go on from.
 class UnitStorage final : public StorageTag {
  public:
-  /// A sharded unit of `bytes` bytes. `params` are sorted by offset.
-  UnitStorage(UnitHost* host, std::uint32_t index, const std::string& name, std::size_t bytes,
-              std::vector<UnitParam> params)
+  /// A sharded unit of `bytes` bytes of the model `root`. `params` are sorted by offset.
+  UnitStorage(UnitHost* host, std::shared_ptr<ShardedRoot> root, std::uint32_t index,
+              const std::string& name, std::size_t bytes, std::vector<UnitParam> params)
       : index(index),
         name(name.empty() ? "(root)" : name),
         host_(host),
+        root_(std::move(root)),
         params_(std::move(params)),
         storage_(tagged_storage(nullptr, bytes, this)) {
     mark_sharded();
@@ -54,10 +75,8 @@ class UnitStorage final : public StorageTag {
   void before_operator(const c10::OperatorHandle& op, const c10::TensorImpl& tensor,
                        bool writes) override {
     if (host_ == nullptr) {
-      throw Error(FSDP_ERR_INVALID_STATE,
-                  "parameter '" + param_at(tensor) + "' was used by " + operator_name(op) +
-                      " after the sharded model it belongs to was destroyed; keep the handle that "
-                      "fsdp::fully_shard returned");
+      throw Error(FSDP_ERR_INVALID_STATE, "parameter '" + param_at(tensor) + "' was used by " +
+                                              operator_name(op) + " after " + ended_);
     }
     host_->touch(*this, op, tensor);
     if (writes) {
@@ -91,13 +110,21 @@ class UnitStorage final : public StorageTag {
                   "parameters()");
   }
 
-  /// The model is gone: every later use is an error that says so.
+  /// The handle is gone: every later use is an error that says so. The shards stay.
   void orphan() {
-    host_ = nullptr;
-    forbid_access("the sharded model that the parameters of unit '" + name +
-                  "' belong to was destroyed; keep the handle that fsdp::fully_shard returned");
-    storage_.reset();
+    end(
+        "the handle of the sharded model it belongs to was destroyed; keep what "
+        "fsdp::fully_shard returned, or shard the module again");
   }
+
+  /// Another model has taken the parameters over: what is left here are views of old.
+  void replace() {
+    end(kReplaced);
+    root_.reset();
+  }
+
+  /// The model that the parameters belong to; null after replace().
+  const std::shared_ptr<ShardedRoot>& root() const noexcept { return root_; }
 
   /// The name of the parameter that `tensor`, a parameter or a view of one, starts in.
   const std::string& param_at(const c10::TensorImpl& tensor) const {
@@ -123,7 +150,18 @@ class UnitStorage final : public StorageTag {
   std::uint32_t arrived = 0;     ///< parameters with a gradient since the last reduction
   std::vector<std::uint32_t> param_ids;
 
+  static constexpr const char* kReplaced =
+      "the model was re-wrapped by another fsdp::fully_shard: use the newer handle";
+
  private:
+  void end(const char* why) {
+    if (host_ == nullptr) return;
+    host_ = nullptr;
+    ended_ = why;
+    forbid_access("the parameters of unit '" + name + "' cannot be read here after " + why);
+    storage_.reset();
+  }
+
   void forbid_access(std::string message) {
     storage_->set_data_ptr_noswap(tagged_pointer(nullptr, this));
     storage_->release_data_and_set_meta_custom_data_ptr_error_msg_(std::move(message));
@@ -131,10 +169,18 @@ class UnitStorage final : public StorageTag {
   }
 
   UnitHost* host_;
+  const char* ended_ = nullptr;  // why host_ is gone
+  std::shared_ptr<ShardedRoot> root_;
   std::vector<UnitParam> params_;
   c10::intrusive_ptr<c10::StorageImpl> storage_;
   std::atomic<int> pins_{0};
   bool unsharded_ = false;
 };
+
+/// The unit that `tensor` lies in, if it is a parameter (or a view of one) of a sharded model.
+inline UnitStorage* unit_of(const at::Tensor& tensor) {
+  return dynamic_cast<UnitStorage*>(
+      tag_of(*tensor.unsafeGetTensorImpl(), dispatch_table().deleter));
+}
 
 }  // namespace fsdp::detail
