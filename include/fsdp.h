@@ -29,6 +29,8 @@
   { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL }
 #define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
 #define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
+#define FSDP_PLAN_REQUEST_INIT \
+  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK }
 
 /**
  * Sum over the ranks, in rank order.
@@ -92,6 +94,11 @@
  * Level of a message: nothing failed, but what happens may not be what was meant.
  */
 #define FSDP_LOG_WARNING 2
+
+/**
+ * fsdp_plan_request_t.rank: the rank with the most bytes, the lowest of several.
+ */
+#define FSDP_LARGEST_RANK -1
 
 /**
  * Success.
@@ -714,6 +721,190 @@ typedef struct {
    */
   int32_t maximize;
 } fsdp_adamw_config_t;
+
+/**
+ * What to plan. Initialize with FSDP_PLAN_REQUEST_INIT, then set what differs.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_plan_request_t).
+   */
+  size_t struct_size;
+  /**
+   * Ranks, 1 to 2^24: any number, whatever a communicator can do today.
+   */
+  uint32_t world_size;
+  /**
+   * As in fsdp_engine_config_t.
+   */
+  int32_t strategy;
+  /**
+   * As in fsdp_engine_config_t.
+   */
+  fsdp_dtype_t reduce_dtype;
+  /**
+   * As in fsdp_engine_config_t.
+   */
+  uint32_t gradient_slots;
+  /**
+   * Bytes of optimizer state per element of a trained parameter: 0 for plain SGD, 8 for Adam in float32; at most 4096.
+   */
+  uint32_t optimizer_bytes_per_element;
+  /**
+   * Whose bytes to tell: a rank, or FSDP_LARGEST_RANK.
+   */
+  int32_t rank;
+} fsdp_plan_request_t;
+
+/**
+ * What an engine will use and do. "This rank" is the one asked for; ranks differ in padding and optimizer state only. A
+ * step is one forward and one backward through the hooks, in which each unit is used once; a unit that is used k times
+ * is gathered k times as often. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_plan_t).
+   */
+  size_t struct_size;
+  /**
+   * This rank.
+   */
+  uint32_t rank;
+  /**
+   * Units, the root included.
+   */
+  uint32_t unit_count;
+  /**
+   * Elements of all parameters, tied ones counted once.
+   */
+  uint64_t numel;
+  /**
+   * Elements of the parameters that are not frozen.
+   */
+  uint64_t trained_numel;
+  /**
+   * As fsdp_stats_t will say.
+   */
+  uint64_t param_shard_bytes;
+  /**
+   * As fsdp_stats_t will say.
+   */
+  uint64_t grad_shard_bytes;
+  /**
+   * Optimizer state of this rank: optimizer_bytes_per_element for each element of a trained parameter in its shards. What
+   * aligns it comes on top: with fsdp_optimizer_t less than 64 bytes per parameter and state.
+   */
+  uint64_t optimizer_bytes;
+  /**
+   * As fsdp_stats_t will say.
+   */
+  uint64_t gradient_slot_bytes;
+  /**
+   * Bytes of this rank's shards that belong to no parameter.
+   */
+  uint64_t shard_padding_bytes;
+  /**
+   * Bytes of all unit buffers that belong to no parameter: the padding of all ranks together.
+   */
+  uint64_t padding_bytes;
+  /**
+   * As fsdp_stats_t will say: on shm once per host.
+   */
+  uint64_t unit_buffer_bytes;
+  /**
+   * Most bytes of unit buffers unsharded at once: under FSDP_FULL_SHARD the largest sum along a path of nested units,
+   * under FSDP_SHARD_GRAD_OP all. No memory of its own on shm; where bytes move, each rank needs it besides its shards.
+   */
+  uint64_t unsharded_peak_bytes;
+  /**
+   * This rank at its peak: its shards, gradient shards, gradient slots and optimizer state.
+   */
+  uint64_t rank_peak_bytes;
+  /**
+   * All ranks together, as on shm, where they are on one host: the unit buffers, and every rank's gradient shards,
+   * gradient slots and optimizer state.
+   */
+  uint64_t host_peak_bytes;
+  /**
+   * All-gathers of a step.
+   */
+  uint64_t all_gathers;
+  /**
+   * Bytes of the unit buffers that they fill. On shm they move none of them.
+   */
+  uint64_t all_gather_bytes;
+  /**
+   * Bytes of them that each rank sends where bytes move: (world_size - 1) / world_size of all_gather_bytes.
+   */
+  uint64_t all_gather_sent_bytes;
+  /**
+   * In so many messages, around a ring: world_size - 1 per all-gather.
+   */
+  uint64_t all_gather_messages;
+  /**
+   * Reduce-scatters of a step.
+   */
+  uint64_t reduce_scatters;
+  /**
+   * Bytes of the gradients that each rank gives to them. On shm they stay where they are: each rank reads its own range
+   * of every rank's, as many bytes in all.
+   */
+  uint64_t reduce_scatter_bytes;
+  /**
+   * Bytes that each rank sends where bytes move: (world_size - 1) / world_size of reduce_scatter_bytes.
+   */
+  uint64_t reduce_scatter_sent_bytes;
+  /**
+   * In so many messages, around a ring: world_size - 1 per reduce-scatter.
+   */
+  uint64_t reduce_scatter_messages;
+} fsdp_plan_t;
+
+/**
+ * A unit, the same on every rank. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_plan_unit_t).
+   */
+  size_t struct_size;
+  /**
+   * Number of its module.
+   */
+  uint32_t module;
+  /**
+   * Parameters that it owns.
+   */
+  uint32_t param_count;
+  /**
+   * Their elements.
+   */
+  uint64_t numel;
+  /**
+   * Bytes of the unit buffer: world_size times shard_bytes.
+   */
+  uint64_t unit_bytes;
+  /**
+   * Bytes of each rank's shard.
+   */
+  uint64_t shard_bytes;
+  /**
+   * Bytes of the unit buffer that belong to no parameter.
+   */
+  uint64_t padding_bytes;
+  /**
+   * All-gathers of a step.
+   */
+  uint64_t all_gathers;
+  /**
+   * Reduce-scatters of a step: 0 for a unit that is frozen.
+   */
+  uint64_t reduce_scatters;
+  /**
+   * Bytes of the gradients that each rank gives to them.
+   */
+  uint64_t reduce_scatter_bytes;
+} fsdp_plan_unit_t;
 
 #ifdef __cplusplus
 extern "C" {
@@ -1407,6 +1598,32 @@ fsdp_status_t fsdp_optimizer_load(fsdp_optimizer_t *optimizer,
                                   const char *dir,
                                   const fsdp_state_t *states,
                                   size_t state_count);
+
+/**
+ * Says what an engine on `model`, as it is wrapped by now, would take and move: bytes on a rank and on a host, and the
+ * collectives of a training step. Allocates nothing of it; parameters need no storage (data NULL) and no initializer.
+ * Takes time by the number of parameters and units, not by world size or elements. Local. Errors:
+ * FSDP_ERR_INVALID_ARGUMENT for a rank that the world has not, and for a model with a part that is sharded already over
+ * another number of ranks. Since 0.1.
+ *
+ * # Safety
+ * `request` is NULL or points to `struct_size` readable bytes, `out` is NULL or points to `struct_size` writable bytes.
+ */
+fsdp_status_t fsdp_plan(const fsdp_model_t *model,
+                        const fsdp_plan_request_t *request,
+                        fsdp_plan_t *out);
+
+/**
+ * The same for one unit: 0 is the root, the others follow in depth-first order of the module tree, as in an engine. Plans
+ * the whole model on each call. Local. Since 0.1.
+ *
+ * # Safety
+ * As for fsdp_plan.
+ */
+fsdp_status_t fsdp_plan_unit(const fsdp_model_t *model,
+                             const fsdp_plan_request_t *request,
+                             uint32_t unit,
+                             fsdp_plan_unit_t *out);
 
 /**
  * What went wrong in this thread's latest call that returns a status: a sentence that names the parameter, unit, rank

@@ -17,7 +17,7 @@
 //! ```
 //!
 //! `trace` records in which order a forward needs what; from that, `schedule` says what comes next. Messages for a
-//! person go through `log`. `comm` connects ranks (`shm`: shared pages of one host; `single`: one rank). `capi` is the
+//! person go through `log`. `forecast` says what all of it will take and move, from the plan alone. `comm` connects ranks (`shm`: shared pages of one host; `single`: one rank). `capi` is the
 //! C ABI: it converts, calls, converts, and is the only part that knows C. See ARCHITECTURE.md for the protocol between
 //! the ranks.
 
@@ -29,6 +29,7 @@ pub mod config;
 pub mod dtype;
 pub mod engine;
 pub mod error;
+pub mod forecast;
 mod gradients;
 pub mod layout;
 pub mod log;

@@ -199,23 +199,35 @@ impl Drop for EngineObject {
     }
 }
 
-fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
-    let strategy = Strategy::ALL.into_iter().find(|s| *s as i32 == c.strategy);
-    let order_check = OrderCheck::ALL.into_iter().find(|o| *o as i32 == c.order_check);
-    let unknown = |field: &str, value: i32| err!(InvalidArgument, "fsdp_engine_config_t.{field} cannot be {value}");
-    let reduce_dtype = match (c.reduce_dtype.code, c.reduce_dtype.bits, c.reduce_dtype.lanes) {
+/// The strategy that a field of the struct `of` names.
+pub(super) fn strategy(value: i32, of: &str) -> Result<Strategy> {
+    let known = Strategy::ALL.into_iter().find(|s| *s as i32 == value);
+    known.ok_or_else(|| err!(InvalidArgument, "{of}.strategy cannot be {value}"))
+}
+
+/// The reduce_dtype of the struct `of`; all zero is float32.
+pub(super) fn reduce_dtype(value: fsdp_dtype_t, of: &str) -> Result<DType> {
+    let fsdp_dtype_t { code, bits, lanes } = value;
+    let known = match (code, bits, lanes) {
         (0, 0, 0) => Some(DType::F32),
         (code, bits, 1) => DType::from_dlpack(code, bits),
         _ => None,
     };
-    let reduce_dtype = reduce_dtype.filter(|d| crate::comm::can_reduce(*d)).ok_or_else(|| {
-        let fsdp_dtype_t { code, bits, lanes } = c.reduce_dtype;
+    known.filter(|d| crate::comm::can_reduce(*d)).ok_or_else(|| {
         err!(
             Unsupported,
-            "gradients cannot be reduced as {{code {code}, bits {bits}, lanes {lanes}}} (fsdp_engine_config_t.reduce_dtype): \
-             float32, float16 and bfloat16 can"
+            "gradients cannot be reduced as {{code {code}, bits {bits}, lanes {lanes}}} ({of}.reduce_dtype): float32, float16 \
+             and bfloat16 can"
         )
-    })?;
+    })
+}
+
+fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
+    let of = fsdp_engine_config_t::NAME;
+    let order_check = OrderCheck::ALL.into_iter().find(|o| *o as i32 == c.order_check);
+    let order_check =
+        order_check.ok_or_else(|| err!(InvalidArgument, "{of}.order_check cannot be {}", c.order_check))?;
+    let (strategy, reduce_dtype) = (strategy(c.strategy, of)?, reduce_dtype(c.reduce_dtype, of)?);
     // SAFETY: the host's promise for a function it gives: it may be called with its user data.
     let param_init = unsafe { module_init(c.param_init_fn, c.param_init_user_data) };
     if param_init.is_none() && !c.param_init_user_data.is_null() {
@@ -224,13 +236,7 @@ fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
             "expected param_init_fn to be callable: it is NULL, and param_init_user_data is not"
         ));
     }
-    Ok(EngineConfig {
-        gradient_slots: c.gradient_slots,
-        strategy: strategy.ok_or_else(|| unknown("strategy", c.strategy))?,
-        order_check: order_check.ok_or_else(|| unknown("order_check", c.order_check))?,
-        reduce_dtype,
-        param_init,
-    })
+    Ok(EngineConfig { gradient_slots: c.gradient_slots, strategy, order_check, reduce_dtype, param_init })
 }
 
 fn with<T>(engine: *const fsdp_engine_t, f: impl FnOnce(&Engine) -> Result<T>) -> Result<T> {

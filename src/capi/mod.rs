@@ -13,6 +13,7 @@ pub mod handle;
 pub mod log;
 pub mod model;
 pub mod optim;
+pub mod plan;
 pub mod status;
 pub mod tensor;
 pub mod trace;

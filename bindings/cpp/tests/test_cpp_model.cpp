@@ -1,5 +1,5 @@
 // The C++ layer's model description: initializers and what they throw, a trace, a sharded model in
-// a bigger one, and the messages that engines send.
+// a bigger one, a plan, and the messages that engines send.
 //
 // usage: test_cpp_model [RANKS]
 #include <algorithm>
@@ -165,6 +165,54 @@ void tracing(const fsdp::Communicator& comm) {
   REQUIRE(both.shard(added.param).data == engine.shard(0).data);
 }
 
+void planning(const fsdp::Communicator& comm) {
+  const fsdp::Model model = unfilled();
+  fsdp::PlanRequest request;
+  request.world_size = static_cast<std::uint32_t>(comm.world_size());
+  request.strategy = fsdp::Strategy::shard_grad_op;
+  request.reduce_dtype = {FSDP_DTYPE_BFLOAT, 16, 1};
+  request.gradient_slots = 1;
+  request.optimizer_bytes_per_element = 4;
+  request.rank = static_cast<std::uint32_t>(comm.rank());
+  const fsdp::Plan plan = fsdp::plan(model, request);
+
+  fsdp::EngineConfig config;
+  config.strategy = request.strategy;
+  config.reduce_dtype = request.reduce_dtype;
+  config.gradient_slots = request.gradient_slots;
+  config.param_init_fn = all(1.0F);
+  fsdp::Engine engine(model, comm, config);
+  for (const std::uint32_t unit : {0U, 1U}) engine.pre_forward(unit);
+  for (const std::uint32_t unit : {1U, 0U}) engine.post_forward(unit);
+  for (const std::uint32_t unit : {0U, 1U}) engine.pre_backward(unit);
+  for (const std::uint32_t unit : {1U, 0U}) engine.post_backward(unit);
+  const fsdp::Stats stats = engine.stats();
+  REQUIRE(plan.param_shard_bytes == stats.param_shard_bytes);
+  REQUIRE(plan.grad_shard_bytes == stats.grad_shard_bytes);
+  REQUIRE(plan.gradient_slot_bytes == stats.gradient_slot_bytes);
+  REQUIRE(plan.unit_buffer_bytes == stats.unit_buffer_bytes);
+  REQUIRE(plan.padding_bytes == stats.padding_bytes);
+  REQUIRE(plan.all_gathers == 2 && stats.all_gathers == 2);
+  REQUIRE(plan.reduce_scatters == 2 && stats.reduce_scatters == 2);
+  REQUIRE(plan.reduce_scatter_bytes == stats.reduce_scatter_bytes);
+  std::uint64_t elements = 0;
+  for (std::uint32_t p = 0; p < 3; ++p) {
+    elements += static_cast<std::uint64_t>(engine.shard(p).numel);
+  }
+  REQUIRE(plan.optimizer_bytes == 4 * elements);
+  const fsdp::PlanUnit unit = fsdp::plan_unit(model, request, 1);
+  REQUIRE(unit.unit_bytes == engine.unit_info(1).unit_bytes && unit.numel == 5);
+
+  // The rank with the most is the first: units are filled from there.
+  request.rank.reset();
+  REQUIRE(fsdp::plan(model, request).rank == 0);
+  request.rank = 0xffffffffU;
+  REQUIRE(status_of([&] { fsdp::plan(model, request); }, "does not exist in a world") ==
+          FSDP_ERR_INVALID_ARGUMENT);
+  REQUIRE(status_of([&] { fsdp::plan_unit(model, fsdp::PlanRequest{}, 2); }, "unit 2") ==
+          FSDP_ERR_INVALID_ARGUMENT);
+}
+
 /// Two training forwards of one unit each, the second of another unit than the first.
 void deviate(const fsdp::Communicator& comm) {
   fsdp::EngineConfig config;
@@ -203,6 +251,7 @@ int main(int argc, char** argv) {
   return run_ranks(argc, argv, [](const fsdp::Communicator& comm) {
     initializing(comm);
     tracing(comm);
+    planning(comm);
     logging(comm);
   });
 }

@@ -2,6 +2,7 @@
 
 mod launch;
 mod output;
+mod plan;
 mod run;
 mod signals;
 
@@ -29,11 +30,31 @@ enum Command {
     /// 2: bad arguments).
     #[command(verbatim_doc_comment)]
     Run(launch::RunArgs),
+
+    /// Say what a model will take and move when it is sharded, without loading it.
+    ///
+    /// FILE is a safetensors file (only its header is read; several files are one model), an index of such files
+    /// (model.safetensors.index.json), or a description in JSON:
+    ///
+    ///   { "class": "Net",
+    ///     "parameters": { "scale": [], "bias": { "shape": [64], "trained": false } },
+    ///     "modules": {
+    ///       "embed": { "class": "Embedding", "parameters": { "weight": [32000, 512] } },
+    ///       "layers": { "repeat": 8, "class": "Block", "parameters": { "up.weight": [2048, 512] } },
+    ///       "head": { "tied": { "weight": "embed.weight" } } } }
+    ///
+    /// Every part is optional; dots in names make modules, and "repeat" makes the modules layers.0 to layers.7. What no
+    /// other unit has belongs to the root's. Parameters are planned as float32, the type that the engine keeps. A step
+    /// is one forward and one backward that use each unit once. The exit status is 0, 1 for a model that cannot be
+    /// planned, or 2 for bad arguments.
+    #[command(verbatim_doc_comment)]
+    Plan(plan::PlanArgs),
 }
 
 fn main() {
     let code = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
+        Command::Plan(args) => plan::plan(&args),
     };
     std::process::exit(code);
 }

@@ -1,5 +1,5 @@
-// The whole C++ layer over fsdp.h: exceptions, communicator, model description, traces, engine,
-// optimizer, log.
+// The whole C++ layer over fsdp.h: exceptions, communicator, model description, plans, traces,
+// engine, optimizer, log.
 //
 // Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace, Engine
 // or Optimizer copies a reference, and the last copy destroys the C handle. Every function throws
@@ -12,5 +12,6 @@
 #include "fsdp/log.hpp"
 #include "fsdp/model.hpp"
 #include "fsdp/optimizer.hpp"
+#include "fsdp/plan.hpp"
 #include "fsdp/tensor_view.hpp"
 #include "fsdp/trace.hpp"

@@ -1,0 +1,156 @@
+//! How `fsdp plan` shows a forecast: a table for people, JSON for programs.
+
+use super::{Described, PlanArgs};
+use fsdp::comm::shm::MAX_WORLD;
+use fsdp::forecast::{Forecast, Traffic};
+use serde_json::{json, Value};
+use std::io::Write;
+use std::time::Duration;
+
+/// Prints JSON; returns the exit status.
+pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
+    let traffic = |t: &Traffic| {
+        json!({
+            "collectives": t.collectives,
+            "bytes": t.bytes,
+            "sent_bytes": t.sent_bytes,
+            "sent_messages": t.sent_messages,
+        })
+    };
+    let units: Vec<Value> = f
+        .units
+        .iter()
+        .map(|u| {
+            json!({
+                "name": u.name,
+                "parameters": u.params,
+                "numel": u.numel,
+                "bytes": u.bytes,
+                "shard_bytes": u.shard_bytes,
+                "padding_bytes": u.padding_bytes,
+                "all_gather": traffic(&u.all_gather),
+                "reduce_scatter": traffic(&u.reduce_scatter),
+            })
+        })
+        .collect();
+    let all = json!({
+        "world_size": f.world_size,
+        "strategy": args.strategy,
+        "reduce_dtype": args.reduce_dtype,
+        "optimizer_bytes_per_element": args.optimizer,
+        "numel": f.numel,
+        "trained_numel": f.trained_numel,
+        "rank": f.rank,
+        "param_shard_bytes": f.param_shard_bytes,
+        "grad_shard_bytes": f.grad_shard_bytes,
+        "optimizer_bytes": f.optimizer_bytes,
+        "gradient_slot_bytes": f.gradient_slot_bytes,
+        "shard_padding_bytes": f.shard_padding_bytes,
+        "padding_bytes": f.padding_bytes,
+        "unit_buffer_bytes": f.unit_buffer_bytes,
+        "unsharded_peak_bytes": f.unsharded_peak_bytes,
+        "rank_peak_bytes": f.rank_peak_bytes,
+        "host_peak_bytes": f.host_peak_bytes,
+        "all_gather": traffic(&f.all_gather),
+        "reduce_scatter": traffic(&f.reduce_scatter),
+        "units": units,
+        "notes": model.notes,
+    });
+    print(&format!("{all:#}\n"))
+}
+
+/// Prints a table; returns the exit status.
+pub fn table(args: &PlanArgs, f: &Forecast, model: &Described, took: Duration) -> i32 {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String, note: &str| {
+        text += format!("  {name:<28}{value:>14}   {note}").trim_end();
+        text += "\n";
+    };
+    let percent = 100.0 * f.padding_bytes as f64 / (f.padding_bytes + 4 * f.numel) as f64;
+    line("model", count(f.numel), &format!("parameters, {} units, {} trained", f.units.len(), count(f.trained_numel)));
+    line("world size", f.world_size.to_string(), &format!("{}, reduced as {}", args.strategy, args.reduce_dtype));
+    line("padding", bytes(f.padding_bytes), &format!("{percent:.4} % of all unit buffers"));
+    let whose = if args.rank.is_some() { "" } else { ", the one with the most" };
+    line("", String::new(), "");
+    line(&format!("rank {}{whose}", f.rank), String::new(), "");
+    line("  parameter shards", bytes(f.param_shard_bytes), &format!("{} of it padding", bytes(f.shard_padding_bytes)));
+    line("  gradient shards", bytes(f.grad_shard_bytes), "");
+    line("  optimizer state", bytes(f.optimizer_bytes), &format!("{} bytes per element", args.optimizer));
+    line("  gradient slots", bytes(f.gradient_slot_bytes), "for units' full gradients");
+    line("  peak", bytes(f.rank_peak_bytes), "all of these");
+    line("  unsharded at once", bytes(f.unsharded_peak_bytes), "more where bytes move; on shm it is there already");
+    if f.world_size <= MAX_WORLD {
+        line("", String::new(), "");
+        line("one host with all ranks (shm)", String::new(), "");
+        line("  unit buffers", bytes(f.unit_buffer_bytes), "the shards of all ranks, once");
+        line("  peak", bytes(f.host_peak_bytes), "with all ranks' gradients and optimizer state");
+    }
+    line("", String::new(), "");
+    line("a step, on each rank", String::new(), "");
+    for (name, t) in [("all-gathers", &f.all_gather), ("reduce-scatters", &f.reduce_scatter)] {
+        line(&format!("  {name}"), t.collectives.to_string(), &format!("of {} in all", bytes(t.bytes)));
+        line(
+            "    sent where bytes move",
+            bytes(t.sent_bytes),
+            &format!("in {} messages; nothing on shm", t.sent_messages),
+        );
+    }
+    if args.units {
+        text += &format!("\n  {:<40}{:>14}{:>14}{:>12}\n", "unit", "parameters", "shard", "padding");
+        for u in &f.units {
+            let name = if u.name.is_empty() { "(root)" } else { &u.name };
+            let (shard, padding) = (bytes(u.shard_bytes), bytes(u.padding_bytes));
+            text += &format!("  {name:<40}{:>14}{shard:>14}{padding:>12}\n", count(u.numel));
+        }
+    }
+    text += "\n";
+    for note in &model.notes {
+        text += &format!("  note: {note}\n");
+    }
+    text += &format!("  planned in {:.4} s\n", took.as_secs_f64());
+    print(&text)
+}
+
+/// Writes to standard output; a reader that has gone is no failure of the plan.
+fn print(text: &str) -> i32 {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("fsdp: standard output: {e}");
+            1
+        }
+        _ => 0,
+    }
+}
+
+/// With three digits and a unit of 1024.
+fn bytes(n: u64) -> String {
+    scaled(n, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
+}
+
+/// With three digits and a unit of 1000.
+fn count(n: u64) -> String {
+    scaled(n, 1000.0, &["", "thousand", "million", "billion", "trillion"]).trim_end().to_string()
+}
+
+fn scaled(n: u64, step: f64, units: &[&str]) -> String {
+    let (mut value, mut unit) = (n as f64, 0);
+    while value >= step && unit + 1 < units.len() {
+        value /= step;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{n} {}", units[0]),
+        _ => format!("{value:.2} {}", units[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn numbers_get_units() {
+        for (n, want) in [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 << 29, "1.50 GiB")] {
+            assert_eq!(super::bytes(n), want);
+        }
+        assert_eq!((super::count(999).as_str(), super::count(405_853_388_800).as_str()), ("999", "405.85 billion"));
+    }
+}

@@ -1,0 +1,291 @@
+//! What a sharded model will take and move, before anything is allocated: bytes on a rank and on a host, and collectives
+//! of a training step, for any world size.
+//!
+//! Pure arithmetic on the same [`Plan`] that an engine is made of, so it takes no communicator, and parameters need no
+//! storage. Time and memory grow with the number of parameters and units, not with their elements or the world size. All
+//! shards are equally long; ranks differ only in how much of theirs is padding, and so in optimizer state.
+//!
+//! A *step* is one forward and one backward in which each unit is used once through the engine's hooks. A unit that is used
+//! k times is gathered k times as often, and reduced once all the same.
+
+use crate::config::{EngineConfig, Strategy};
+use crate::dtype::DType;
+use crate::error::{err, Result};
+use crate::module::{ModuleTree, ROOT};
+use crate::plan::{Plan, UnitId, UnitPlan};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Limits that keep every sum below 2^64.
+const MAX_WORLD: usize = 1 << 24;
+const MAX_NUMEL: u64 = 1 << 48;
+const MAX_OPTIMIZER_BYTES: u32 = 4096;
+
+/// What to forecast.
+#[derive(Clone, Default)]
+pub struct Request {
+    /// 1 to 2^24.
+    pub world_size: usize,
+    /// None: the one with the most bytes (the lowest of several).
+    pub rank: Option<usize>,
+    /// Strategy, reduce_dtype and gradient_slots count; the rest changes no size.
+    pub config: EngineConfig,
+    /// Bytes of optimizer state per element of a trained parameter: 0 for plain SGD, 8 for Adam in float32; at most 4096.
+    pub optimizer_bytes_per_element: u32,
+}
+
+/// Collectives of one kind in a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// How many; units without elements have none.
+    pub collectives: u64,
+    /// Their full size: the unit buffers gathered, or the gradients that a rank gives to reductions.
+    pub bytes: u64,
+    /// What each rank sends where bytes move: (W-1)/W of `bytes`. On shm nothing is sent: an all-gather moves no bytes,
+    /// and in a reduction each rank reads its own range of every rank's slot, `bytes` in all.
+    pub sent_bytes: u64,
+    /// In how many messages each rank sends them, around a ring: W-1 per collective.
+    pub sent_messages: u64,
+}
+
+impl Traffic {
+    /// `count` collectives of a unit whose shards have `shard` bytes, over `world` ranks.
+    fn of(count: u64, shard: u64, world: u64) -> Traffic {
+        match shard {
+            0 => Traffic::default(),
+            _ => Traffic {
+                collectives: count,
+                bytes: count * world * shard,
+                sent_bytes: count * (world - 1) * shard,
+                sent_messages: count * (world - 1),
+            },
+        }
+    }
+
+    fn add(&mut self, other: Traffic) {
+        self.collectives += other.collectives;
+        self.bytes += other.bytes;
+        self.sent_bytes += other.sent_bytes;
+        self.sent_messages += other.sent_messages;
+    }
+}
+
+/// One unit; the same on every rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitForecast {
+    /// Fully qualified name of its module.
+    pub name: String,
+    pub module: u32,
+    /// Parameters that it owns.
+    pub params: usize,
+    /// Their elements.
+    pub numel: u64,
+    /// The unit buffer: world size times `shard_bytes`.
+    pub bytes: u64,
+    pub shard_bytes: u64,
+    /// Bytes of the unit buffer that belong to no parameter.
+    pub padding_bytes: u64,
+    /// FULL_SHARD: once for forward and once for backward. SHARD_GRAD_OP: once.
+    pub all_gather: Traffic,
+    /// Once, if any of its parameters is trained; in elements of the reduce dtype.
+    pub reduce_scatter: Traffic,
+}
+
+/// See the module's text. "This rank" is `rank`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forecast {
+    pub world_size: usize,
+    pub rank: usize,
+    /// Elements of all parameters, and of those that are trained.
+    pub numel: u64,
+    pub trained_numel: u64,
+    /// This rank's shards of all units, padding included.
+    pub param_shard_bytes: u64,
+    /// This rank's gradient shards: each unit's shard, rounded up to 64 bytes.
+    pub grad_shard_bytes: u64,
+    /// Optimizer state of this rank: bytes per element times the elements of trained parameters in its shards. What
+    /// aligns it comes on top: in the engine's own optimizers less than 64 bytes per parameter and state.
+    pub optimizer_bytes: u64,
+    /// The gradient slots of each rank, used to the full: the largest units, one more than units nest unless
+    /// gradient_slots says how many. (float32 whatever the reduce dtype.)
+    pub gradient_slot_bytes: u64,
+    /// The part of this rank's shards that belongs to no parameter.
+    pub shard_padding_bytes: u64,
+    /// Padding in all unit buffers: of all ranks together.
+    pub padding_bytes: u64,
+    /// All unit buffers, each rounded up to 64 bytes. On shm they are all ranks' shards, once per host.
+    pub unit_buffer_bytes: u64,
+    /// Most bytes of unit buffers unsharded at once. FULL_SHARD: the largest sum along a path of nested units, the root
+    /// included; SHARD_GRAD_OP: all. A unit gathered ahead comes on top. Takes no memory on shm; where bytes move, each rank
+    /// needs it besides its shards.
+    pub unsharded_peak_bytes: u64,
+    /// What this rank brings at its peak: shards, gradient shards, slots, optimizer state. With fewer gradient_slots than
+    /// units nest, the units that then collect in memory of their own come on top.
+    pub rank_peak_bytes: u64,
+    /// All ranks together, as on shm, where they are on one host: the unit buffers, and every rank's gradient shards,
+    /// slots and optimizer state.
+    pub host_peak_bytes: u64,
+    pub all_gather: Traffic,
+    pub reduce_scatter: Traffic,
+    /// In the order of the engine's units: 0 is the root, the others follow in depth-first order.
+    pub units: Vec<UnitForecast>,
+}
+
+impl Forecast {
+    /// Forecasts an engine on `tree`, whose units are those wrapped so far. Local.
+    pub fn new(tree: &ModuleTree, request: &Request) -> Result<Forecast> {
+        check(tree, request)?;
+        let (world, config) = (request.world_size, &request.config);
+        let plan = Plan::new(tree, request.rank.unwrap_or(0), world)?;
+        let rank = request.rank.unwrap_or_else(|| fullest_rank(&plan));
+        let units: Vec<UnitForecast> =
+            (0..plan.units.len() as UnitId).map(|u| unit_forecast(&plan, u, world as u64, config)).collect();
+        let numel_of = |only_trained: bool| -> u64 {
+            let counts = |p: &&crate::module::Param| p.requires_grad || !only_trained;
+            tree.params().iter().filter(counts).map(|p| p.numel() as u64).sum()
+        };
+        let on_rank = |only_trained: bool| -> u64 {
+            let counts = |p: &&crate::plan::ParamPlan| p.requires_grad || !only_trained;
+            let piece = |p: &crate::plan::ParamPlan| plan.units[p.unit as usize].layout.piece(p.index, rank).len as u64;
+            plan.params.iter().filter(counts).map(piece).sum()
+        };
+        let sum = |of: fn(&UnitPlan) -> usize| plan.units.iter().map(|u| of(u) as u64).sum::<u64>();
+        let mut f = Forecast {
+            world_size: world,
+            rank,
+            numel: numel_of(false),
+            trained_numel: numel_of(true),
+            param_shard_bytes: sum(UnitPlan::shard_bytes),
+            grad_shard_bytes: sum(UnitPlan::grad_shard_bytes),
+            optimizer_bytes: u64::from(request.optimizer_bytes_per_element) * on_rank(true),
+            gradient_slot_bytes: plan.slot_bytes(config.gradient_slots as usize).iter().map(|b| *b as u64).sum(),
+            shard_padding_bytes: sum(UnitPlan::shard_bytes) - on_rank(false) * DType::F32.size() as u64,
+            padding_bytes: plan.padding_bytes() as u64,
+            unit_buffer_bytes: sum(UnitPlan::arena_bytes),
+            unsharded_peak_bytes: match config.strategy {
+                Strategy::FullShard => deepest_path_bytes(tree, &plan),
+                Strategy::ShardGradOp => sum(UnitPlan::bytes),
+            },
+            rank_peak_bytes: 0,
+            host_peak_bytes: 0,
+            all_gather: Traffic::default(),
+            reduce_scatter: Traffic::default(),
+            units,
+        };
+        for u in &f.units {
+            f.all_gather.add(u.all_gather);
+            f.reduce_scatter.add(u.reduce_scatter);
+        }
+        let gradients = f.grad_shard_bytes + f.gradient_slot_bytes;
+        let all_optimizer_bytes = u64::from(request.optimizer_bytes_per_element) * f.trained_numel;
+        f.rank_peak_bytes = f.param_shard_bytes + gradients + f.optimizer_bytes;
+        let host = u128::from(f.unit_buffer_bytes) + world as u128 * u128::from(gradients);
+        f.host_peak_bytes = u64::try_from(host + u128::from(all_optimizer_bytes)).unwrap_or(u64::MAX);
+        Ok(f)
+    }
+
+    /// The unit of this number.
+    pub fn unit(&self, unit: UnitId) -> Result<&UnitForecast> {
+        let count = self.units.len();
+        self.units
+            .get(unit as usize)
+            .ok_or_else(|| err!(InvalidArgument, "unit {unit} does not exist: the model has {count} units"))
+    }
+}
+
+fn check(tree: &ModuleTree, request: &Request) -> Result<()> {
+    let world = request.world_size;
+    if !(1..=MAX_WORLD).contains(&world) {
+        return Err(err!(InvalidArgument, "world size {world} is not in 1..={MAX_WORLD}"));
+    }
+    if let Some(rank) = request.rank.filter(|r| *r >= world) {
+        return Err(err!(InvalidArgument, "rank {rank} does not exist in a world of {world}"));
+    }
+    let bytes = request.optimizer_bytes_per_element;
+    if bytes > MAX_OPTIMIZER_BYTES {
+        return Err(err!(
+            InvalidArgument,
+            "{bytes} bytes of optimizer state per element: at most {MAX_OPTIMIZER_BYTES}"
+        ));
+    }
+    if !crate::comm::can_reduce(request.config.reduce_dtype) {
+        return Err(err!(Unsupported, "gradients cannot be reduced as {}", request.config.reduce_dtype));
+    }
+    let numel = tree.params().iter().try_fold(0u64, |n, p| n.checked_add(p.numel() as u64));
+    if numel.is_none_or(|n| n > MAX_NUMEL) {
+        return Err(err!(InvalidArgument, "the model has more than {MAX_NUMEL} elements"));
+    }
+    if let Some(other) = tree.adopted().iter().find(|m| m.comm.world_size() != world) {
+        let there = other.comm.world_size();
+        return Err(err!(
+            InvalidArgument,
+            "a part of the model is sharded over {there} ranks already: it cannot be planned for {world}"
+        ));
+    }
+    Ok(())
+}
+
+fn unit_forecast(plan: &Plan, unit: UnitId, world: u64, config: &EngineConfig) -> UnitForecast {
+    let u = &plan.units[unit as usize];
+    let gathers = match config.strategy {
+        Strategy::FullShard => 2,
+        Strategy::ShardGradOp => 1,
+    };
+    let reductions = u64::from(u.params.iter().any(|p| plan.params[*p as usize].requires_grad));
+    let reduced_shard = (u.layout.shard_len * config.reduce_dtype.size()) as u64;
+    UnitForecast {
+        name: u.name.clone(),
+        module: u.module,
+        params: u.params.len(),
+        numel: u.layout.numels.iter().map(|n| *n as u64).sum(),
+        bytes: u.bytes() as u64,
+        shard_bytes: u.shard_bytes() as u64,
+        padding_bytes: (u.layout.padding() * DType::F32.size()) as u64,
+        all_gather: Traffic::of(gathers, u.shard_bytes() as u64, world),
+        reduce_scatter: Traffic::of(reductions, reduced_shard, world),
+    }
+}
+
+/// The lowest rank that has the most elements of trained parameters in its shards. By sweeping over the few ranks where
+/// that number changes: a parameter lies on consecutive ranks, and fills the shard of all but the first and the last.
+fn fullest_rank(plan: &Plan) -> usize {
+    let mut changes: BTreeMap<usize, i128> = BTreeMap::new();
+    for p in plan.params.iter().filter(|p| p.requires_grad) {
+        let layout = &plan.units[p.unit as usize].layout;
+        let (start, len) = (layout.offsets[p.index], layout.numels[p.index]);
+        if len == 0 {
+            continue;
+        }
+        let (first, last) = (start / layout.shard_len, (start + len - 1) / layout.shard_len);
+        let mut before = 0;
+        for rank in BTreeSet::from([first, first + 1, last, last + 1]) {
+            let here = if rank <= last { layout.piece(p.index, rank).len as i128 } else { 0 };
+            *changes.entry(rank).or_default() += here - before;
+            before = here;
+        }
+    }
+    let (mut fullest, mut most, mut sum) = (0, 0, 0);
+    for (rank, change) in changes {
+        sum += change;
+        if sum > most {
+            (fullest, most) = (rank, sum);
+        }
+    }
+    fullest
+}
+
+/// The largest sum of unit buffers from the root down to a unit.
+fn deepest_path_bytes(tree: &ModuleTree, plan: &Plan) -> u64 {
+    let mut sums = vec![0u64; plan.units.len()];
+    for (i, u) in plan.units.iter().enumerate() {
+        let above = match tree.modules()[u.module as usize].parent {
+            Some(parent) => sums[plan.unit_of_module[parent as usize] as usize],
+            None => 0,
+        };
+        sums[i] = above + u.bytes() as u64;
+    }
+    debug_assert!(plan.units.first().is_some_and(|u| u.module == ROOT));
+    sums.into_iter().max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests;
