@@ -2,7 +2,8 @@
 // same model, whatever its parameters are, and leaves nothing changed. The order serves as the
 // engine's prefetch order and as its wrap policy.
 //
-// Breaks: missing_second_use, swapped_order, unannounced_leaf, leaves_trace, no_prefetch, no_average.
+// Breaks: missing_second_use, swapped_order, unannounced_leaf, leaves_trace, no_prefetch,
+// no_average.
 #include "scenario.hpp"
 
 namespace {
@@ -178,8 +179,8 @@ void failures(const fsdp::Communicator&) {
     throw std::runtime_error("in the middle");
   }), "in the middle");
   unchanged();
-  REQUIRE_THROWS(fsdp::trace_forward(model, [&] { model->weight1.sum().item<float>(); }), "aten::item",
-                 "values");
+  REQUIRE_THROWS(fsdp::trace_forward(model, [&] { model->weight1.sum().item<float>(); }),
+                 "aten::item", "values");
   unchanged();
   REQUIRE_THROWS(fsdp::trace_forward(model, [&] { model->weight1.data_ptr<float>()[0] = 1; }), "");
   unchanged();
@@ -217,7 +218,9 @@ struct LanguageImpl : nn::Module {
       nn::Sequential block;
       block->push_back("norm", nn::BatchNorm1d(6));
       block->push_back("linear", nn::Linear(6, 6));
-      block->push_back("act", nn::Functional([](const at::Tensor& x) { return torch::dropout(x, 0.5, true); }));
+      block->push_back("act", nn::Functional([](const at::Tensor& x) {
+                         return torch::dropout(x, 0.5, true);
+                       }));
       blocks->push_back(block);
     }
   }

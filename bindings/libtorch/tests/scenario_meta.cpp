@@ -224,7 +224,7 @@ void what_is_refused(const fsdp::Communicator& comm) {
 
 struct ZooImpl : nn::Module {
   ZooImpl() {
-    const auto add = [this](auto module) { return register_module(std::to_string(count++), module); };
+    const auto add = [this](auto module) { register_module(std::to_string(count++), module); };
     add(nn::Linear(3, 4));
     add(nn::Bilinear(2, 3, 4));
     add(nn::Conv1d(nn::Conv1dOptions(2, 3, 2)));
@@ -291,9 +291,11 @@ void buffers_of_all_types(const fsdp::Communicator& comm) {
   struct ManyImpl : nn::Module {
     ManyImpl() {
       register_parameter("p", torch::empty({2}, at::kMeta));
-      for (const auto type : {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kLong, at::kInt,
-                              at::kShort, at::kChar, at::kByte, at::kBool, at::kComplexFloat}) {
-        register_buffer(c10::toString(type), torch::empty({3}, torch::dtype(type).device(at::kMeta)));
+      for (const auto type :
+           {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16, at::kLong, at::kInt, at::kShort,
+            at::kChar, at::kByte, at::kBool, at::kComplexFloat}) {
+        register_buffer(c10::toString(type),
+                        torch::empty({3}, torch::dtype(type).device(at::kMeta)));
       }
       register_buffer("empty", torch::empty({0}, at::kMeta));
     }

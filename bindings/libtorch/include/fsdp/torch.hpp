@@ -11,8 +11,8 @@
 //   model.zero_grad();
 //
 // Header-only C++20 (as LibTorch 2.15's own headers); link LibTorch and libfsdp. A shared library
-// that includes this header must not be unloaded (dlclose) once it has called fully_shard: it may
-// hold the process's dispatcher fallback.
+// that includes this header must not be unloaded (dlclose) once it has called fully_shard or
+// deferred_init: it may hold the process's dispatcher fallback.
 #pragma once
 
 #include "fsdp/fsdp.hpp"

@@ -81,7 +81,8 @@ inline void install_parameters(const std::shared_ptr<ModelState>& state,
   for (std::uint32_t id = 0; id < state->params.size(); ++id) {
     ParamState& param = state->params[id];
     const ParamInfo info = engine.param_info(id);
-    point_at(param.leaf, tagged_tensor(param.unit->storage(), info.unit_offset, param.leaf.sizes()));
+    point_at(param.leaf,
+             tagged_tensor(param.unit->storage(), info.unit_offset, param.leaf.sizes()));
     param.node =
         install_gradient_node(param.leaf, param.name, id, std::weak_ptr<GradientSink>(state));
     param.leaf.mutable_grad() = param.poison;

@@ -297,8 +297,9 @@ class Materializer {
     }
     const bool written = version_of(buffer.tensor) != buffer.version;
     if (const auto element = first_untouched(buffer.memory, written, buffer.name)) {
-      throw Error(FSDP_ERR_INVALID_STATE, "buffer '" + buffer.name + "' was left uninitialized by " +
-                                              what + " (element " + std::to_string(*element) + ")");
+      throw Error(FSDP_ERR_INVALID_STATE,
+                  "buffer '" + buffer.name + "' was left uninitialized by " + what + " (element " +
+                      std::to_string(*element) + ")");
     }
   }
 

@@ -220,15 +220,15 @@ class ModuleScope {
 /// entered and which parameters it read. While it runs, the module's parameters and buffers are
 /// meta tensors, whatever they were, and gradients are disabled; afterwards everything is as before
 /// (data, versions, random numbers), also when `forward` throws. What meets them becomes meta as
-/// well; operators for which LibTorch has no shape function in C++ run once on memory that is thrown
-/// away, of the size of their arguments.
+/// well; operators for which LibTorch has no shape function in C++ run once on memory that is
+/// thrown away, of the size of their arguments.
 ///
 /// A call of a module is seen when it reads a parameter that the module itself registered, or when
 /// its forward has a ModuleScope. The modules around it are entered before it and left when
 /// something is read that is not below them; a parameter that is read again means that its module
-/// is called again. A forward that looks at values (item(), data_ptr(), nonzero()) cannot be traced,
-/// and what it does on other threads is not seen. Local. Throws INVALID_STATE for a sharded module,
-/// and what `forward` throws.
+/// is called again. A forward that looks at values (item(), data_ptr(), nonzero()) cannot be
+/// traced, and what it does on other threads is not seen. Local. Throws INVALID_STATE for a sharded
+/// module, and what `forward` throws.
 inline ExecutionTrace trace_forward(torch::nn::Module& module,
                                     const std::function<void()>& forward) {
   const torch::NoGradGuard no_grad;

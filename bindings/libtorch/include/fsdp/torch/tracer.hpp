@@ -63,12 +63,11 @@ class Tracer {
     const WalkedModule* walked = walk_.find(module);
     // The root has been entered: its scope says nothing new.
     if (walked == nullptr || walked->id == 0) return false;
-    while (!top().announced && !(is_below(walked->id, top().module) && walked->id != top().module)) {
-      pop();
-    }
-    if (is_below(walked->id, top().module) && walked->id != top().module) {
-      descend(walk_.parents[walked->id]);
-    }
+    const auto inside_top = [&] {
+      return walked->id != top().module && is_below(walked->id, top().module);
+    };
+    while (!top().announced && !inside_top()) pop();
+    if (inside_top()) descend(walk_.parents[walked->id]);
     push(walked->id, true);
     return true;
   }
@@ -157,9 +156,9 @@ class Tracer {
   std::uint32_t owner_of(std::uint32_t param) {
     const auto& owners = walk_.owners[param];
     if (contains(owners, top().module)) return top().module;
-    return *std::min_element(owners.begin(), owners.end(), [this](std::uint32_t a, std::uint32_t b) {
-      return calls_[a] < calls_[b];
-    });
+    return *std::min_element(
+        owners.begin(), owners.end(),
+        [this](std::uint32_t a, std::uint32_t b) { return calls_[a] < calls_[b]; });
   }
 
   std::uint32_t common_owner(const std::vector<std::uint32_t>& params) {

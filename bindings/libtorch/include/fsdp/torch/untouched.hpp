@@ -49,8 +49,9 @@ inline UntouchedMark untouched_mark(at::ScalarType type, const std::string& name
     case at::kBool:
       return {0xa5, 0, 1, false};
     default:
-      throw Error(FSDP_ERR_UNSUPPORTED, "buffer '" + name + "' cannot be initialized: its type is " +
-                                            std::string(c10::toString(type)));
+      throw Error(FSDP_ERR_UNSUPPORTED,
+                  "buffer '" + name + "' cannot be initialized: its type is " +
+                      std::string(c10::toString(type)));
   }
 }
 
