@@ -17,11 +17,11 @@ use std::sync::Arc;
 /// bit (NaNs aside) whatever the world size, the wrapping and the processor's vectors, in the processor's default
 /// floating-point mode. lr is the optimizer's times the parameter's factor.
 ///
-///     g = grad                                        (maximize: -grad)
-///     g = g + [weight_decay] * p                      (only if weight_decay is not 0)
-///     b = [momentum] * b + [1 - dampening] * g        (only with momentum; b = g in the parameter's first step)
-///     d = b                                           (nesterov: g + [momentum] * b; without momentum: g)
-///     p = p - [lr] * d
+///   g = grad                                        (maximize: -grad)
+///   g = g + [weight_decay] * p                      (only if weight_decay is not 0)
+///   b = [momentum] * b + [1 - dampening] * g        (only with momentum; b = g in the parameter's first step)
+///   d = b                                           (nesterov: g + [momentum] * b; without momentum: g)
+///   p = p - [lr] * d
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fsdp_sgd_config_t {
@@ -48,12 +48,12 @@ pub struct fsdp_sgd_config_t {
 /// Notation and promise as for fsdp_sgd_config_t. t is the parameter's number of steps, this one included; powers are
 /// computed in double by squaring (result *= base for each set bit of t, lowest first, base *= base after each bit).
 ///
-///     g = grad                                        (maximize: -grad)
-///     w = p * [1 - lr * weight_decay]
-///     m = [beta1] * m + [1 - beta1] * g
-///     v = [beta2] * v + [1 - beta2] * g * g
-///     d = sqrt(v) / [sqrt(1 - beta2^t)] + [eps]
-///     p = w - [lr / (1 - beta1^t)] * m / d
+///   g = grad                                        (maximize: -grad)
+///   w = p * [1 - lr * weight_decay]
+///   m = [beta1] * m + [1 - beta1] * g
+///   v = [beta2] * v + [1 - beta2] * g * g
+///   d = sqrt(v) / [sqrt(1 - beta2^t)] + [eps]
+///   p = w - [lr / (1 - beta1^t)] * m / d
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fsdp_adamw_config_t {
