@@ -64,13 +64,17 @@ Model make() {
 
 // ---- comparing with PyTorch ----
 
-std::string quoted(const std::string& text) { return "\"" + text + "\""; }
+std::string quoted(const std::string& text) { return '"' + text + '"'; }
 
 template <class Items, class Text>
 std::string json(const Items& items, Text text) {
-  std::string list;
-  for (const auto& item : items) list += (list.empty() ? "" : ",") + text(item);
-  return "[" + list + "]";
+  std::string list = "[";
+  for (const auto& item : items) {
+    if (list.size() > 1) list += ',';
+    list += text(item);
+  }
+  list += ']';
+  return list;
 }
 
 void check_trace(const fsdp::ExecutionTrace& trace, const Model& model, const Data& data,
@@ -88,7 +92,7 @@ void check_trace(const fsdp::ExecutionTrace& trace, const Model& model, const Da
     const auto& usages = trace.module_to_param_usage_infos.at(module.module);
     equal(json(usages,
                [&](const auto& usage) {
-                 return "[" + quoted(usage.module.name) + "," + json(usage.params, name) + "]";
+                 return '[' + quoted(usage.module.name) + ',' + json(usage.params, name) + ']';
                }),
           "module_to_param_usage_infos/" + module.name);
     for (const auto& usage : usages) {
