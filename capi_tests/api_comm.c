@@ -223,6 +223,19 @@ static void broadcast_arguments(bad_handles_t bad) {
   fsdp_comm_destroy(good);
 }
 
+static void split_arguments(bad_handles_t bad) {
+  fsdp_comm_t *good = single(), *part = NULL;
+  int32_t world = 0;
+  CHECK_OK(fsdp_comm_split(good, 3, -1, &part));
+  fsdp_comm_destroy(good);
+  CHECK_OK(fsdp_comm_world_size(part, &world));
+  CHECK_EQ(world, 1);
+  CHECK_ERR(fsdp_comm_split(part, -1, 0, &good), FSDP_ERR_INVALID_ARGUMENT, "color is -1");
+  CHECK_ERR(fsdp_comm_split(part, 0, 0, NULL), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
+  CHECK_BAD_HANDLES(bad, fsdp_comm_split(comm, 0, 0, &good));
+  fsdp_comm_destroy(part);
+}
+
 static void gather_and_scatter_arguments(bad_handles_t bad) {
   fsdp_comm_t *good = single();
   float from[3] = {1, 2, 3}, to[4] = {-1, -1, -1, -1};
@@ -290,6 +303,7 @@ int main(void) {
   all_reduce_arguments(bad);
   tensor_descriptions();
   broadcast_arguments(bad);
+  split_arguments(bad);
   gather_and_scatter_arguments(bad);
   abort_breaks_the_communicator(bad);
   shm_configuration();

@@ -103,6 +103,36 @@ static void barriers(const job_t *job) {
   }
 }
 
+/* Ranks of one parity form a group, in reverse order; the groups work independently of each other
+ * and of the whole, which may go first. */
+static void split(const job_t *job) {
+  const int32_t parity = job->rank % 2;
+  job_t part = {NULL, -1, -1};
+  for (int round = 0; round < 2; round++) {
+    CHECK_OK(fsdp_comm_split(job->comm, parity, -job->rank, &part.comm));
+    CHECK_OK(fsdp_comm_rank(part.comm, &part.rank));
+    CHECK_OK(fsdp_comm_world_size(part.comm, &part.world));
+    CHECK_EQ(part.world, (job->world + 1 - parity) / 2);
+    CHECK_EQ(part.rank, part.world - 1 - job->rank / 2);
+    for (int i = 0; i < 3 + 4 * parity; i++) {
+      float value = (float)job->rank;
+      int64_t one = 1;
+      fsdp_tensor_t t = tensor_f32(&value, 1, &one);
+      CHECK_OK(fsdp_comm_all_reduce(part.comm, &t, FSDP_REDUCE_MIN));
+      CHECK(value == (float)parity);
+    }
+    collectives_of_f32(&part, 4096);
+    if (round == 0) {
+      /* A group that breaks leaves the others alone. */
+      if (parity == 0) CHECK_OK(fsdp_comm_abort(part.comm, "of no use"));
+      const fsdp_status_t status = fsdp_comm_barrier(part.comm);
+      CHECK_EQ(status, parity == 0 ? FSDP_ERR_ABORTED : FSDP_OK);
+    }
+    CHECK_OK(fsdp_comm_barrier(job->comm));
+    fsdp_comm_destroy(part.comm);
+  }
+}
+
 int main(void) {
   const job_t job = join_job();
   const int64_t sizes[] = {0, 1, 5, 4096, 100003};
@@ -115,6 +145,7 @@ int main(void) {
   }
   rank_order(&job);
   barriers(&job);
+  split(&job);
   fsdp_comm_destroy(job.comm);
   return 0;
 }

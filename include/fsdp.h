@@ -991,6 +991,20 @@ fsdp_status_t fsdp_comm_init_shm(const fsdp_shm_config_t *config,
 fsdp_status_t fsdp_comm_init_env(fsdp_comm_t **out);
 
 /**
+ * Makes a communicator of the ranks that give the same `color` (0 or more), in the order of (`key`, rank), as
+ * MPI_Comm_split does. Collective over `comm`. The result is independent of `comm`: it has its own order of collectives,
+ * breaks alone, may be used in another thread, and outlives `comm`. *out is owned by the caller: fsdp_comm_destroy.
+ * Errors: as of fsdp_comm_init_shm. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_comm_split(fsdp_comm_t *comm,
+                              int32_t color,
+                              int32_t key,
+                              fsdp_comm_t **out);
+
+/**
  * This process's rank. Local. Since 0.1.
  *
  * # Safety

@@ -105,6 +105,31 @@ pub unsafe extern "C" fn fsdp_comm_init_env(out: *mut *mut fsdp_comm_t) -> fsdp_
     })
 }
 
+/// Makes a communicator of the ranks that give the same `color` (0 or more), in the order of (`key`, rank), as
+/// MPI_Comm_split does. Collective over `comm`. The result is independent of `comm`: it has its own order of collectives,
+/// breaks alone, may be used in another thread, and outlives `comm`. *out is owned by the caller: fsdp_comm_destroy.
+/// Errors: as of fsdp_comm_init_shm. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_comm_split(
+    comm: *mut fsdp_comm_t,
+    color: i32,
+    key: i32,
+    out: *mut *mut fsdp_comm_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let comm = get(comm as *const fsdp_comm_t)?;
+        // SAFETY: the caller's promise.
+        let out = unsafe { self::out(out, "out") }?;
+        let color =
+            u32::try_from(color).map_err(|_| err!(InvalidArgument, "color is {color}: it must be 0 or more"))?;
+        out.write(insert(comm.split(color, key)?));
+        Ok(())
+    })
+}
+
 /// This process's rank. Local. Since 0.1.
 ///
 /// # Safety

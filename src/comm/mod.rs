@@ -271,6 +271,11 @@ pub trait Communicator: Send + Sync {
     /// Gives the pages of a slot that is free back to the system; it stays usable.
     fn trim_slot(&self, slots: u64, slot: &Slot);
 
+    /// Makes communicators of parts of this one's ranks: those that give the same `color` are one, in the order of
+    /// (`key`, rank). Like MPI_Comm_split. The result is independent of this one: it has its own order of collectives,
+    /// breaks alone, and may be used by another thread.
+    fn split(&self, color: u32, key: i32) -> Result<Arc<dyn Communicator>>;
+
     /// Breaks the communicator on every rank with a message that names this rank and `reason`.
     fn abort(&self, reason: &str);
     /// The error that broke the communicator (a dead peer, a mismatch, an abort), seen without waiting.

@@ -256,6 +256,11 @@ impl Communicator for Single {
         }
     }
 
+    fn split(&self, _color: u32, _key: i32) -> Result<Arc<dyn Communicator>> {
+        drop(self.working()?);
+        Ok(init())
+    }
+
     fn abort(&self, reason: &str) {
         self.lock().broken.get_or_insert_with(|| err!(Aborted, "rank 0 aborted: {reason}"));
     }

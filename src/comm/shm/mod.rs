@@ -79,10 +79,11 @@ pub fn init(config: &Config) -> Result<Arc<dyn Communicator>> {
     let group = Group::new(config.rank, config.timeout, mesh)?;
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    Ok(Arc::new(Shm { group, number, local: Mutex::new(Local::default()) }))
+    Ok(Arc::new(Shm { config: config.clone(), group, number, local: Mutex::new(Local::default()) }))
 }
 
 struct Shm {
+    config: Config,
     group: Group,
     /// Tells this process's communicators apart.
     number: u64,
@@ -95,6 +96,7 @@ struct Local {
     issued: u64,
     steps: u64,
     allocations: u64,
+    splits: u64,
     reductions: Reductions,
 }
 
@@ -315,6 +317,28 @@ impl Communicator for Shm {
 
     fn trim_slot(&self, slots: u64, slot: &Slot) {
         self.lock().reductions.trim(&self.group, slots, slot);
+    }
+
+    fn split(&self, color: u32, key: i32) -> Result<Arc<dyn Communicator>> {
+        let mine = [color.to_ne_bytes(), key.to_ne_bytes()].concat();
+        let word = |bytes: &[u8], at: usize| <[u8; 4]>::try_from(&bytes[at..at + 4]).expect("two words each");
+        let all = self.exchange(&mine)?;
+        let same = |r: &usize| u32::from_ne_bytes(word(&all[*r], 0)) == color;
+        let mut ranks: Vec<usize> = (0..self.group.world).filter(same).collect();
+        ranks.sort_by_key(|r| (i32::from_ne_bytes(word(&all[*r], 4)), *r));
+        let number = {
+            let mut local = self.lock();
+            local.splits += 1;
+            local.splits
+        };
+        init(&Config {
+            job: format!("{}/{number}.{color}", self.config.job),
+            rank: ranks.iter().position(|r| *r == self.group.rank).expect("this rank has its own color"),
+            world_size: ranks.len(),
+            // Everybody is here already.
+            rendezvous_timeout: self.config.timeout.min(DEFAULT_RENDEZVOUS_TIMEOUT),
+            ..self.config
+        })
     }
 
     fn abort(&self, reason: &str) {

@@ -129,6 +129,14 @@ class Communicator {
           "reduce_scatter");
   }
 
+  /// A communicator of the ranks that give the same `color` (0 or more), in the order of (`key`,
+  /// rank). It is independent of this one and may be used in another thread. Collective.
+  Communicator split(int color, int key) const {
+    fsdp_comm_t* part = nullptr;
+    check(fsdp_comm_split(get(), color, key, &part), "split");
+    return Communicator(part);
+  }
+
   /// Makes every rank's pending and later calls fail, naming this rank and `reason`. Local.
   void abort(const std::string& reason) const {
     check(fsdp_comm_abort(get(), reason.c_str()), "abort");
