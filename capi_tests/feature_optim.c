@@ -171,7 +171,7 @@ static void run(const case_t *which, int number, fsdp_comm_t *comm) {
   reference_t *reference = NULL;
 
   /* Trains, saves, and goes on to the end. */
-  sharded_t *sharded = sharded_create(&net, comm, which->wrap, 0);
+  sharded_t *sharded = sharded_create(&net, comm, which->wrap, NULL);
   reference = reference_create(&net, sharded->world);
   fsdp_optimizer_t *optimizer = make(which, sharded->engine, &plain);
   train(which, sharded, optimizer, &plain, reference, 1, SAVED_AT);
@@ -186,7 +186,7 @@ static void run(const case_t *which, int number, fsdp_comm_t *comm) {
   fsdp_optimizer_destroy(optimizer);
 
   /* Another process would do the same: a new engine, wrapped in another way, goes on from there. */
-  sharded = sharded_create(&net, comm, which->wrap == WRAP_ALWAYS ? WRAP_SOME : WRAP_ALWAYS, 0);
+  sharded = sharded_create(&net, comm, which->wrap == WRAP_ALWAYS ? WRAP_SOME : WRAP_ALWAYS, NULL);
   optimizer = make(which, sharded->engine, &plain);
   CHECK_OK(fsdp_optimizer_load(optimizer, folder, NULL, 0));
   *reference = *saved;

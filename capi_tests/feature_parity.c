@@ -45,7 +45,9 @@ static void check_loss(const sharded_t *sharded, float loss, const float *losses
 static void run(const scenario_t *scenario, fsdp_comm_t *comm) {
   enum { STEPS = 4, BATCH = 3 };
   test_context(scenario->name);
-  sharded_t *sharded = sharded_create(&scenario->net, comm, scenario->wrap, scenario->slots);
+  fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
+  config.gradient_slots = scenario->slots;
+  sharded_t *sharded = sharded_create(&scenario->net, comm, scenario->wrap, &config);
   reference_t *reference = reference_create(&scenario->net, sharded->world);
   const int world = sharded->world;
   float losses[TRAIN_MAX_WORLD];

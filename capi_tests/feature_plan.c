@@ -80,7 +80,7 @@ static void visit(run_t *run, uint32_t module, int backward) {
 /* The plan of each rank by the sizes of its pieces; sums and maxima by asking the ranks. */
 static void check_ranks(const job_t *job, const run_t *run, fsdp_model_t *model,
                         fsdp_plan_request_t request, const fsdp_plan_t *mine,
-                        const fsdp_plan_t *largest) {
+                        const fsdp_plan_t *largest, uint64_t replicas) {
   const fsdp_stats_t stats = stats_of(run->engine);
   uint64_t elements = 0, trained = 0;
   for (uint32_t p = 0; p < NET_PARAMS; p++) {
@@ -103,8 +103,8 @@ static void check_ranks(const job_t *job, const run_t *run, fsdp_model_t *model,
   CHECK_OK(fsdp_comm_all_reduce(job->comm, &t, FSDP_REDUCE_SUM));
   t = tensor_of(most, 1, &two, FSDP_DTYPE_INT, 64);
   CHECK_OK(fsdp_comm_all_reduce(job->comm, &t, FSDP_REDUCE_MAX));
-  CHECK_EQ(mine->host_peak_bytes, stats.unit_buffer_bytes + (uint64_t)sums[0]);
-  CHECK_EQ(mine->padding_bytes, sums[1]);
+  CHECK_EQ(mine->host_peak_bytes, replicas * stats.unit_buffer_bytes + (uint64_t)sums[0]);
+  CHECK_EQ(replicas * mine->padding_bytes, sums[1]);
   CHECK_EQ(largest->rank_peak_bytes, most[0]);
   CHECK_EQ(largest->optimizer_bytes, most[1]);
   request.rank = (int32_t)largest->rank;
@@ -115,7 +115,7 @@ static void check_ranks(const job_t *job, const run_t *run, fsdp_model_t *model,
 
 static void check_units(const run_t *run, fsdp_model_t *model, const fsdp_plan_request_t *request,
                         const fsdp_plan_t *plan) {
-  uint64_t all_gathers = 0, reduce_scatters = 0, reduced = 0;
+  uint64_t all_gathers = 0, reduce_scatters = 0, reduced = 0, all_reduces = 0, averaged = 0;
   for (uint32_t u = 0; u < run->units; u++) {
     const fsdp_unit_info_t info = unit_info(run, u);
     fsdp_plan_unit_t unit;
@@ -131,18 +131,29 @@ static void check_units(const run_t *run, fsdp_model_t *model, const fsdp_plan_r
     all_gathers += unit.all_gathers;
     reduce_scatters += unit.reduce_scatters;
     reduced += unit.reduce_scatter_bytes;
+    all_reduces += unit.all_reduces;
+    averaged += unit.all_reduce_bytes;
   }
   CHECK_EQ(plan->unit_count, run->units);
   CHECK_EQ(plan->all_gathers, all_gathers);
   CHECK_EQ(plan->reduce_scatters, reduce_scatters);
   CHECK_EQ(plan->reduce_scatter_bytes, reduced);
+  CHECK_EQ(plan->all_reduces, all_reduces);
+  CHECK_EQ(plan->all_reduce_bytes, averaged);
+}
+
+/* Ranks of a shard group. */
+static uint32_t group_size(const job_t *job, int32_t strategy, uint32_t shard_size) {
+  if (strategy == FSDP_NO_SHARD) return 1;
+  return shard_size == 0 ? (uint32_t)job->world : shard_size;
 }
 
 static void check_case(const job_t *job, const net_t *net, int wrap, int32_t strategy,
-                       fsdp_dtype_t reduce_dtype, uint32_t slots) {
+                       uint32_t shard_size, fsdp_dtype_t reduce_dtype, uint32_t slots) {
   fsdp_plan_request_t request = FSDP_PLAN_REQUEST_INIT;
   request.world_size = (uint32_t)job->world;
   request.strategy = strategy;
+  request.shard_size = shard_size;
   request.reduce_dtype = reduce_dtype;
   request.gradient_slots = slots;
   request.optimizer_bytes_per_element = OPTIMIZER_BYTES;
@@ -157,6 +168,7 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
 
   fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
   config.strategy = strategy;
+  config.shard_size = shard_size;
   config.reduce_dtype = reduce_dtype;
   config.gradient_slots = slots;
   run_t run;
@@ -170,6 +182,10 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
     CHECK_EQ(stats.all_gathers, step * plan.all_gathers);
     CHECK_EQ(stats.reduce_scatters, step * plan.reduce_scatters);
     CHECK_EQ(stats.reduce_scatter_bytes, step * plan.reduce_scatter_bytes);
+    CHECK_EQ(stats.all_gather_bytes, step * plan.all_gather_bytes);
+    CHECK_EQ(stats.all_gather_sent_bytes, step * plan.all_gather_sent_bytes);
+    CHECK_EQ(stats.all_reduces, step * plan.all_reduces);
+    CHECK_EQ(stats.all_reduce_bytes, step * plan.all_reduce_bytes);
     CHECK_EQ(stats.all_gather_bytes_moved, 0);
     if (slots == 0) CHECK_EQ(stats.overflow_peak, 0);
   }
@@ -181,31 +197,45 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
   CHECK_EQ(plan.padding_bytes, stats.padding_bytes);
   CHECK_EQ(plan.unsharded_peak_bytes, run.unsharded_peak);
   /* What is sent is the other ranks' part of what is gathered and reduced. */
-  const uint64_t world = (uint64_t)job->world;
+  const uint64_t world = group_size(job, strategy, shard_size),
+                 replicas = (uint64_t)job->world / world;
   CHECK_EQ(plan.all_gather_sent_bytes * world, plan.all_gather_bytes * (world - 1));
   CHECK_EQ(plan.reduce_scatter_sent_bytes * world, plan.reduce_scatter_bytes * (world - 1));
   CHECK_EQ(plan.all_gather_messages, plan.all_gathers * (world - 1));
   CHECK_EQ(plan.reduce_scatter_messages, plan.reduce_scatters * (world - 1));
-  check_ranks(job, &run, model, request, &plan, &largest);
+  CHECK_EQ(plan.all_reduce_messages, 2 * plan.all_reduces * (replicas - 1));
+  CHECK_EQ(plan.all_reduces > 0, replicas > 1 && plan.all_reduce_bytes > 0);
+  check_ranks(job, &run, model, request, &plan, &largest, replicas);
   check_units(&run, model, &request, &plan);
   fsdp_engine_destroy(run.engine);
   fsdp_model_destroy(model);
 }
 
+typedef struct {
+  int32_t strategy;
+  uint32_t shard_size;
+} sharding_t;
+
 int main(void) {
+  static const sharding_t shardings[] = {
+      {FSDP_FULL_SHARD, 0},   {FSDP_SHARD_GRAD_OP, 0}, {FSDP_NO_SHARD, 0},
+      {FSDP_HYBRID_SHARD, 1}, {FSDP_HYBRID_SHARD, 2},  {FSDP_HYBRID_SHARD_GRAD_OP, 2}};
   static const net_t nets[] = {{1, 1}, {3, 5}, {17, 33}};
   static const fsdp_dtype_t dtypes[] = {
       {0, 0, 0}, {FSDP_DTYPE_FLOAT, 16, 1}, {FSDP_DTYPE_BFLOAT, 16, 1}};
   job_t job = join_job();
   for (int n = 0; n < 3; n++) {
     for (int wrap = NOTHING; wrap < WRAPS; wrap++) {
-      for (int32_t strategy = FSDP_FULL_SHARD; strategy <= FSDP_SHARD_GRAD_OP; strategy++) {
-        for (uint32_t other = 0; other < 9; other++) {
+      for (int sharding = 0; sharding < 6; sharding++) {
+        const sharding_t how = shardings[sharding];
+        if (how.shard_size == 2 && job.world % 2 != 0) continue;
+        for (uint32_t other = 0; other < (sharding < 2 ? 9 : 4); other++) {
           char text[80];
-          snprintf(text, sizeof text, "net %d, wrapping %d, strategy %d, dtype and slots %u", n,
-                   wrap, (int)strategy, (unsigned)other);
+          snprintf(text, sizeof text, "net %d, wrapping %d, sharding %d, dtype and slots %u", n,
+                   wrap, sharding, (unsigned)other);
           test_context(text);
-          check_case(&job, &nets[n], wrap, strategy, dtypes[other % 3], other / 3);
+          check_case(&job, &nets[n], wrap, how.strategy, how.shard_size, dtypes[other % 3],
+                     other / 3);
         }
       }
     }

@@ -53,7 +53,7 @@ FIELD(fsdp_tensor_t, shape, 24);
 FIELD(fsdp_tensor_t, strides, 32);
 FIELD(fsdp_tensor_t, byte_offset, 40);
 
-SIZE(fsdp_engine_config_t, 40);
+SIZE(fsdp_engine_config_t, 48);
 FIELD(fsdp_engine_config_t, struct_size, 0);
 FIELD(fsdp_engine_config_t, gradient_slots, 8);
 FIELD(fsdp_engine_config_t, strategy, 12);
@@ -61,6 +61,8 @@ FIELD(fsdp_engine_config_t, order_check, 16);
 FIELD(fsdp_engine_config_t, reduce_dtype, 20);
 FIELD(fsdp_engine_config_t, param_init_fn, 24);
 FIELD(fsdp_engine_config_t, param_init_user_data, 32);
+FIELD(fsdp_engine_config_t, shard_size, 40);
+FIELD(fsdp_engine_config_t, sync_module_states, 44);
 
 SIZE(fsdp_sgd_config_t, 48);
 FIELD(fsdp_sgd_config_t, struct_size, 0);
@@ -123,7 +125,7 @@ FIELD(fsdp_shard_t, data, 0);
 FIELD(fsdp_shard_t, grad, 8);
 FIELD(fsdp_shard_t, numel, 16);
 
-SIZE(fsdp_stats_t, 104);
+SIZE(fsdp_stats_t, 136);
 FIELD(fsdp_stats_t, struct_size, 0);
 FIELD(fsdp_stats_t, param_shard_bytes, 8);
 FIELD(fsdp_stats_t, grad_shard_bytes, 16);
@@ -138,8 +140,12 @@ FIELD(fsdp_stats_t, slots_peak, 80);
 FIELD(fsdp_stats_t, overflow_peak, 84);
 FIELD(fsdp_stats_t, materialized_peak_bytes, 88);
 FIELD(fsdp_stats_t, prefetches, 96);
+FIELD(fsdp_stats_t, all_gather_bytes, 104);
+FIELD(fsdp_stats_t, all_gather_sent_bytes, 112);
+FIELD(fsdp_stats_t, all_reduces, 120);
+FIELD(fsdp_stats_t, all_reduce_bytes, 128);
 
-SIZE(fsdp_plan_request_t, 32);
+SIZE(fsdp_plan_request_t, 40);
 FIELD(fsdp_plan_request_t, struct_size, 0);
 FIELD(fsdp_plan_request_t, world_size, 8);
 FIELD(fsdp_plan_request_t, strategy, 12);
@@ -147,8 +153,9 @@ FIELD(fsdp_plan_request_t, reduce_dtype, 16);
 FIELD(fsdp_plan_request_t, gradient_slots, 20);
 FIELD(fsdp_plan_request_t, optimizer_bytes_per_element, 24);
 FIELD(fsdp_plan_request_t, rank, 28);
+FIELD(fsdp_plan_request_t, shard_size, 32);
 
-SIZE(fsdp_plan_t, 176);
+SIZE(fsdp_plan_t, 208);
 FIELD(fsdp_plan_t, struct_size, 0);
 FIELD(fsdp_plan_t, rank, 8);
 FIELD(fsdp_plan_t, unit_count, 12);
@@ -172,8 +179,12 @@ FIELD(fsdp_plan_t, reduce_scatters, 144);
 FIELD(fsdp_plan_t, reduce_scatter_bytes, 152);
 FIELD(fsdp_plan_t, reduce_scatter_sent_bytes, 160);
 FIELD(fsdp_plan_t, reduce_scatter_messages, 168);
+FIELD(fsdp_plan_t, all_reduces, 176);
+FIELD(fsdp_plan_t, all_reduce_bytes, 184);
+FIELD(fsdp_plan_t, all_reduce_sent_bytes, 192);
+FIELD(fsdp_plan_t, all_reduce_messages, 200);
 
-SIZE(fsdp_plan_unit_t, 72);
+SIZE(fsdp_plan_unit_t, 88);
 FIELD(fsdp_plan_unit_t, struct_size, 0);
 FIELD(fsdp_plan_unit_t, module, 8);
 FIELD(fsdp_plan_unit_t, param_count, 12);
@@ -184,6 +195,8 @@ FIELD(fsdp_plan_unit_t, padding_bytes, 40);
 FIELD(fsdp_plan_unit_t, all_gathers, 48);
 FIELD(fsdp_plan_unit_t, reduce_scatters, 56);
 FIELD(fsdp_plan_unit_t, reduce_scatter_bytes, 64);
+FIELD(fsdp_plan_unit_t, all_reduces, 72);
+FIELD(fsdp_plan_unit_t, all_reduce_bytes, 80);
 
 SIZE(fsdp_status_t, 4);
 VALUE(FSDP_REDUCE_SUM, 0);

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-enum { MAX_BATCH = 4 };
+enum { MAX_BATCH = 8 };
 
 /* What the backward needs of the forward, by sample. */
 static struct {
@@ -37,9 +37,14 @@ float net_initial(uint32_t param, int64_t element) {
   return 0.5f * value;
 }
 
+static int skipped_samples = 0;
+
+void net_skip_samples(int samples) { skipped_samples = samples; }
+
 void net_input(const net_t *net, int step, int rank, int sample, float *x) {
   for (int i = 0; i < net->inputs; i++) {
-    x[i] = noise((uint32_t)(step * 104729 + rank * 1299709 + sample * 15485863 + i + 17));
+    const int first = skipped_samples;
+    x[i] = noise((uint32_t)(step * 104729 + rank * 1299709 + (first + sample) * 15485863 + i + 17));
   }
 }
 

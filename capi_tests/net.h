@@ -74,6 +74,9 @@ float net_initial(uint32_t param, int64_t element);
 /* Input of sample `sample` of step `step` on rank `rank`, `inputs` values. */
 void net_input(const net_t *net, int step, int rank, int sample, float *x);
 
+/* The inputs of the next forwards are those of the samples from this one on; at first 0. */
+void net_skip_samples(int samples);
+
 /* Registers modules and parameters (numbers as in the enums above). The parameters' memory is
  * static: create the engine before the next call. */
 fsdp_model_t *net_model(const net_t *net);

@@ -48,6 +48,7 @@ reference_t *reference_create(const net_t *net, int world) {
   CHECK(r != NULL && world <= TRAIN_MAX_WORLD);
   r->net = *net;
   r->world = world;
+  r->group = world;
   for (uint32_t p = 0; p < NET_PARAMS; p++) {
     for (int64_t i = 0; i < net_numel(net, p); i++) r->value[p][i] = net_initial(p, i);
   }
@@ -68,29 +69,59 @@ float reference_backward(reference_t *reference, int rank, int step, int batch, 
   return loss;
 }
 
-void reference_reduce(reference_t *reference) {
+void reference_reduce_in_groups(reference_t *reference) {
   reference_t *r = reference;
   for (uint32_t p = 0; p < NET_PARAMS; p++) {
-    int any = 0;
-    for (int rank = 0; rank < r->world; rank++) any |= r->rank_has[rank][p];
-    for (int64_t i = 0; any && i < net_numel(&r->net, p); i++) {
-      float sum = 0;
-      int first = 1;
-      for (int rank = 0; rank < r->world; rank++) {
-        if (!r->rank_has[rank][p]) continue;
-        sum = first ? r->rank_grad[rank][p][i] : sum + r->rank_grad[rank][p][i];
-        first = 0;
+    for (int first = 0; first < r->world; first += r->group) {
+      float *grad = r->group_grad[first / r->group][p];
+      int *has = &r->group_has[first / r->group][p], any = 0;
+      for (int rank = first; rank < first + r->group; rank++) any |= r->rank_has[rank][p];
+      for (int64_t i = 0; any && i < net_numel(&r->net, p); i++) {
+        float sum = 0;
+        int started = 0;
+        for (int rank = first; rank < first + r->group; rank++) {
+          if (!r->rank_has[rank][p]) continue;
+          sum = started ? sum + r->rank_grad[rank][p][i] : r->rank_grad[rank][p][i];
+          started = 1;
+        }
+        const float mean = sum / (float)r->group;
+        grad[i] = *has ? grad[i] + mean : r->has_grad[p] ? r->grad[p][i] + mean : mean;
       }
-      const float mean = sum / (float)r->world;
-      r->grad[p][i] = r->has_grad[p] ? r->grad[p][i] + mean : mean;
+      *has |= any;
     }
-    r->has_grad[p] |= any;
   }
   memset(r->rank_has, 0, sizeof r->rank_has);
 }
 
+void reference_average(reference_t *reference) {
+  reference_t *r = reference;
+  const int groups = r->world / r->group;
+  for (uint32_t p = 0; p < NET_PARAMS; p++) {
+    int any = 0;
+    for (int g = 0; g < groups; g++) any |= r->group_has[g][p];
+    for (int64_t i = 0; any && i < net_numel(&r->net, p); i++) {
+      float sum = 0;
+      for (int g = 0; g < groups; g++) {
+        const float old = r->has_grad[p] ? r->grad[p][i] : 0;
+        const float value = r->group_has[g][p] ? r->group_grad[g][p][i] : old;
+        sum = g == 0 ? value : sum + value;
+      }
+      r->grad[p][i] = sum / (float)groups;
+    }
+    r->has_grad[p] |= any;
+  }
+  memset(r->group_has, 0, sizeof r->group_has);
+}
+
+void reference_reduce(reference_t *reference) {
+  reference_reduce_in_groups(reference);
+  reference_average(reference);
+}
+
 void reference_zero_grad(reference_t *reference) {
   memset(reference->has_grad, 0, sizeof reference->has_grad);
+  memset(reference->group_has, 0, sizeof reference->group_has);
+  memset(reference->rank_has, 0, sizeof reference->rank_has);
 }
 
 void reference_adam(reference_t *reference, int step) {

@@ -54,7 +54,7 @@ static net_host_t sharded_host(sharded_t *sharded) {
 }
 
 sharded_t *sharded_create(const net_t *net, fsdp_comm_t *comm, train_wrap_t wrap,
-                          uint32_t gradient_slots) {
+                          const fsdp_engine_config_t *config) {
   sharded_t *s = (sharded_t *)calloc(1, sizeof *s);
   CHECK(s != NULL);
   s->net = *net;
@@ -67,9 +67,7 @@ sharded_t *sharded_create(const net_t *net, fsdp_comm_t *comm, train_wrap_t wrap
     CHECK_OK(fsdp_model_wrap_module(model, NET_BLOCK));
     CHECK_OK(fsdp_model_wrap_class(model, "Linear"));
   }
-  fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
-  config.gradient_slots = gradient_slots;
-  CHECK_OK(fsdp_engine_create(model, comm, &config, &s->engine));
+  CHECK_OK(fsdp_engine_create(model, comm, config, &s->engine));
   fsdp_model_destroy(model);
   for (uint32_t m = 0; m < NET_MODULES; m++) {
     fsdp_unit_info_t info = unit_info_init();

@@ -21,11 +21,15 @@ typedef struct {
   /* Mean gradient, added up since the last reference_zero_grad. */
   float grad[NET_PARAMS][NET_MAX_NUMEL];
   int has_grad[NET_PARAMS];
-  /* Of the backward in progress, by simulated rank. */
+  /* The same by shard group, where it is not averaged over the groups yet. */
+  float group_grad[TRAIN_MAX_WORLD][NET_PARAMS][NET_MAX_NUMEL];
+  int group_has[TRAIN_MAX_WORLD][NET_PARAMS];
+  /* Of the backwards in progress, by simulated rank. */
   float rank_grad[TRAIN_MAX_WORLD][NET_PARAMS][NET_MAX_NUMEL];
   int rank_has[TRAIN_MAX_WORLD][NET_PARAMS];
   net_t net;
-  int world, rank;
+  /* `group`: ranks of a shard group, by default all. */
+  int world, rank, group;
 } reference_t;
 
 reference_t *reference_create(const net_t *net, int world);
@@ -37,8 +41,11 @@ float reference_backward(reference_t *reference, int rank, int step, int batch, 
 /* Only the forward. */
 float reference_forward(reference_t *reference, int rank, int step, int batch, unsigned flags);
 
-/* The mean over ranks of what reference_backward collected, added to `grad`. */
+/* The mean over ranks of what reference_backward collected, added to `grad`: reduced in the shard
+ * groups, and then averaged over them. */
 void reference_reduce(reference_t *reference);
+void reference_reduce_in_groups(reference_t *reference);
+void reference_average(reference_t *reference);
 void reference_zero_grad(reference_t *reference);
 void reference_adam(reference_t *reference, int step);
 
@@ -56,9 +63,9 @@ typedef struct {
   float m[NET_PARAMS][NET_MAX_NUMEL], v[NET_PARAMS][NET_MAX_NUMEL];
 } sharded_t;
 
-/* Makes the engine; `comm` stays the caller's. */
+/* Makes the engine; `comm` stays the caller's; `config` may be NULL. */
 sharded_t *sharded_create(const net_t *net, fsdp_comm_t *comm, train_wrap_t wrap,
-                          uint32_t gradient_slots);
+                          const fsdp_engine_config_t *config);
 void sharded_destroy(sharded_t *sharded);
 float sharded_forward(sharded_t *sharded, int step, int batch, unsigned flags);
 float sharded_backward(sharded_t *sharded, int step, int batch, unsigned flags);

@@ -26,11 +26,11 @@
 /* Initializers of the structs below: struct_size, and every default. */
 #define FSDP_SHM_CONFIG_INIT { sizeof(fsdp_shm_config_t), NULL, 0, 1, 0, 0 }
 #define FSDP_ENGINE_CONFIG_INIT \
-  { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL }
+  { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL, 0, 0 }
 #define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
 #define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
 #define FSDP_PLAN_REQUEST_INIT \
-  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK }
+  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, 0 }
 
 /**
  * Sum over the ranks, in rank order.
@@ -73,6 +73,22 @@
 #define FSDP_SHARD_GRAD_OP 1
 
 /**
+ * Every rank holds all parameters, and gradients are averaged over the ranks (data parallel).
+ */
+#define FSDP_NO_SHARD 2
+
+/**
+ * FSDP_FULL_SHARD within groups of shard_size consecutive ranks. The groups are replicas of each other: once an iteration
+ * they average their gradients.
+ */
+#define FSDP_HYBRID_SHARD 3
+
+/**
+ * FSDP_SHARD_GRAD_OP within such groups (PyTorch's _HYBRID_SHARD_ZERO2).
+ */
+#define FSDP_HYBRID_SHARD_GRAD_OP 4
+
+/**
  * fsdp_engine_config_t.order_check: every unshard is compared with the other ranks'; a difference is
  * FSDP_ERR_MISMATCH on every rank.
  */
@@ -89,6 +105,22 @@
  * The same without the comparison and without the warning.
  */
 #define FSDP_ORDER_CHECK_OFF 2
+
+/**
+ * fsdp_engine_set_reshard_after_forward: as the strategy says. FSDP_FULL_SHARD and FSDP_HYBRID_SHARD reshard every unit but
+ * the root, the others none.
+ */
+#define FSDP_RESHARD_DEFAULT -1
+
+/**
+ * The unit stays unsharded until its backward.
+ */
+#define FSDP_RESHARD_NEVER 0
+
+/**
+ * The unit is resharded, and gathered again for its backward.
+ */
+#define FSDP_RESHARD_ALWAYS 1
 
 /**
  * Level of a message: nothing failed, but what happens may not be what was meant.
@@ -409,7 +441,8 @@ typedef struct {
    */
   uint32_t gradient_slots;
   /**
-   * FSDP_FULL_SHARD or FSDP_SHARD_GRAD_OP.
+   * FSDP_FULL_SHARD, FSDP_SHARD_GRAD_OP, FSDP_NO_SHARD, FSDP_HYBRID_SHARD or FSDP_HYBRID_SHARD_GRAD_OP. Whatever it is,
+   * the root stays unsharded between its forward and its backward: see fsdp_engine_set_reshard_after_forward.
    */
   int32_t strategy;
   /**
@@ -432,6 +465,15 @@ typedef struct {
    * Passed to param_init_fn.
    */
   void *param_init_user_data;
+  /**
+   * Ranks of a shard group, a divisor of the world size, with the hybrid strategies; else 0.
+   */
+  uint32_t shard_size;
+  /**
+   * 1: every rank starts from rank 0's values, which it broadcasts. The others' memory and initializers are not looked at,
+   * and a parameter may have storage on some ranks only. 0: each rank cuts its own.
+   */
+  int32_t sync_module_states;
 } fsdp_engine_config_t;
 
 /**
@@ -605,6 +647,22 @@ typedef struct {
    * All-gathers issued ahead of the unit that was asked for (fsdp_engine_set_prefetch_order).
    */
   uint64_t prefetches;
+  /**
+   * Bytes of the unit buffers that all-gathers have filled.
+   */
+  uint64_t all_gather_bytes;
+  /**
+   * Bytes of them that each rank sends where bytes move: (n - 1) / n of them in a group of n ranks.
+   */
+  uint64_t all_gather_sent_bytes;
+  /**
+   * All-reduces of gradients over replicas so far: one per unit with gradients and iteration.
+   */
+  uint64_t all_reduces;
+  /**
+   * Bytes of this rank's gradients that it gave to them.
+   */
+  uint64_t all_reduce_bytes;
 } fsdp_stats_t;
 
 /**
@@ -754,6 +812,10 @@ typedef struct {
    * Whose bytes to tell: a rank, or FSDP_LARGEST_RANK.
    */
   int32_t rank;
+  /**
+   * As in fsdp_engine_config_t.
+   */
+  uint32_t shard_size;
 } fsdp_plan_request_t;
 
 /**
@@ -804,7 +866,7 @@ typedef struct {
    */
   uint64_t shard_padding_bytes;
   /**
-   * Bytes of all unit buffers that belong to no parameter: the padding of all ranks together.
+   * Bytes of all unit buffers that belong to no parameter: the padding of all ranks of a shard group together.
    */
   uint64_t padding_bytes;
   /**
@@ -812,8 +874,8 @@ typedef struct {
    */
   uint64_t unit_buffer_bytes;
   /**
-   * Most bytes of unit buffers unsharded at once: under FSDP_FULL_SHARD the largest sum along a path of nested units,
-   * under FSDP_SHARD_GRAD_OP all. No memory of its own on shm; where bytes move, each rank needs it besides its shards.
+   * Most bytes of unit buffers unsharded at once: where units are resharded after their forward the largest
+   * sum along a path of nested units, else all. No memory of its own on shm; where bytes move, each rank needs it besides its shards.
    */
   uint64_t unsharded_peak_bytes;
   /**
@@ -821,7 +883,7 @@ typedef struct {
    */
   uint64_t rank_peak_bytes;
   /**
-   * All ranks together, as on shm, where they are on one host: the unit buffers, and every rank's gradient shards,
+   * All ranks together, as on shm, where they are on one host: each shard group's unit buffers, and every rank's gradient shards,
    * gradient slots and optimizer state.
    */
   uint64_t host_peak_bytes;
@@ -858,6 +920,22 @@ typedef struct {
    * In so many messages, around a ring: world_size - 1 per reduce-scatter.
    */
   uint64_t reduce_scatter_messages;
+  /**
+   * All-reduces of a step, over the replicas of a hybrid or unsharded engine, of float32 means.
+   */
+  uint64_t all_reduces;
+  /**
+   * Bytes of the gradients that each rank gives to them.
+   */
+  uint64_t all_reduce_bytes;
+  /**
+   * Bytes that each rank sends where bytes move: 2 (n - 1) / n of all_reduce_bytes with n replicas.
+   */
+  uint64_t all_reduce_sent_bytes;
+  /**
+   * In so many messages, around a ring: 2 (n - 1) per all-reduce.
+   */
+  uint64_t all_reduce_messages;
 } fsdp_plan_t;
 
 /**
@@ -904,6 +982,14 @@ typedef struct {
    * Bytes of the gradients that each rank gives to them.
    */
   uint64_t reduce_scatter_bytes;
+  /**
+   * All-reduces of a step.
+   */
+  uint64_t all_reduces;
+  /**
+   * Bytes of the gradients that this rank gives to them.
+   */
+  uint64_t all_reduce_bytes;
 } fsdp_plan_unit_t;
 
 #ifdef __cplusplus
@@ -1337,6 +1423,51 @@ fsdp_status_t fsdp_engine_zero_grad(fsdp_engine_t *engine);
  * `out` is NULL or points to `struct_size` writable bytes.
  */
 fsdp_status_t fsdp_engine_stats(const fsdp_engine_t *engine, fsdp_stats_t *out);
+
+/**
+ * What happens to a unit after a forward that a backward follows: FSDP_RESHARD_DEFAULT, _NEVER, _ALWAYS, or a number of
+ * ranks from 2 on: the unit is resharded over groups of so many consecutive ranks, so that its all-gather in backward
+ * stays within a group (on shm it moves nothing in any case). The number divides that of the shard group; all of them is
+ * as _ALWAYS. From the next iteration on. Collective: the same on every rank, else FSDP_ERR_MISMATCH;
+ * FSDP_ERR_INVALID_STATE in an iteration. As fully_shard's reshard_after_forward in PyTorch. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_reshard_after_forward(fsdp_engine_t *engine,
+                                                    uint32_t unit,
+                                                    int32_t reshard_after_forward);
+
+/**
+ * The host reads this unit's parameters no more until a backward does: reshards it as fsdp_engine_set_reshard_after_forward
+ * says, which fsdp_engine_post_forward does by itself. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_reshard_after_forward(fsdp_engine_t *engine,
+                                                uint32_t unit);
+
+/**
+ * Whether backwards from here on reduce their gradients (1, the default). With 0 a backward leaves each unit's full gradients
+ * where they are, and later ones add to them, until one that reduces: it reduces all that has come together. Costs memory
+ * for the full gradients of every unit (in its spare gradient slot), saves the reductions; PyTorch's no_sync. With 1,
+ * accumulation is in shards: every backward reduces, and adds to what fsdp_engine_zero_grad has not cleared. The same on
+ * every rank: FSDP_ERR_MISMATCH at the end of the backward where it is not. Gradients are kept over forwards without
+ * backward; fsdp_engine_zero_grad drops them. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_requires_gradient_sync(fsdp_engine_t *engine,
+                                                     int32_t required);
+
+/**
+ * Whether backwards from here on end the iteration (1, the default). With 0 the end of a backward waits for no rank and
+ * for no reduction, units can be unsharded again at once, and shards cannot be written: gradient shards are undefined until
+ * a backward with 1 has ended. For the micro-batches of a step, all but the last. The same on every rank. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_is_last_backward(fsdp_engine_t *engine,
+                                               int32_t last);
+
+/**
+ * Whether backwards from here on average their gradients over the replicas of a hybrid or unsharded engine (1, the default).
+ * With 0 they are reduced within the shard group only; the next backward with 1 averages all that has come together. The
+ * same on every rank. No effect where all ranks are one shard group. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_requires_all_reduce(fsdp_engine_t *engine,
+                                                  int32_t required);
 
 /**
  * Sends the messages of this process to `fn` from now on, with `user_data` untouched; NULL: back to the default, a

@@ -15,11 +15,15 @@ pub fn on_result(done: Result<u64>, comm: &dyn Communicator) -> Result<u64> {
     Err(Error::new(status, format!("rank {rank}: {message}")))
 }
 
-/// Compares the model and the configuration of all ranks; every rank gets the same error.
-pub fn on_model(description: &[String], config: &EngineConfig, comm: &dyn Communicator) -> Result<()> {
-    let options = config.agreed().map(|(name, value)| format!("{name} = {value}"));
-    let lines: Vec<String> = options.iter().chain(description).cloned().collect();
-    on_lines(&lines, |line| if line < options.len() { "options" } else { "models" }, comm)
+/// Compares the options of all ranks; every rank gets the same error. Collective.
+pub fn on_options(config: &EngineConfig, comm: &dyn Communicator) -> Result<()> {
+    let lines = config.agreed().map(|(name, value)| format!("{name} = {value}"));
+    on_lines(&lines, |_| "options", comm)
+}
+
+/// Compares the model of all ranks; every rank gets the same error. Collective.
+pub fn on_model(description: &[String], comm: &dyn Communicator) -> Result<()> {
+    on_lines(description, |_| "models", comm)
 }
 
 /// Compares lines of text of all ranks; every rank gets the same error, which shows the first that differs and says

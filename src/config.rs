@@ -12,10 +12,38 @@ pub enum Strategy {
     FullShard = 0,
     /// After the backward only: a unit stays unsharded from its forward on (ZeRO-2).
     ShardGradOp = 1,
+    /// Every rank holds all parameters; gradients are averaged (data parallel).
+    NoShard = 2,
+    /// FullShard within groups of `shard_size` ranks; the groups are replicas of each other.
+    HybridShard = 3,
+    /// ShardGradOp within such groups.
+    HybridShardGradOp = 4,
 }
 
 impl Strategy {
-    pub const ALL: [Strategy; 2] = [Strategy::FullShard, Strategy::ShardGradOp];
+    pub const ALL: [Strategy; 5] = [
+        Strategy::FullShard,
+        Strategy::ShardGradOp,
+        Strategy::NoShard,
+        Strategy::HybridShard,
+        Strategy::HybridShardGradOp,
+    ];
+
+    /// How messages call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Strategy::FullShard => "FULL_SHARD",
+            Strategy::ShardGradOp => "SHARD_GRAD_OP",
+            Strategy::NoShard => "NO_SHARD",
+            Strategy::HybridShard => "HYBRID_SHARD",
+            Strategy::HybridShardGradOp => "HYBRID_SHARD_GRAD_OP",
+        }
+    }
+
+    /// Whether units other than the root are resharded after their forward, unless the host says otherwise.
+    pub fn reshards_after_forward(self) -> bool {
+        matches!(self, Strategy::FullShard | Strategy::HybridShard)
+    }
 }
 
 /// What is done about ranks that run different forwards.
@@ -45,12 +73,16 @@ pub struct EngineConfig {
     /// afterwards.
     pub gradient_slots: u32,
     pub strategy: Strategy,
+    /// Ranks of a shard group, a divisor of the world size, for the hybrid strategies; else 0.
+    pub shard_size: u32,
     pub order_check: OrderCheck,
     /// The type that gradients are rounded to on each rank before they are summed (in float32, into float32 shards):
     /// F32, F16 or BF16.
     pub reduce_dtype: DType,
     /// Initializes parameters without storage, module by module, in place of the tree's own initializers.
     pub param_init: Option<ModuleInit>,
+    /// All ranks start from rank 0's values: what the others hold, or would initialize, is not looked at.
+    pub sync_module_states: bool,
 }
 
 impl Default for EngineConfig {
@@ -58,21 +90,25 @@ impl Default for EngineConfig {
         EngineConfig {
             gradient_slots: 0,
             strategy: Strategy::default(),
+            shard_size: 0,
             order_check: OrderCheck::default(),
             reduce_dtype: DType::F32,
             param_init: None,
+            sync_module_states: false,
         }
     }
 }
 
 impl EngineConfig {
     /// (name, value) of every option that ranks must agree on.
-    pub fn agreed(&self) -> [(&'static str, String); 5] {
+    pub fn agreed(&self) -> [(&'static str, String); 7] {
         [
             ("gradient_slots", self.gradient_slots.to_string()),
-            ("strategy", format!("{:?}", self.strategy)),
+            ("strategy", self.strategy.name().to_string()),
+            ("shard_size", self.shard_size.to_string()),
             ("order_check", format!("{:?}", self.order_check)),
             ("reduce_dtype", self.reduce_dtype.to_string()),
+            ("sync_module_states", self.sync_module_states.to_string()),
             ("param_init_fn", if self.param_init.is_some() { "set" } else { "not set" }.to_string()),
         ]
     }

@@ -14,16 +14,27 @@ use crate::config::{EngineConfig, Strategy};
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::gradients::{GradientCounters, Gradients};
-use crate::materialize::materialize;
+use crate::mesh::Mesh;
 use crate::module::{ModuleTree, ParamId};
 use crate::order::{Deviation, Order};
 use crate::plan::{ParamPlan, Plan, UnitId, UnitPlan};
 use crate::schedule::Schedule;
 use crate::shards::{ShardStore, ShardedModel};
 use crate::trace::Trace;
-use crate::unit::{Unit, UnitState};
+use crate::unit::{AfterForward, Unit, UnitState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+
+use accumulate::Accumulation;
+use regroup::Group;
+
+mod accumulate;
+mod regroup;
+mod replicate;
+mod values;
+
+pub use regroup::ReshardAfterForward;
+pub use replicate::ReplicaCounters;
 
 /// A parameter's piece on this rank.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +59,10 @@ pub struct Stats {
     /// All unit buffers, each on a line of its own; on shm one copy a host.
     pub unit_buffer_bytes: u64,
     pub all_gathers: u64,
+    /// Bytes of the unit buffers that they fill.
+    pub all_gather_bytes: u64,
+    /// What each rank sends of them where bytes move: (n-1)/n in a group of n ranks.
+    pub all_gather_sent_bytes: u64,
     /// Bytes that all-gathers copied; 0 on shared pages.
     pub all_gather_bytes_moved: u64,
     /// Most bytes of full parameters in private memory at once while the engine was made.
@@ -55,6 +70,7 @@ pub struct Stats {
     /// All-gathers issued ahead of the unit that was asked for.
     pub prefetches: u64,
     pub gradients: GradientCounters,
+    pub replicas: ReplicaCounters,
 }
 
 struct State {
@@ -68,8 +84,14 @@ struct State {
     order: Order,
     /// What to gather ahead.
     schedule: Option<Schedule>,
+    /// Smaller groups that units are resharded to after their forward.
+    groups: Vec<Group>,
+    accumulation: Accumulation,
     all_gathers: u64,
+    all_gather_bytes: u64,
+    all_gather_sent_bytes: u64,
     prefetches: u64,
+    replicas: ReplicaCounters,
 }
 
 /// See the module's text.
@@ -92,12 +114,18 @@ impl Engine {
     ///
     /// # Safety
     /// Every parameter's `data` must be null or readable for its `numel()` floats.
-    pub unsafe fn new(tree: &ModuleTree, comm: Arc<dyn Communicator>, config: &EngineConfig) -> Result<Engine> {
-        if let Some(other) = tree.adopted().iter().find(|m| !Arc::ptr_eq(&m.comm, &comm)) {
+    pub unsafe fn new(tree: &ModuleTree, world: Arc<dyn Communicator>, config: &EngineConfig) -> Result<Engine> {
+        if let Some(other) = tree.adopted().iter().find(|m| !Arc::ptr_eq(&m.mesh.world, &world)) {
             return Err(err!(InvalidArgument, "the {other:?} that was added is sharded over another communicator"));
         }
+        agree::on_options(config, world.as_ref())?;
+        let mesh = match tree.adopted().first() {
+            Some(model) => Mesh::adopted(model, tree, config)?,
+            None => Arc::new(Mesh::new(world.clone(), config)?),
+        };
+        let comm = mesh.shard.clone();
         let plan = Plan::new(tree, comm.rank(), comm.world_size())?;
-        agree::on_model(&plan.description(tree), config, comm.as_ref())?;
+        agree::on_model(&plan.description(tree, config), world.as_ref())?;
         let first_unit =
             comm.name_units(&(0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect::<Vec<_>>());
         let own = Arc::new(ShardStore::new(comm.clone(), &plan)?);
@@ -114,33 +142,28 @@ impl Engine {
             state: Mutex::new(State {
                 reading: false,
                 grad_enabled: true,
-                units: plan.units.iter().map(|u| Unit::new(u.label())).collect(),
+                units: plan.units.iter().map(|u| Unit::new(u.label(), AfterForward::Keep)).collect(),
                 requires_grad: plan.params.iter().map(|p| p.requires_grad).collect(),
                 gradients,
                 order: Order::new(config.order_check),
                 schedule: None,
+                groups: Vec::new(),
+                accumulation: Accumulation::default(),
                 all_gathers: 0,
+                all_gather_bytes: 0,
+                all_gather_sent_bytes: 0,
                 prefetches: 0,
+                replicas: ReplicaCounters::default(),
             }),
-            model: Arc::new(ShardedModel { tree: tree.clone().without_host(), plan, stores, comm }),
+            model: Arc::new(ShardedModel { tree: tree.clone().without_host(), plan, stores, mesh }),
         };
-        let copy = |p: ParamId, data: *const f32| {
-            let piece = &engine.plan().params[p as usize].piece;
-            // SAFETY: the piece lies inside the parameter, which the caller says is readable, and inside this rank's
-            // shard, which no rank reads before this one opens a READ phase.
-            unsafe {
-                std::ptr::copy_nonoverlapping(
-                    data.wrapping_add(piece.param_offset),
-                    engine.shard_data(p as usize),
-                    piece.len,
-                )
-            };
-        };
-        for (p, param) in tree.params().iter().enumerate().filter(|(_, p)| !p.data.is_null()) {
-            copy(p as ParamId, param.data.cast());
+        let defaults: Vec<_> =
+            (0..engine.plan().units.len() as UnitId).map(|u| engine.default_after_forward(u)).collect();
+        for (unit, after) in engine.lock()?.units.iter_mut().zip(defaults) {
+            unit.after_forward = after;
         }
-        let done = materialize(tree, engine.plan(), config.param_init.as_ref(), &mut |p, data| copy(p, data));
-        engine.materialized_peak_bytes = agree::on_result(done, engine.comm().as_ref())?;
+        // SAFETY: the caller's promise.
+        engine.materialized_peak_bytes = unsafe { engine.take_values(tree, config) }?;
         Ok(engine)
     }
 
@@ -153,8 +176,19 @@ impl Engine {
         &self.model.plan
     }
 
+    /// The shard group: the ranks that this engine's shards are spread over.
     pub fn comm(&self) -> &Arc<dyn Communicator> {
-        &self.model.comm
+        &self.model.mesh.shard
+    }
+
+    /// All ranks of the engine, of every shard group.
+    pub fn world(&self) -> &Arc<dyn Communicator> {
+        &self.model.mesh.world
+    }
+
+    /// The number of this rank's shard group; 0 where all ranks are one.
+    pub fn replica(&self) -> usize {
+        self.model.mesh.replica()
     }
 
     pub fn unit(&self, unit: UnitId) -> Result<&UnitPlan> {
@@ -234,15 +268,16 @@ impl Engine {
         Ok(())
     }
 
-    /// After a unit's forward: reshards it, unless the strategy keeps it for its backward. The root's ends an iteration
-    /// that no backward follows.
+    /// After a unit's forward: reshards it, unless it is kept for its backward. The root's ends an iteration that no backward
+    /// follows.
     pub fn post_forward(&self, unit: UnitId) -> Result<()> {
         self.unit(unit)?;
         let mut state = self.lock()?;
         let grad_enabled = state.grad_enabled;
         if state.units[unit as usize].leave_forward(grad_enabled)? {
-            if self.strategy == Strategy::FullShard || !grad_enabled {
-                state.units[unit as usize].reshard();
+            match grad_enabled {
+                true => state.units[unit as usize].reshard_after_forward(),
+                false => state.units[unit as usize].reshard(),
             }
             if unit == Plan::ROOT_UNIT {
                 state.order.end_forward();
@@ -297,6 +332,14 @@ impl Engine {
         state.gradients.progress()
     }
 
+    /// The host reads this unit's parameters no more until a backward does: reshards it as after a forward. Local.
+    pub fn reshard_after_forward(&self, unit: UnitId) -> Result<()> {
+        self.unit(unit)?;
+        let mut state = self.lock()?;
+        state.units[unit as usize].reshard_after_forward();
+        state.gradients.progress()
+    }
+
     /// This unit's gradients are complete: starts its reduce-scatter. Collective, does not wait for peers unless every
     /// slot is taken. A rank that has no gradients for the unit takes part with none.
     pub fn reduce(&self, unit: UnitId) -> Result<()> {
@@ -339,7 +382,7 @@ impl Engine {
             self.finish_forward_locked(&mut state)?;
         }
         self.model.stores.iter().try_for_each(|s| s.require_free(self.number))?;
-        self.model.stores.iter().try_for_each(|s| s.wait_writable())?;
+        self.model.mesh.spread(self.model.stores.iter().try_for_each(|s| s.wait_writable()))?;
         Ok(f())
     }
 
@@ -399,7 +442,7 @@ impl Engine {
         Ok(Shard { data: self.shard_data(param as usize), grad, len: p.piece.len })
     }
 
-    /// Forgets a parameter's gradient; the next reduction overwrites it. Local.
+    /// Forgets a parameter's gradient shard; the next reduction overwrites it. Local.
     pub fn clear_grad(&self, param: ParamId) -> Result<()> {
         let p = self.param(param)?;
         let _one_at_a_time = self.lock()?;
@@ -407,9 +450,11 @@ impl Engine {
         Ok(())
     }
 
-    /// Forgets all gradients. Local.
+    /// Forgets all gradients, also those that backwards without reduction have left. Local.
     pub fn zero_grad(&self) -> Result<()> {
-        let _one_at_a_time = self.lock()?;
+        let mut state = self.lock()?;
+        state.gradients.discard_kept();
+        state.gradients.take_reduced(self.plan());
         self.plan().params.iter().for_each(|p| self.store(p.unit).set_held(p.store_param, false));
         Ok(())
     }
@@ -423,10 +468,13 @@ impl Engine {
             padding_bytes: self.plan().padding_bytes() as u64,
             unit_buffer_bytes: self.plan().units.iter().map(|u| u.arena_bytes() as u64).sum(),
             all_gathers: state.all_gathers,
+            all_gather_bytes: state.all_gather_bytes,
+            all_gather_sent_bytes: state.all_gather_sent_bytes,
             all_gather_bytes_moved: 0,
             materialized_peak_bytes: self.materialized_peak_bytes,
             prefetches: state.prefetches,
             gradients: state.gradients.counters,
+            replicas: state.replicas,
         })
     }
 
@@ -471,6 +519,10 @@ impl Engine {
     }
 
     fn unshard_locked(&self, state: &mut State, unit: UnitId) -> Result<()> {
+        self.model.mesh.spread(self.try_unshard(state, unit))
+    }
+
+    fn try_unshard(&self, state: &mut State, unit: UnitId) -> Result<()> {
         if state.units[unit as usize].state == UnitState::Unsharded {
             return Ok(());
         }
@@ -479,6 +531,7 @@ impl Engine {
             stores.iter().try_for_each(|s| s.require_free(self.number))?;
             state.reading = true;
             stores.iter().try_for_each(|s| s.open(self.number))?;
+            state.groups.iter().try_for_each(|g| g.comm.open_reads(&g.arena))?;
         }
         if let Some(deviation) = state.order.record(unit) {
             self.warn_about_order(deviation);
@@ -499,9 +552,15 @@ impl Engine {
             return Ok(());
         }
         let kind = if state.order.in_forward() { Kind::ForwardAllGather } else { Kind::AllGather };
-        let tag = Tag { kind, unit: self.first_unit + unit, dtype: DType::F32, bytes: u.bytes() as u64 };
-        self.comm().all_gather(tag, &self.store(unit).arena, state.order.check())?;
+        let (comm, arena, first_unit) = match state.units[unit as usize].group.map(|g| &state.groups[g]) {
+            Some(group) => (&group.comm, &group.arena, group.first_unit),
+            None => (self.comm(), &self.store(unit).arena, self.first_unit),
+        };
+        let tag = Tag { kind, unit: first_unit + unit, dtype: DType::F32, bytes: u.bytes() as u64 };
+        comm.all_gather(tag, arena, state.order.check())?;
         state.all_gathers += 1;
+        state.all_gather_bytes += u.bytes() as u64;
+        state.all_gather_sent_bytes += (u.bytes() - u.bytes() / comm.world_size()) as u64;
         Ok(())
     }
 
@@ -542,35 +601,67 @@ impl Engine {
             ));
         }
         state.order.end_forward();
-        if u.params.iter().any(|p| state.requires_grad[*p as usize]) {
-            state.gradients.join(self.plan(), unit)?;
+        if !state.accumulation.requires_gradient_sync {
+            return Ok(());
         }
-        state.gradients.start(self.plan(), unit, self.first_unit + unit)
+        let trained = u.params.iter().any(|p| state.requires_grad[*p as usize]);
+        let joined = if trained { state.gradients.join(self.plan(), unit) } else { Ok(()) };
+        let started = joined.and_then(|()| state.gradients.start(self.plan(), unit, self.first_unit + unit));
+        self.model.mesh.spread(started)
     }
 
     fn finish_forward_locked(&self, state: &mut State) -> Result<()> {
         state.gradients.discard_open();
         self.close(state, false);
         match state.gradients.started() {
-            true => state.gradients.end(),
+            true => self.model.mesh.spread(state.gradients.end()),
             false => Ok(()),
         }
     }
 
     fn finish_backward_locked(&self, state: &mut State) -> Result<()> {
-        state.gradients.start_all(self.plan(), self.first_unit)?;
+        self.model.mesh.spread(self.try_finish_backward(state))
+    }
+
+    fn try_finish_backward(&self, state: &mut State) -> Result<()> {
+        let Accumulation { requires_gradient_sync, is_last_backward, requires_all_reduce } = state.accumulation;
+        match requires_gradient_sync {
+            true => state.gradients.start_all(self.plan(), self.first_unit)?,
+            false => state.gradients.keep(),
+        }
+        if !is_last_backward {
+            self.end_pass(state, true);
+            return state.gradients.progress();
+        }
         // Before waiting for the reductions: whoever has finished those then knows that nobody reads any more.
         self.close(state, true);
-        state.gradients.end()?;
+        if requires_gradient_sync || state.gradients.started() {
+            state.gradients.end()?;
+            if requires_all_reduce {
+                self.average_over_replicas(state)?;
+            }
+        }
+        if !requires_gradient_sync {
+            // Where other ranks reduce, this is a mismatch at once, before anybody takes a step.
+            self.comm().barrier()?;
+            self.model.mesh.replicate.iter().try_for_each(|r| r.barrier())?;
+        }
         self.model.stores.iter().try_for_each(|s| s.wait_writable())
     }
 
-    fn close(&self, state: &mut State, backward: bool) {
+    /// The forward, and the backward if there was one, have ended.
+    fn end_pass(&self, state: &mut State, backward: bool) {
         state.units.iter_mut().for_each(Unit::reset);
         if let Some(deviation) = state.order.end_iteration(backward && state.reading) {
             self.warn_about_order(deviation);
         }
-        state.reading = false;
+    }
+
+    fn close(&self, state: &mut State, backward: bool) {
+        self.end_pass(state, backward);
+        if std::mem::take(&mut state.reading) {
+            state.groups.iter().for_each(|g| g.comm.close_reads(&g.arena));
+        }
         self.model.stores.iter().for_each(|s| s.close(self.number));
     }
 }

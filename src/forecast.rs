@@ -8,7 +8,7 @@
 //! A *step* is one forward and one backward in which each unit is used once through the engine's hooks. A unit that is used
 //! k times is gathered k times as often, and reduced once all the same.
 
-use crate::config::{EngineConfig, Strategy};
+use crate::config::EngineConfig;
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::module::{ModuleTree, ROOT};
@@ -27,7 +27,7 @@ pub struct Request {
     pub world_size: usize,
     /// None: the one with the most bytes (the lowest of several).
     pub rank: Option<usize>,
-    /// Strategy, reduce_dtype and gradient_slots count; the rest changes no size.
+    /// Strategy, shard_size, reduce_dtype and gradient_slots count; the rest changes no size.
     pub config: EngineConfig,
     /// Bytes of optimizer state per element of a trained parameter: 0 for plain SGD, 8 for Adam in float32; at most 4096.
     pub optimizer_bytes_per_element: u32,
@@ -40,10 +40,10 @@ pub struct Traffic {
     pub collectives: u64,
     /// Their full size: the unit buffers gathered, or the gradients that a rank gives to reductions.
     pub bytes: u64,
-    /// What each rank sends where bytes move: (W-1)/W of `bytes`. On shm nothing is sent: an all-gather moves no bytes,
+    /// What each rank sends where bytes move: (W-1)/W of `bytes`, twice that for an all-reduce. On shm nothing is sent: an all-gather moves no bytes,
     /// and in a reduction each rank reads its own range of every rank's slot, `bytes` in all.
     pub sent_bytes: u64,
-    /// In how many messages each rank sends them, around a ring: W-1 per collective.
+    /// In how many messages each rank sends them, around a ring: W-1 per collective, twice that for an all-reduce.
     pub sent_messages: u64,
 }
 
@@ -57,6 +57,19 @@ impl Traffic {
                 bytes: count * world * shard,
                 sent_bytes: count * (world - 1) * shard,
                 sent_messages: count * (world - 1),
+            },
+        }
+    }
+
+    /// An all-reduce of `bytes` over `replicas` ranks: around a ring, a reduce-scatter and an all-gather.
+    fn of_all_reduce(bytes: u64, replicas: u64) -> Traffic {
+        match bytes.min(replicas - 1) {
+            0 => Traffic::default(),
+            _ => Traffic {
+                collectives: 1,
+                bytes,
+                sent_bytes: 2 * bytes.div_ceil(replicas) * (replicas - 1),
+                sent_messages: 2 * (replicas - 1),
             },
         }
     }
@@ -84,10 +97,13 @@ pub struct UnitForecast {
     pub shard_bytes: u64,
     /// Bytes of the unit buffer that belong to no parameter.
     pub padding_bytes: u64,
-    /// FULL_SHARD: once for forward and once for backward. SHARD_GRAD_OP: once.
+    /// Once, or once for forward and once for backward where units are resharded between (not the root). Within a shard
+    /// group.
     pub all_gather: Traffic,
-    /// Once, if any of its parameters is trained; in elements of the reduce dtype.
+    /// Once, if any of its parameters is trained; in elements of the reduce dtype. Within a shard group.
     pub reduce_scatter: Traffic,
+    /// Of this rank's pieces of its trained parameters, over the replicas: once, in float32, after the reduce-scatter.
+    pub all_reduce: Traffic,
 }
 
 /// See the module's text. "This rank" is `rank`.
@@ -110,22 +126,24 @@ pub struct Forecast {
     pub gradient_slot_bytes: u64,
     /// The part of this rank's shards that belongs to no parameter.
     pub shard_padding_bytes: u64,
-    /// Padding in all unit buffers: of all ranks together.
+    /// Padding in all unit buffers: of all ranks of a shard group together.
     pub padding_bytes: u64,
     /// All unit buffers, each rounded up to 64 bytes. On shm they are all ranks' shards, once per host.
     pub unit_buffer_bytes: u64,
-    /// Most bytes of unit buffers unsharded at once. FULL_SHARD: the largest sum along a path of nested units, the root
-    /// included; SHARD_GRAD_OP: all. A unit gathered ahead comes on top. Takes no memory on shm; where bytes move, each rank
+    /// Most bytes of unit buffers unsharded at once. Where units are resharded after their forward: the largest sum along a path of nested units, the root
+    /// included; else all. A unit gathered ahead comes on top. Takes no memory on shm; where bytes move, each rank
     /// needs it besides its shards.
     pub unsharded_peak_bytes: u64,
     /// What this rank brings at its peak: shards, gradient shards, slots, optimizer state. With fewer gradient_slots than
     /// units nest, the units that then collect in memory of their own come on top.
     pub rank_peak_bytes: u64,
-    /// All ranks together, as on shm, where they are on one host: the unit buffers, and every rank's gradient shards,
+    /// All ranks together, as on shm, where they are on one host: each shard group's unit buffers, and every rank's gradient shards,
     /// slots and optimizer state.
     pub host_peak_bytes: u64,
     pub all_gather: Traffic,
     pub reduce_scatter: Traffic,
+    /// Over the replicas, where the strategy has some.
+    pub all_reduce: Traffic,
     /// In the order of the engine's units: 0 is the root, the others follow in depth-first order.
     pub units: Vec<UnitForecast>,
 }
@@ -135,17 +153,20 @@ impl Forecast {
     pub fn new(tree: &ModuleTree, request: &Request) -> Result<Forecast> {
         check(tree, request)?;
         let (world, config) = (request.world_size, &request.config);
-        let plan = Plan::new(tree, request.rank.unwrap_or(0), world)?;
+        let group = config.shard_group_size(world)?;
+        let plan = Plan::new(tree, request.rank.unwrap_or(0) % group, group)?;
         let rank = request.rank.unwrap_or_else(|| fullest_rank(&plan));
+        let replicas = world / group;
         let units: Vec<UnitForecast> =
-            (0..plan.units.len() as UnitId).map(|u| unit_forecast(&plan, u, world as u64, config)).collect();
+            (0..plan.units.len() as UnitId).map(|u| unit_forecast(&plan, u, rank % group, replicas, config)).collect();
         let numel_of = |only_trained: bool| -> u64 {
             let counts = |p: &&crate::module::Param| p.requires_grad || !only_trained;
             tree.params().iter().filter(counts).map(|p| p.numel() as u64).sum()
         };
         let on_rank = |only_trained: bool| -> u64 {
             let counts = |p: &&crate::plan::ParamPlan| p.requires_grad || !only_trained;
-            let piece = |p: &crate::plan::ParamPlan| plan.units[p.unit as usize].layout.piece(p.index, rank).len as u64;
+            let piece =
+                |p: &crate::plan::ParamPlan| plan.units[p.unit as usize].layout.piece(p.index, rank % group).len as u64;
             plan.params.iter().filter(counts).map(piece).sum()
         };
         let sum = |of: fn(&UnitPlan) -> usize| plan.units.iter().map(|u| of(u) as u64).sum::<u64>();
@@ -162,24 +183,27 @@ impl Forecast {
             padding_bytes: plan.padding_bytes() as u64,
             unit_buffer_bytes: sum(UnitPlan::arena_bytes),
             unsharded_peak_bytes: match config.strategy {
-                Strategy::FullShard => deepest_path_bytes(tree, &plan),
-                Strategy::ShardGradOp => sum(UnitPlan::bytes),
+                s if s.reshards_after_forward() => deepest_path_bytes(tree, &plan),
+                _ => sum(UnitPlan::bytes),
             },
             rank_peak_bytes: 0,
             host_peak_bytes: 0,
             all_gather: Traffic::default(),
             reduce_scatter: Traffic::default(),
+            all_reduce: Traffic::default(),
             units,
         };
         for u in &f.units {
             f.all_gather.add(u.all_gather);
             f.reduce_scatter.add(u.reduce_scatter);
+            f.all_reduce.add(u.all_reduce);
         }
         let gradients = f.grad_shard_bytes + f.gradient_slot_bytes;
-        let all_optimizer_bytes = u64::from(request.optimizer_bytes_per_element) * f.trained_numel;
+        let all_optimizer_bytes =
+            replicas as u128 * u128::from(u64::from(request.optimizer_bytes_per_element) * f.trained_numel);
         f.rank_peak_bytes = f.param_shard_bytes + gradients + f.optimizer_bytes;
-        let host = u128::from(f.unit_buffer_bytes) + world as u128 * u128::from(gradients);
-        f.host_peak_bytes = u64::try_from(host + u128::from(all_optimizer_bytes)).unwrap_or(u64::MAX);
+        let host = replicas as u128 * u128::from(f.unit_buffer_bytes) + world as u128 * u128::from(gradients);
+        f.host_peak_bytes = u64::try_from(host + all_optimizer_bytes).unwrap_or(u64::MAX);
         Ok(f)
     }
 
@@ -214,8 +238,8 @@ fn check(tree: &ModuleTree, request: &Request) -> Result<()> {
     if numel.is_none_or(|n| n > MAX_NUMEL) {
         return Err(err!(InvalidArgument, "the model has more than {MAX_NUMEL} elements"));
     }
-    if let Some(other) = tree.adopted().iter().find(|m| m.comm.world_size() != world) {
-        let there = other.comm.world_size();
+    if let Some(other) = tree.adopted().iter().find(|m| m.mesh.world.world_size() != world) {
+        let there = other.mesh.world.world_size();
         return Err(err!(
             InvalidArgument,
             "a part of the model is sharded over {there} ranks already: it cannot be planned for {world}"
@@ -224,12 +248,13 @@ fn check(tree: &ModuleTree, request: &Request) -> Result<()> {
     Ok(())
 }
 
-fn unit_forecast(plan: &Plan, unit: UnitId, world: u64, config: &EngineConfig) -> UnitForecast {
+fn unit_forecast(plan: &Plan, unit: UnitId, rank: usize, replicas: usize, config: &EngineConfig) -> UnitForecast {
     let u = &plan.units[unit as usize];
-    let gathers = match config.strategy {
-        Strategy::FullShard => 2,
-        Strategy::ShardGradOp => 1,
-    };
+    let world = (u.layout.len / u.layout.shard_len.max(1)) as u64;
+    let trained = |p: &&u32| plan.params[**p as usize].requires_grad;
+    let pieces = u.params.iter().filter(trained).map(|p| u.layout.piece(plan.params[*p as usize].index, rank).len);
+    let averaged = (pieces.sum::<usize>() * DType::F32.size()) as u64;
+    let gathers = 1 + u64::from(unit != Plan::ROOT_UNIT && config.strategy.reshards_after_forward());
     let reductions = u64::from(u.params.iter().any(|p| plan.params[*p as usize].requires_grad));
     let reduced_shard = (u.layout.shard_len * config.reduce_dtype.size()) as u64;
     UnitForecast {
@@ -242,6 +267,7 @@ fn unit_forecast(plan: &Plan, unit: UnitId, world: u64, config: &EngineConfig) -
         padding_bytes: (u.layout.padding() * DType::F32.size()) as u64,
         all_gather: Traffic::of(gathers, u.shard_bytes() as u64, world),
         reduce_scatter: Traffic::of(reductions, reduced_shard, world),
+        all_reduce: Traffic::of_all_reduce(averaged, replicas as u64),
     }
 }
 

@@ -30,6 +30,10 @@ struct OpenUnit {
     slot: Option<usize>,
     /// Which parameters have a gradient by now.
     present: Vec<bool>,
+    /// A backward that did not reduce has left gradients here.
+    kept: bool,
+    /// The backward under way has added to them.
+    touched: bool,
 }
 
 /// Counts that tests and `fsdp_engine_stats` read.
@@ -63,6 +67,8 @@ pub struct Gradients {
 
 /// Where means go: the pieces of each unit, and the stores that say whether they are added to.
 struct Means {
+    /// Of each unit's parameters: whether a mean was written since [`Gradients::take_reduced`].
+    reduced: Vec<Vec<bool>>,
     segments: Vec<Vec<Segment>>,
     /// Of each unit's parameters: their number in the store.
     params: Vec<Vec<usize>>,
@@ -84,6 +90,9 @@ impl ReduceTarget for Means {
     fn reduced(&mut self, unit: usize, present: &[bool]) {
         for (param, _) in self.params[unit].iter().zip(present).filter(|(_, present)| **present) {
             self.stores[unit].set_held(*param, true);
+        }
+        for (reduced, present) in self.reduced[unit].iter_mut().zip(present) {
+            *reduced |= present;
         }
     }
 }
@@ -118,6 +127,7 @@ impl Gradients {
             started: false,
             reduce_dtype,
             means: Means {
+                reduced: plan.units.iter().map(|u| vec![false; u.params.len()]).collect(),
                 segments: (0..units)
                     .map(|u| plan.segments(u, comm.rank(), of_unit(&plan.units[u as usize]).grads.as_ptr()))
                     .collect(),
@@ -135,9 +145,23 @@ impl Gradients {
         self.started
     }
 
-    /// A unit that is collecting gradients.
+    /// A unit that is collecting gradients of a backward under way.
     pub fn collecting(&self) -> Option<UnitId> {
-        self.open.iter().position(Option::is_some).map(|u| u as UnitId)
+        let collects = |open: &OpenUnit| !open.kept || open.touched;
+        self.open.iter().position(|u| u.as_ref().is_some_and(collects)).map(|u| u as UnitId)
+    }
+
+    /// The backward has ended and reduces nothing: what was collected stays, for later ones to add to.
+    pub fn keep(&mut self) {
+        for open in self.open.iter_mut().flatten() {
+            (open.kept, open.touched) = (true, false);
+        }
+    }
+
+    /// Of each parameter: whether a mean was written to its gradient shard since the last call.
+    pub fn take_reduced(&mut self, plan: &Plan) -> Vec<bool> {
+        let take = |p: &crate::plan::ParamPlan| std::mem::take(&mut self.means.reduced[p.unit as usize][p.index]);
+        plan.params.iter().map(take).collect()
     }
 
     /// The full gradient region of parameter `index` of `unit`, and whether it already holds a gradient of this
@@ -149,6 +173,7 @@ impl Gradients {
         }
         let open = self.open[unit as usize].as_mut().expect("opened above");
         let base = open.slot.map_or(std::ptr::null_mut(), |s| self.memory.slots[s].data.cast::<f32>());
+        open.touched = true;
         let held = std::mem::replace(&mut open.present[index], true);
         Ok((base.wrapping_add(plan.units[unit as usize].layout.offsets[index]), held))
     }
@@ -208,10 +233,23 @@ impl Gradients {
         self.release()
     }
 
-    /// Drops gradients that were being collected (a backward that failed or was given up). Started reductions go on.
+    /// Drops gradients of a backward that failed or was given up, with what its units had kept from earlier ones, since
+    /// it was added to. Started reductions go on.
     pub fn discard_open(&mut self) {
-        let slots: Vec<usize> = self.open.iter_mut().filter_map(Option::take).filter_map(|open| open.slot).collect();
-        slots.into_iter().for_each(|slot| self.free(slot));
+        self.discard_where(|open| !open.kept || open.touched);
+    }
+
+    /// Drops what backwards that did not reduce have left.
+    pub fn discard_kept(&mut self) {
+        self.discard_where(|open| open.kept);
+    }
+
+    fn discard_where(&mut self, discard: impl Fn(&OpenUnit) -> bool) {
+        for unit in 0..self.open.len() {
+            if let Some(slot) = self.open[unit].take_if(|open| discard(open)).and_then(|open| open.slot) {
+                self.free(slot);
+            }
+        }
     }
 
     fn open_unit(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
@@ -223,7 +261,8 @@ impl Gradients {
         if let Some(slot) = slot {
             self.uses[slot] = SlotUse::Open;
         }
-        self.open[unit as usize] = Some(OpenUnit { slot, present: vec![false; u.params.len()] });
+        let present = vec![false; u.params.len()];
+        self.open[unit as usize] = Some(OpenUnit { slot, present, kept: false, touched: false });
         self.count();
         Ok(())
     }

@@ -35,6 +35,7 @@ pub mod layout;
 pub mod log;
 pub mod materialize;
 mod memory;
+pub mod mesh;
 pub mod module;
 pub mod optim;
 mod order;

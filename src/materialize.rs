@@ -60,12 +60,12 @@ struct Job {
 /// reset function and in which no parameter is registered is initialized too, with none. `take` is called once for
 /// each parameter, when its values are complete; they can be read during the call. Returns the most bytes of full
 /// parameters that were in memory at once. Nothing is called when a parameter has no initializer, and nothing more
-/// after the first error.
+/// after the first error, be it one of `take`.
 pub fn materialize(
     tree: &ModuleTree,
     plan: &Plan,
     init: Option<&ModuleInit>,
-    take: &mut dyn FnMut(ParamId, *const f32),
+    take: &mut dyn FnMut(ParamId, *const f32) -> Result<()>,
 ) -> Result<u64> {
     let mut peak = 0;
     for (unit, jobs) in jobs(tree, plan, init)?.into_iter().enumerate() {
@@ -115,7 +115,7 @@ fn materialize_unit(
     unit: UnitId,
     jobs: &[Job],
     init: Option<&ModuleInit>,
-    take: &mut dyn FnMut(ParamId, *const f32),
+    take: &mut dyn FnMut(ParamId, *const f32) -> Result<()>,
 ) -> Result<u64> {
     let numels: Vec<usize> = jobs.iter().flat_map(|j| &j.params).map(|p| tree.params()[*p as usize].numel()).collect();
     let layout = UnitLayout::plan(&numels, size_of::<f32>(), 1);
@@ -137,7 +137,7 @@ fn materialize_unit(
             })
             .collect();
         run(tree, job.module, &params, init)?;
-        params.iter().for_each(|p| take(p.param, p.values.as_ptr().cast()));
+        params.iter().try_for_each(|p| take(p.param, p.values.as_ptr().cast()))?;
     }
     Ok((numels.iter().sum::<usize>() * size_of::<f32>()) as u64)
 }
@@ -258,6 +258,7 @@ mod tests {
             // SAFETY: materialize says that the parameter's elements can be read during the call.
             let values = unsafe { std::slice::from_raw_parts(values, t.params()[p as usize].numel()) };
             assert!(taken.insert(p, values.to_vec()).is_none(), "parameter {p} is taken once");
+            Ok(())
         });
         (taken, peak)
     }

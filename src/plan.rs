@@ -3,6 +3,7 @@
 //! Pure data, computed before anything is allocated. Unit 0 is the root; units are in depth-first order of the tree.
 
 use crate::comm::{Segment, UnitName};
+use crate::config::EngineConfig;
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::layout::{Piece, UnitLayout};
@@ -228,13 +229,13 @@ impl Plan {
     }
 
     /// One line per unit and parameter: what ranks must agree on.
-    pub fn description(&self, tree: &ModuleTree) -> Vec<String> {
+    pub fn description(&self, tree: &ModuleTree, config: &EngineConfig) -> Vec<String> {
         let mut lines = Vec::new();
         for (p, param) in self.params.iter().zip(tree.params()) {
             let values = match (param.has_storage(), param.adopted) {
                 (_, Some(_)) => "sharded already, ",
-                (false, None) => "without storage, ",
-                (true, None) => "",
+                (false, None) if !config.sync_module_states => "without storage, ",
+                _ => "",
             };
             lines.push(format!(
                 "parameter \"{}\" of shape {:?}, {}, {}in unit \"{}\"",

@@ -7,6 +7,7 @@
 use crate::comm::{Arena, Communicator};
 use crate::error::{err, Result};
 use crate::memory::HostBuffer;
+use crate::mesh::Mesh;
 use crate::module::ModuleTree;
 use crate::plan::Plan;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,7 +47,7 @@ pub struct ShardedModel {
     pub plan: Plan,
     /// The plan's stores; the engine's own is the first.
     pub stores: Vec<Arc<ShardStore>>,
-    pub comm: Arc<dyn Communicator>,
+    pub mesh: Arc<Mesh>,
 }
 
 impl std::fmt::Debug for ShardedModel {

@@ -12,11 +12,25 @@ pub enum UnitState {
     Unsharded = 1,
 }
 
+/// What happens to a unit after a forward that a backward follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AfterForward {
+    /// It stays unsharded.
+    Keep,
+    /// It is resharded over its shard group.
+    Reshard,
+    /// It is resharded over a smaller group, the engine's of this index: a backward gathers there.
+    ReshardTo(usize),
+}
+
 /// State of one unit.
 #[derive(Debug)]
 pub struct Unit {
     name: String,
     pub state: UnitState,
+    pub after_forward: AfterForward,
+    /// The smaller group that it was resharded to after its forward.
+    pub group: Option<usize>,
     /// Its all-gather was issued ahead of time.
     gathered: bool,
     /// Forward passes entered and not left: a unit may contain itself.
@@ -28,10 +42,12 @@ pub struct Unit {
 }
 
 impl Unit {
-    pub fn new(name: &str) -> Unit {
+    pub fn new(name: &str, after_forward: AfterForward) -> Unit {
         Unit {
             name: name.into(),
             state: UnitState::Sharded,
+            after_forward,
+            group: None,
             gathered: false,
             forward_depth: 0,
             uses: 0,
@@ -42,6 +58,19 @@ impl Unit {
     pub fn reshard(&mut self) {
         self.state = UnitState::Sharded;
         self.gathered = false;
+        self.group = None;
+    }
+
+    /// Its forward is over and a backward follows.
+    pub fn reshard_after_forward(&mut self) {
+        match self.after_forward {
+            AfterForward::Keep => {}
+            AfterForward::Reshard => self.reshard(),
+            AfterForward::ReshardTo(group) => {
+                self.reshard();
+                self.group = Some(group);
+            }
+        }
     }
 
     /// Its all-gather has been issued, before the host asked for it.
@@ -120,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_unit_used_twice_is_complete_after_its_second_backward() {
-        let mut u = Unit::new("u");
+        let mut u = Unit::new("u", AfterForward::Reshard);
         for _ in 0..2 {
             u.enter_forward();
             assert!(u.leave_forward(true).unwrap());
@@ -133,7 +162,7 @@ mod tests {
 
     #[test]
     fn wrong_order_names_the_unit() {
-        let mut u = Unit::new("layers.3");
+        let mut u = Unit::new("layers.3", AfterForward::Keep);
         for e in [u.leave_forward(true).unwrap_err(), u.enter_backward().unwrap_err(), u.leave_backward().unwrap_err()]
         {
             assert!(e.message.contains("\"layers.3\""), "{e}");

@@ -130,7 +130,7 @@ fn a_table_has_human_numbers_and_units() {
     let has = |words: &[&str]| out.lines().any(|l| words.iter().all(|w| l.contains(w)));
     assert!(has(&["model", "1.57 million", "3 units"]), "{out}");
     assert!(has(&["parameter shards", "1.50 MiB"]) && has(&["optimizer state", "3.00 MiB"]), "{out}");
-    assert!(has(&["unit buffers", "6.00 MiB"]) && has(&["all-gathers", " 4 ", "12.00 MiB"]), "{out}");
+    assert!(has(&["unit buffers", "6.00 MiB"]) && has(&["all-gathers", " 3 "]), "{out}");
     assert!(has(&["b ", "524.29 thousand", "512.00 KiB", "0 B"]) && has(&["planned in"]), "{out}");
     // No host holds so many ranks: nothing is said about one.
     let (_, out, _) = plan(&["-n", "1000", &net]);

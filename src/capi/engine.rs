@@ -20,6 +20,13 @@ pub const FSDP_UNIT_UNSHARDED: i32 = 1;
 pub const FSDP_FULL_SHARD: i32 = 0;
 /// A unit stays unsharded from its forward until its backward has ended (ZeRO-2).
 pub const FSDP_SHARD_GRAD_OP: i32 = 1;
+/// Every rank holds all parameters, and gradients are averaged over the ranks (data parallel).
+pub const FSDP_NO_SHARD: i32 = 2;
+/// FSDP_FULL_SHARD within groups of shard_size consecutive ranks. The groups are replicas of each other: once an iteration
+/// they average their gradients.
+pub const FSDP_HYBRID_SHARD: i32 = 3;
+/// FSDP_SHARD_GRAD_OP within such groups (PyTorch's _HYBRID_SHARD_ZERO2).
+pub const FSDP_HYBRID_SHARD_GRAD_OP: i32 = 4;
 
 /// fsdp_engine_config_t.order_check: every unshard is compared with the other ranks'; a difference is
 /// FSDP_ERR_MISMATCH on every rank.
@@ -40,7 +47,8 @@ pub struct fsdp_engine_config_t {
     /// Buffers per rank for a unit's full gradients: how many units may collect or reduce gradients at once. 0: one
     /// more than the levels of nested units. A unit that finds all taken collects in memory of its own.
     pub gradient_slots: u32,
-    /// FSDP_FULL_SHARD or FSDP_SHARD_GRAD_OP.
+    /// FSDP_FULL_SHARD, FSDP_SHARD_GRAD_OP, FSDP_NO_SHARD, FSDP_HYBRID_SHARD or FSDP_HYBRID_SHARD_GRAD_OP. Whatever it is,
+    /// the root stays unsharded between its forward and its backward: see fsdp_engine_set_reshard_after_forward.
     pub strategy: i32,
     /// FSDP_ORDER_CHECK_ERROR, _WARN or _OFF. Reductions are matched by unit in every case; everything else is always
     /// compared.
@@ -54,6 +62,11 @@ pub struct fsdp_engine_config_t {
     pub param_init_fn: fsdp_module_init_fn,
     /// Passed to param_init_fn.
     pub param_init_user_data: *mut c_void,
+    /// Ranks of a shard group, a divisor of the world size, with the hybrid strategies; else 0.
+    pub shard_size: u32,
+    /// 1: every rank starts from rank 0's values, which it broadcasts. The others' memory and initializers are not looked at,
+    /// and a parameter may have storage on some ranks only. 0: each rank cuts its own.
+    pub sync_module_states: i32,
 }
 
 /// A unit. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
@@ -155,6 +168,14 @@ pub struct fsdp_stats_t {
     pub materialized_peak_bytes: u64,
     /// All-gathers issued ahead of the unit that was asked for (fsdp_engine_set_prefetch_order).
     pub prefetches: u64,
+    /// Bytes of the unit buffers that all-gathers have filled.
+    pub all_gather_bytes: u64,
+    /// Bytes of them that each rank sends where bytes move: (n - 1) / n of them in a group of n ranks.
+    pub all_gather_sent_bytes: u64,
+    /// All-reduces of gradients over replicas so far: one per unit with gradients and iteration.
+    pub all_reduces: u64,
+    /// Bytes of this rank's gradients that it gave to them.
+    pub all_reduce_bytes: u64,
 }
 
 // SAFETY: repr(C), begins with its size, plain data.
@@ -236,10 +257,18 @@ fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
             "expected param_init_fn to be callable: it is NULL, and param_init_user_data is not"
         ));
     }
-    Ok(EngineConfig { gradient_slots: c.gradient_slots, strategy, order_check, reduce_dtype, param_init })
+    Ok(EngineConfig {
+        gradient_slots: c.gradient_slots,
+        strategy,
+        shard_size: c.shard_size,
+        order_check,
+        reduce_dtype,
+        param_init,
+        sync_module_states: c.sync_module_states != 0,
+    })
 }
 
-fn with<T>(engine: *const fsdp_engine_t, f: impl FnOnce(&Engine) -> Result<T>) -> Result<T> {
+pub(super) fn with<T>(engine: *const fsdp_engine_t, f: impl FnOnce(&Engine) -> Result<T>) -> Result<T> {
     f(&get(engine)?.engine)
 }
 
@@ -658,6 +687,10 @@ pub unsafe extern "C" fn fsdp_engine_stats(engine: *const fsdp_engine_t, out: *m
             overflow_peak: s.gradients.overflow_peak as u32,
             materialized_peak_bytes: s.materialized_peak_bytes,
             prefetches: s.prefetches,
+            all_gather_bytes: s.all_gather_bytes,
+            all_gather_sent_bytes: s.all_gather_sent_bytes,
+            all_reduces: s.replicas.all_reduces,
+            all_reduce_bytes: s.replicas.all_reduce_bytes,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, stats) }

@@ -10,6 +10,7 @@ pub mod checkpoint;
 pub mod comm;
 pub mod engine;
 pub mod handle;
+pub mod iteration;
 pub mod log;
 pub mod model;
 pub mod optim;

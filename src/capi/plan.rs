@@ -30,6 +30,8 @@ pub struct fsdp_plan_request_t {
     pub optimizer_bytes_per_element: u32,
     /// Whose bytes to tell: a rank, or FSDP_LARGEST_RANK.
     pub rank: i32,
+    /// As in fsdp_engine_config_t.
+    pub shard_size: u32,
 }
 
 /// What an engine will use and do. "This rank" is the one asked for; ranks differ in padding and optimizer state only. A
@@ -59,16 +61,16 @@ pub struct fsdp_plan_t {
     pub gradient_slot_bytes: u64,
     /// Bytes of this rank's shards that belong to no parameter.
     pub shard_padding_bytes: u64,
-    /// Bytes of all unit buffers that belong to no parameter: the padding of all ranks together.
+    /// Bytes of all unit buffers that belong to no parameter: the padding of all ranks of a shard group together.
     pub padding_bytes: u64,
     /// As fsdp_stats_t will say: on shm once per host.
     pub unit_buffer_bytes: u64,
-    /// Most bytes of unit buffers unsharded at once: under FSDP_FULL_SHARD the largest sum along a path of nested units,
-    /// under FSDP_SHARD_GRAD_OP all. No memory of its own on shm; where bytes move, each rank needs it besides its shards.
+    /// Most bytes of unit buffers unsharded at once: where units are resharded after their forward the largest
+    /// sum along a path of nested units, else all. No memory of its own on shm; where bytes move, each rank needs it besides its shards.
     pub unsharded_peak_bytes: u64,
     /// This rank at its peak: its shards, gradient shards, gradient slots and optimizer state.
     pub rank_peak_bytes: u64,
-    /// All ranks together, as on shm, where they are on one host: the unit buffers, and every rank's gradient shards,
+    /// All ranks together, as on shm, where they are on one host: each shard group's unit buffers, and every rank's gradient shards,
     /// gradient slots and optimizer state.
     pub host_peak_bytes: u64,
     /// All-gathers of a step.
@@ -88,6 +90,14 @@ pub struct fsdp_plan_t {
     pub reduce_scatter_sent_bytes: u64,
     /// In so many messages, around a ring: world_size - 1 per reduce-scatter.
     pub reduce_scatter_messages: u64,
+    /// All-reduces of a step, over the replicas of a hybrid or unsharded engine, of float32 means.
+    pub all_reduces: u64,
+    /// Bytes of the gradients that each rank gives to them.
+    pub all_reduce_bytes: u64,
+    /// Bytes that each rank sends where bytes move: 2 (n - 1) / n of all_reduce_bytes with n replicas.
+    pub all_reduce_sent_bytes: u64,
+    /// In so many messages, around a ring: 2 (n - 1) per all-reduce.
+    pub all_reduce_messages: u64,
 }
 
 /// A unit, the same on every rank. Set struct_size before the call.
@@ -114,6 +124,10 @@ pub struct fsdp_plan_unit_t {
     pub reduce_scatters: u64,
     /// Bytes of the gradients that each rank gives to them.
     pub reduce_scatter_bytes: u64,
+    /// All-reduces of a step.
+    pub all_reduces: u64,
+    /// Bytes of the gradients that this rank gives to them.
+    pub all_reduce_bytes: u64,
 }
 
 // SAFETY: repr(C), begins with its size, plain data.
@@ -170,6 +184,10 @@ pub unsafe extern "C" fn fsdp_plan(
             reduce_scatter_bytes: f.reduce_scatter.bytes,
             reduce_scatter_sent_bytes: f.reduce_scatter.sent_bytes,
             reduce_scatter_messages: f.reduce_scatter.sent_messages,
+            all_reduces: f.all_reduce.collectives,
+            all_reduce_bytes: f.all_reduce.bytes,
+            all_reduce_sent_bytes: f.all_reduce.sent_bytes,
+            all_reduce_messages: f.all_reduce.sent_messages,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, plan) }
@@ -203,6 +221,8 @@ pub unsafe extern "C" fn fsdp_plan_unit(
             all_gathers: u.all_gather.collectives,
             reduce_scatters: u.reduce_scatter.collectives,
             reduce_scatter_bytes: u.reduce_scatter.bytes,
+            all_reduces: u.all_reduce.collectives,
+            all_reduce_bytes: u.all_reduce.bytes,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, unit) }
@@ -223,6 +243,7 @@ unsafe fn forecast(model: *const fsdp_model_t, request: *const fsdp_plan_request
     let config = EngineConfig {
         gradient_slots: r.gradient_slots,
         strategy: strategy(r.strategy, of)?,
+        shard_size: r.shard_size,
         reduce_dtype: reduce_dtype(r.reduce_dtype, of)?,
         ..EngineConfig::default()
     };

@@ -49,8 +49,10 @@ fn numbers_by_hand() {
     let gathered = 4 * (8 + 136 + 40);
     let once = Traffic { collectives: 3, bytes: gathered, sent_bytes: gathered / 2, sent_messages: 3 };
     assert_eq!(f.reduce_scatter, once);
-    let twice = Traffic { collectives: 6, bytes: 2 * gathered, sent_bytes: gathered, sent_messages: 6 };
-    assert_eq!(f.all_gather, twice);
+    // All but the root once more, for their backward.
+    let bytes = gathered + 4 * (136 + 40);
+    assert_eq!(f.all_gather, Traffic { collectives: 5, bytes, sent_bytes: bytes / 2, sent_messages: 5 });
+    assert_eq!(f.all_reduce, Traffic::default());
     assert_eq!(
         f.units.iter().map(|u| (u.name.as_str(), u.params)).collect::<Vec<_>>(),
         [("", 1), ("a", 2), ("a.x", 1), ("b", 0)]
@@ -74,6 +76,24 @@ fn strategy_slots_and_reduce_dtype_count() {
 }
 
 #[test]
+fn replicas_average_what_is_trained() {
+    let mut r = Request { rank: Some(3), ..request(4) };
+    (r.config.strategy, r.config.shard_size) = (Strategy::HybridShard, 2);
+    let (hybrid, full) = (Forecast::new(&tree(), &r).unwrap(), Forecast::new(&tree(), &request(2)).unwrap());
+    // Each group is a world of two; rank 3 is the second of its group, with 1 of r, none of w and 20 of v.
+    assert_eq!((hybrid.param_shard_bytes, hybrid.all_gather), (full.param_shard_bytes, full.all_gather));
+    assert_eq!(hybrid.reduce_scatter, full.reduce_scatter);
+    assert_eq!(hybrid.optimizer_bytes, 8 * 21);
+    let averaged = Traffic { collectives: 2, bytes: 4 * 21, sent_bytes: 4 * 22, sent_messages: 4 };
+    assert_eq!((hybrid.all_reduce.collectives, hybrid.all_reduce.bytes), (averaged.collectives, averaged.bytes));
+    assert_eq!(hybrid.all_reduce, Traffic { sent_bytes: 2 * 2 + 2 * 40, ..averaged });
+    assert_eq!(hybrid.host_peak_bytes, 2 * 832 + 4 * (512 + 736) + 2 * 8 * 66);
+    (r.config.strategy, r.config.shard_size) = (Strategy::NoShard, 0);
+    let none = Forecast::new(&tree(), &r).unwrap();
+    assert_eq!((none.all_reduce.collectives, none.all_reduce.bytes, none.all_gather.sent_bytes), (3, 4 * 66, 0));
+}
+
+#[test]
 fn a_unit_that_is_frozen_is_not_reduced() {
     let mut t = ModuleTree::new("Net");
     let a = t.add_module(ROOT, "a", "Block").unwrap();
@@ -81,13 +101,13 @@ fn a_unit_that_is_frozen_is_not_reduced() {
     add(&mut t, a, "f", &[16], false);
     t.wrap(a).unwrap();
     let f = Forecast::new(&t, &request(4)).unwrap();
-    assert_eq!((f.all_gather.collectives, f.reduce_scatter.collectives, f.optimizer_bytes), (4, 1, 32));
+    assert_eq!((f.all_gather.collectives, f.reduce_scatter.collectives, f.optimizer_bytes), (3, 1, 32));
 }
 
 #[test]
 fn one_rank_sends_nothing() {
     let f = Forecast::new(&tree(), &request(1)).unwrap();
-    assert_eq!((f.all_gather.collectives, f.all_gather.sent_bytes, f.all_gather.sent_messages), (6, 0, 0));
+    assert_eq!((f.all_gather.collectives, f.all_gather.sent_bytes, f.all_gather.sent_messages), (5, 0, 0));
     assert_eq!((f.reduce_scatter.sent_bytes, f.optimizer_bytes), (0, 8 * 66));
 }
 
@@ -152,7 +172,7 @@ fn padding_of_405_billion_parameters_on_16384_ranks_is_below_one_percent() {
     assert!(f.padding_bytes < f.numel * 4 / 100, "{} bytes of padding", f.padding_bytes);
     // A rank holds its share, rounded up by less than a cut per unit.
     assert!(f.param_shard_bytes >= f.numel * 4 / 16384 && f.param_shard_bytes < f.numel * 4 / 16384 + 127 * 16);
-    assert_eq!((f.all_gather.collectives, f.reduce_scatter.collectives), (254, 127));
+    assert_eq!((f.all_gather.collectives, f.reduce_scatter.collectives), (253, 127));
     // The root's buffer and one layer's.
     assert_eq!(f.unsharded_peak_bytes, f.units[0].bytes + f.units[1].bytes);
 }

@@ -49,7 +49,7 @@ impl Optimizer {
     /// Keeps the engine alive. Collective: every rank passes the same options; the first that differs is named.
     pub fn new(engine: Arc<Engine>, rule: Rule) -> Result<Optimizer> {
         // Before the values are checked, so that a bad one on one rank only does not leave the others waiting.
-        agree::on_lines(&rule.agreed(), |_| "optimizer options", engine.comm().as_ref())?;
+        agree::on_lines(&rule.agreed(), |_| "optimizer options", engine.world().as_ref())?;
         rule.check()?;
         let mut len = 0;
         let place = |p: &crate::plan::ParamPlan| {

@@ -18,9 +18,14 @@ pub struct PlanArgs {
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     world_size: u32,
 
-    /// full-shard: units are unsharded only while they compute; shard-grad-op: from forward to backward.
-    #[arg(long, value_name = "NAME", default_value = "full-shard", value_parser = ["full-shard", "shard-grad-op"])]
-    strategy: String,
+    /// full-shard: units are unsharded only while they compute; shard-grad-op: from forward to backward; no-shard: always.
+    /// hybrid-shard and hybrid-shard-grad-op: so within groups of --shard-size ranks, which are replicas of each other.
+    #[arg(long, value_name = "NAME", default_value = "full-shard", value_parser = strategy)]
+    strategy: Strategy,
+
+    /// Ranks of a shard group, for the hybrid strategies.
+    #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
+    shard_size: u32,
 
     /// The type that gradients are rounded to before they are summed.
     #[arg(long, value_name = "TYPE", default_value = "float32", value_parser = ["float32", "float16", "bfloat16"])]
@@ -66,6 +71,16 @@ pub struct PlanArgs {
     /// Safetensors files, or one *.json: an index (model.safetensors.index.json) or a description.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
+}
+
+/// How the command line calls a strategy.
+fn strategy_name(strategy: Strategy) -> String {
+    strategy.name().to_lowercase().replace('_', "-")
+}
+
+fn strategy(text: &str) -> Result<Strategy, String> {
+    let known = Strategy::ALL.into_iter().find(|s| strategy_name(*s) == text);
+    known.ok_or_else(|| format!("one of {} is expected", Strategy::ALL.map(strategy_name).join(", ")))
 }
 
 fn optimizer(text: &str) -> Result<u32, String> {
@@ -117,7 +132,8 @@ fn forecast(args: &PlanArgs, tree: &ModuleTree) -> Result<Forecast, String> {
     let reduce_dtype = DType::ALL.into_iter().find(|d| d.name() == args.reduce_dtype);
     let config = EngineConfig {
         gradient_slots: args.gradient_slots,
-        strategy: if args.strategy == "full-shard" { Strategy::FullShard } else { Strategy::ShardGradOp },
+        strategy: args.strategy,
+        shard_size: args.shard_size,
         reduce_dtype: reduce_dtype.ok_or("unknown type")?,
         ..EngineConfig::default()
     };

@@ -29,9 +29,17 @@ using Shard = fsdp_shard_t;
 
 /// When units are resharded; see fsdp_engine_config_t.
 enum class Strategy : std::int32_t {
-  full_shard = FSDP_FULL_SHARD,         ///< after every forward and backward (ZeRO-3)
-  shard_grad_op = FSDP_SHARD_GRAD_OP,   ///< after the backward only (ZeRO-2)
+  full_shard = FSDP_FULL_SHARD,        ///< after every forward and backward (ZeRO-3)
+  shard_grad_op = FSDP_SHARD_GRAD_OP,  ///< after the backward only (ZeRO-2)
+  no_shard = FSDP_NO_SHARD,            ///< never: every rank holds all parameters
+  hybrid_shard = FSDP_HYBRID_SHARD,    ///< full_shard within groups of shard_size ranks
+  hybrid_shard_grad_op = FSDP_HYBRID_SHARD_GRAD_OP,  ///< shard_grad_op within such groups
 };
+
+/// Values of Engine::set_reshard_after_forward besides a number of ranks.
+inline constexpr std::int32_t kReshardDefault = FSDP_RESHARD_DEFAULT;
+inline constexpr std::int32_t kReshardNever = FSDP_RESHARD_NEVER;
+inline constexpr std::int32_t kReshardAlways = FSDP_RESHARD_ALWAYS;
 
 /// What is done about ranks that run different forwards; see fsdp_engine_config_t.
 enum class OrderCheck : std::int32_t {
@@ -51,6 +59,10 @@ struct EngineConfig {
   /// Initializes parameters without storage, module by module, in place of the model's own
   /// initializers. Called by Engine's constructor only; what it throws is rethrown there.
   ModuleInit param_init_fn;
+  /// Ranks of a shard group, a divisor of the world size, with the hybrid strategies; else 0.
+  std::uint32_t shard_size = 0;
+  /// Every rank starts from rank 0's values; what the others hold is not looked at.
+  bool sync_module_states = false;
 };
 
 /// An engine. Copies share it; the last one destroys it, after which no pointer obtained from it
@@ -67,6 +79,8 @@ class Engine {
     config.strategy = static_cast<std::int32_t>(options.strategy);
     config.order_check = static_cast<std::int32_t>(options.order_check);
     config.reduce_dtype = options.reduce_dtype;
+    config.shard_size = options.shard_size;
+    config.sync_module_states = options.sync_module_states ? 1 : 0;
     struct Call {
       const ModuleInit& init;
       std::exception_ptr thrown;
@@ -134,6 +148,29 @@ class Engine {
     check(fsdp_engine_set_grad_enabled(get(), enabled ? 1 : 0));
   }
 
+  /// What happens to a unit after a forward that a backward follows: kReshardDefault, kReshardNever,
+  /// kReshardAlways, or a number of ranks to reshard it over. Collective.
+  void set_reshard_after_forward(std::uint32_t unit, std::int32_t reshard_after_forward) {
+    check(fsdp_engine_set_reshard_after_forward(get(), unit, reshard_after_forward));
+  }
+
+  /// Whether backwards from here on reduce their gradients, or leave them unsharded for a later one
+  /// to add to and reduce. The same on every rank. Local.
+  void set_requires_gradient_sync(bool required) {
+    check(fsdp_engine_set_requires_gradient_sync(get(), required ? 1 : 0));
+  }
+
+  /// Whether backwards from here on end the iteration; the last one of a step must. The same on
+  /// every rank. Local.
+  void set_is_last_backward(bool last) {
+    check(fsdp_engine_set_is_last_backward(get(), last ? 1 : 0));
+  }
+
+  /// Whether backwards from here on average gradients over replicas. The same on every rank. Local.
+  void set_requires_all_reduce(bool required) {
+    check(fsdp_engine_set_requires_all_reduce(get(), required ? 1 : 0));
+  }
+
   /// Whether a parameter gets gradients from the next iteration on. Local.
   void set_requires_grad(std::uint32_t param, bool requires_grad) {
     check(fsdp_engine_set_requires_grad(get(), param, requires_grad ? 1 : 0));
@@ -164,6 +201,10 @@ class Engine {
     void* buffer = nullptr;
     check(fsdp_engine_unshard(get(), unit, &buffer));
     return static_cast<float*>(buffer);
+  }
+  /// Ends reading a unit until its backward: reshards it as set_reshard_after_forward says. Local.
+  void reshard_after_forward(std::uint32_t unit) {
+    check(fsdp_engine_reshard_after_forward(get(), unit));
   }
   /// Ends reading a unit. Local.
   void reshard(std::uint32_t unit) { check(fsdp_engine_reshard(get(), unit)); }

@@ -30,6 +30,8 @@ struct PlanRequest {
   std::uint32_t optimizer_bytes_per_element = 0;
   /// Whose bytes to tell; empty for the rank with the most.
   std::optional<std::uint32_t> rank;
+  /// As in EngineConfig.
+  std::uint32_t shard_size = 0;
 
   /// The C struct.
   fsdp_plan_request_t c_request() const {
@@ -37,6 +39,7 @@ struct PlanRequest {
     request.world_size = world_size;
     request.strategy = static_cast<std::int32_t>(strategy);
     request.reduce_dtype = reduce_dtype;
+    request.shard_size = shard_size;
     request.gradient_slots = gradient_slots;
     request.optimizer_bytes_per_element = optimizer_bytes_per_element;
     constexpr std::uint32_t most = std::numeric_limits<std::int32_t>::max();

@@ -1,6 +1,6 @@
 //! How `fsdp plan` shows a forecast: a table for people, JSON for programs.
 
-use super::{Described, PlanArgs};
+use super::{strategy_name, Described, PlanArgs};
 use fsdp::comm::shm::MAX_WORLD;
 use fsdp::forecast::{Forecast, Traffic};
 use serde_json::{json, Value};
@@ -30,12 +30,14 @@ pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
                 "padding_bytes": u.padding_bytes,
                 "all_gather": traffic(&u.all_gather),
                 "reduce_scatter": traffic(&u.reduce_scatter),
+                "all_reduce": traffic(&u.all_reduce),
             })
         })
         .collect();
     let all = json!({
         "world_size": f.world_size,
-        "strategy": args.strategy,
+        "strategy": strategy_name(args.strategy),
+        "shard_size": args.shard_size,
         "reduce_dtype": args.reduce_dtype,
         "optimizer_bytes_per_element": args.optimizer,
         "numel": f.numel,
@@ -53,6 +55,7 @@ pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
         "host_peak_bytes": f.host_peak_bytes,
         "all_gather": traffic(&f.all_gather),
         "reduce_scatter": traffic(&f.reduce_scatter),
+        "all_reduce": traffic(&f.all_reduce),
         "units": units,
         "notes": model.notes,
     });
@@ -68,7 +71,11 @@ pub fn table(args: &PlanArgs, f: &Forecast, model: &Described, took: Duration) -
     };
     let percent = 100.0 * f.padding_bytes as f64 / (f.padding_bytes + 4 * f.numel) as f64;
     line("model", count(f.numel), &format!("parameters, {} units, {} trained", f.units.len(), count(f.trained_numel)));
-    line("world size", f.world_size.to_string(), &format!("{}, reduced as {}", args.strategy, args.reduce_dtype));
+    line(
+        "world size",
+        f.world_size.to_string(),
+        &format!("{}, reduced as {}", strategy_name(args.strategy), args.reduce_dtype),
+    );
     line("padding", bytes(f.padding_bytes), &format!("{percent:.4} % of all unit buffers"));
     let whose = if args.rank.is_some() { "" } else { ", the one with the most" };
     line("", String::new(), "");
@@ -87,7 +94,9 @@ pub fn table(args: &PlanArgs, f: &Forecast, model: &Described, took: Duration) -
     }
     line("", String::new(), "");
     line("a step, on each rank", String::new(), "");
-    for (name, t) in [("all-gathers", &f.all_gather), ("reduce-scatters", &f.reduce_scatter)] {
+    let kinds =
+        [("all-gathers", &f.all_gather), ("reduce-scatters", &f.reduce_scatter), ("all-reduces", &f.all_reduce)];
+    for (name, t) in kinds.into_iter().filter(|(name, t)| *name != "all-reduces" || t.collectives > 0) {
         line(&format!("  {name}"), t.collectives.to_string(), &format!("of {} in all", bytes(t.bytes)));
         line(
             "    sent where bytes move",

@@ -118,7 +118,7 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
   Engine engine(walk.model, options.comm, config);
   walk.release_data();
   if (options.prefetch_order) engine.set_prefetch_order(options.prefetch_order->order);
-  auto state = std::make_shared<ModelState>(engine, options.strategy);
+  auto state = std::make_shared<ModelState>(engine);
   auto root = std::make_shared<ShardedRoot>();
   root->module = &module;
   root->first_module = walk.modules.front().id;

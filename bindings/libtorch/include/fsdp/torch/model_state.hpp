@@ -3,9 +3,9 @@
 // Units are unsharded when an operator touches them, inside the handle's forward (on its thread) or
 // inside a backward pass, and are errors elsewhere. A unit is resharded when a unit that is neither
 // its ancestor nor its descendant is touched, when its gradients have been reduced, and at the end
-// of a forward or backward. Under Strategy::shard_grad_op the engine is not told of the first and
-// of the last until a backward has ended: for the module the unit is closed, for the engine it is
-// there still, and opening it again costs nothing. Nothing is kept in thread-local storage.
+// of a forward or backward. Where a backward follows, the engine decides what the first and the last
+// mean (reshard_after_forward): for the module the unit is closed, for the engine it may be there
+// still, and opening it again costs nothing. Nothing is kept in thread-local storage.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -45,8 +45,7 @@ class ModelState final : public UnitHost,
                          public std::enable_shared_from_this<ModelState> {
  public:
   /// Filled by shard_module() right after construction.
-  ModelState(const Engine& engine, Strategy strategy)
-      : writes(std::make_shared<ShardWrites>(engine)), strategy_(strategy) {}
+  explicit ModelState(const Engine& engine) : writes(std::make_shared<ShardWrites>(engine)) {}
 
   ModelState(const ModelState&) = delete;
   ModelState& operator=(const ModelState&) = delete;
@@ -302,14 +301,18 @@ class ModelState final : public UnitHost,
     active_ = &unit;
   }
 
-  /// `keep`: a backward needs the unit again; the strategy says what the engine does until then.
+  /// `keep`: a backward needs the unit again; the engine says what happens until then.
   void reshard(UnitStorage& unit, bool keep) {
     if (unit.unsharded()) {
       unit.mark_sharded();
       unsharded_.erase(std::find(unsharded_.begin(), unsharded_.end(), &unit));
       if (active_ == &unit) active_ = nullptr;
     }
-    if (!keep || strategy_ == Strategy::full_shard) engine().reshard(unit.index);
+    if (keep) {
+      engine().reshard_after_forward(unit.index);
+    } else {
+      engine().reshard(unit.index);
+    }
   }
 
   void reshard_all(bool keep) {
@@ -381,7 +384,6 @@ class ModelState final : public UnitHost,
     }
   }
 
-  const Strategy strategy_;
   bool replaced_ = false;
   std::atomic<std::thread::id> forward_thread_{};
   int forward_depth_ = 0;

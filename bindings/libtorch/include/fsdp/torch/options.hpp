@@ -33,8 +33,11 @@ struct ShardOptions {
   /// nested units. A unit that finds all taken collects in memory of its own.
   std::uint32_t gradient_slots = 0;
   /// Whether a unit is resharded after each use, or stays unsharded from its forward until its
-  /// backward has ended.
+  /// backward has ended; and how many ranks it is spread over. The root stays unsharded between its
+  /// forward and its backward in any case.
   Strategy strategy = Strategy::full_shard;
+  /// Ranks of a shard group, a divisor of the world size, with the hybrid strategies; else 0.
+  std::uint32_t shard_size = 0;
   /// What is done about ranks that run different forwards. Only forwards in training mode
   /// (train()) with gradients enabled are compared with the first iteration.
   OrderCheck order_check = OrderCheck::error;
@@ -60,6 +63,7 @@ inline EngineConfig engine_config(const ShardOptions& options) {
   EngineConfig config;
   config.gradient_slots = options.gradient_slots;
   config.strategy = options.strategy;
+  config.shard_size = options.shard_size;
   config.order_check = options.order_check;
   if (options.mixed_precision.param_dtype != at::kFloat) {
     throw Error(FSDP_ERR_UNSUPPORTED,

@@ -1,0 +1,126 @@
+//! Where a new engine's parameters get their values: what the host holds or initializers give, on every rank or (with
+//! `sync_module_states`) on rank 0, which then broadcasts them.
+
+use super::Engine;
+use crate::agree;
+use crate::config::EngineConfig;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::materialize::materialize;
+use crate::module::{ModuleTree, ParamId};
+
+/// Floats of a broadcast: bounds the memory that it takes.
+const CHUNK: usize = 1 << 20;
+/// In place of a parameter's number: there are no more, or rank 0 has failed.
+const END: u64 = u64::MAX;
+
+impl Engine {
+    /// Copies this rank's cut of every parameter that has not been sharded before. Returns the most bytes of full
+    /// parameters that were in private memory at once. Collective.
+    ///
+    /// # Safety
+    /// Every parameter's `data` must be null or readable for its `numel()` floats.
+    pub(super) unsafe fn take_values(&self, tree: &ModuleTree, config: &EngineConfig) -> Result<u64> {
+        let world = self.world().as_ref();
+        if !config.sync_module_states {
+            // SAFETY: the caller's promise; `copy_range` wants the whole parameter.
+            let copy = |p: ParamId, data: *const f32, len: usize| unsafe { self.copy_range(p, 0, data, len) };
+            // SAFETY: the caller's promise.
+            let done = unsafe { each_value(tree, self.plan(), config, &mut |p, data, len| Ok(copy(p, data, len))) };
+            return agree::on_result(done, world);
+        }
+        let done = match world.rank() {
+            0 => {
+                // SAFETY: the caller's promise.
+                let send = &mut |p, data, len| unsafe { self.send(p, data, len) };
+                // SAFETY: the caller's promise.
+                let done = unsafe { each_value(tree, self.plan(), config, send) };
+                world.broadcast(&mut END.to_ne_bytes(), DType::I64, 0)?;
+                done
+            }
+            _ => self.receive().map(|()| 0),
+        };
+        agree::on_result(done, world)
+    }
+
+    /// Copies what of `data`, the `len` elements of a parameter from `first` on, lies in this rank's shard.
+    ///
+    /// # Safety
+    /// `data` must be readable for `len` floats.
+    unsafe fn copy_range(&self, param: ParamId, first: usize, data: *const f32, len: usize) {
+        let piece = &self.plan().params[param as usize].piece;
+        let from = piece.param_offset.max(first);
+        let to = (piece.param_offset + piece.len).min(first + len);
+        if from < to {
+            // SAFETY: the range lies inside `data`, and inside this rank's shard, which no rank reads before this one
+            // opens a READ phase.
+            unsafe {
+                let shard = self.shard_data(param as usize).add(from - piece.param_offset);
+                std::ptr::copy_nonoverlapping(data.add(from - first), shard, to - from);
+            }
+        }
+    }
+
+    /// Rank 0's part for one parameter: its number, then its values in chunks.
+    ///
+    /// # Safety
+    /// `data` must be readable for `len` floats.
+    unsafe fn send(&self, param: ParamId, data: *const f32, len: usize) -> Result<()> {
+        let world = self.world().as_ref();
+        world.broadcast(&mut u64::from(param).to_ne_bytes(), DType::I64, 0)?;
+        let mut chunk = Vec::new();
+        for first in (0..len).step_by(CHUNK) {
+            // SAFETY: the caller's promise.
+            let values = unsafe { std::slice::from_raw_parts(data.add(first), CHUNK.min(len - first)) };
+            chunk.clear();
+            chunk.extend_from_slice(values);
+            world.broadcast(as_bytes(&mut chunk), DType::F32, 0)?;
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_range(param, 0, data, len) };
+        Ok(())
+    }
+
+    /// The part of the other ranks, for all parameters.
+    fn receive(&self) -> Result<()> {
+        let world = self.world().as_ref();
+        let mut chunk = Vec::new();
+        loop {
+            let mut param = [0; 8];
+            world.broadcast(&mut param, DType::I64, 0)?;
+            let param = match u64::from_ne_bytes(param) {
+                END => return Ok(()),
+                param => param as ParamId,
+            };
+            let p = self.param(param)?;
+            let len = self.plan().units[p.unit as usize].layout.numels[p.index];
+            for first in (0..len).step_by(CHUNK) {
+                chunk.resize(CHUNK.min(len - first), 0f32);
+                world.broadcast(as_bytes(&mut chunk), DType::F32, 0)?;
+                // SAFETY: as long as it says.
+                unsafe { self.copy_range(param, first, chunk.as_ptr(), chunk.len()) };
+            }
+        }
+    }
+}
+
+/// Calls `take` with every parameter's values (and how many there are): those with storage first, then the initialized ones.
+///
+/// # Safety
+/// Every parameter's `data` must be null or readable for its `numel()` floats.
+unsafe fn each_value(
+    tree: &ModuleTree,
+    plan: &crate::plan::Plan,
+    config: &EngineConfig,
+    take: &mut dyn FnMut(ParamId, *const f32, usize) -> Result<()>,
+) -> Result<u64> {
+    for (p, param) in tree.params().iter().enumerate().filter(|(_, p)| !p.data.is_null()) {
+        take(p as ParamId, param.data.cast(), param.numel())?;
+    }
+    materialize(tree, plan, config.param_init.as_ref(), &mut |p, data| take(p, data, tree.params()[p as usize].numel()))
+}
+
+fn as_bytes(floats: &mut [f32]) -> &mut [u8] {
+    // SAFETY: floats may be seen, and written, as bytes.
+    unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), size_of_val(floats)) }
+}
