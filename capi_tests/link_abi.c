@@ -125,6 +125,12 @@ FIELD(fsdp_shard_t, data, 0);
 FIELD(fsdp_shard_t, grad, 8);
 FIELD(fsdp_shard_t, numel, 16);
 
+SIZE(fsdp_full_params_config_t, 24);
+FIELD(fsdp_full_params_config_t, struct_size, 0);
+FIELD(fsdp_full_params_config_t, writeback, 8);
+FIELD(fsdp_full_params_config_t, rank0_only, 12);
+FIELD(fsdp_full_params_config_t, with_grads, 16);
+
 SIZE(fsdp_stats_t, 136);
 FIELD(fsdp_stats_t, struct_size, 0);
 FIELD(fsdp_stats_t, param_shard_bytes, 8);

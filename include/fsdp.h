@@ -29,6 +29,7 @@
   { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL, 0, 0 }
 #define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
 #define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
+#define FSDP_FULL_PARAMS_CONFIG_INIT { sizeof(fsdp_full_params_config_t), 0, 0, 0 }
 #define FSDP_PLAN_REQUEST_INIT \
   { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, 0 }
 
@@ -241,6 +242,11 @@ typedef struct fsdp_comm_t fsdp_comm_t;
  * A sharded model.
  */
 typedef struct fsdp_engine_t fsdp_engine_t;
+
+/**
+ * Full parameters outside of an iteration.
+ */
+typedef struct fsdp_full_params_t fsdp_full_params_t;
 
 /**
  * A host's tree of modules and parameters, and which modules are units.
@@ -664,6 +670,43 @@ typedef struct {
    */
   uint64_t all_reduce_bytes;
 } fsdp_stats_t;
+
+/**
+ * What a scope of full parameters holds, the same on every rank. Initialize with FSDP_FULL_PARAMS_CONFIG_INIT, then set
+ * what differs.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_full_params_config_t).
+   */
+  size_t struct_size;
+  /**
+   * 1: what the scope holds when it is closed goes to the shards, of parameters and (with_grads) gradients. 0: it is
+   * dropped.
+   */
+  int32_t writeback;
+  /**
+   * 1: only rank 0 holds the full parameters; it is its values that are written back. 0: every rank holds them, and
+   * writes its own piece back.
+   */
+  int32_t rank0_only;
+  /**
+   * 1: full gradients too.
+   */
+  int32_t with_grads;
+} fsdp_full_params_config_t;
+
+/**
+ * Receives a full tensor: a parameter (`state` NULL) or the state of an optimizer that belongs to it. `name` is the
+ * parameter's fully qualified name, `tensor` contiguous float32 of its shape, to be read only; all are borrowed for the
+ * call. Returns 0, or another number to make it an error. Called in the calling thread; must not call functions of this
+ * engine, throw or unwind.
+ */
+typedef int32_t (*fsdp_full_state_fn)(uint32_t param,
+                                      const char *name,
+                                      const char *state,
+                                      const fsdp_tensor_t *tensor,
+                                      void *user_data);
 
 /**
  * Receives a message (one line without its end, borrowed for the call) and its level, FSDP_LOG_*. Called in any thread
@@ -1423,6 +1466,81 @@ fsdp_status_t fsdp_engine_zero_grad(fsdp_engine_t *engine);
  * `out` is NULL or points to `struct_size` writable bytes.
  */
 fsdp_status_t fsdp_engine_stats(const fsdp_engine_t *engine, fsdp_stats_t *out);
+
+/**
+ * Opens a scope that holds the full float32 parameters of some units in host memory of its own (a copy: as much as the
+ * units have, on every rank or on rank 0). Ends a forward that no backward followed. No iteration can begin until the
+ * scope is closed; another scope cannot be opened. `units`: `unit_count` numbers of units, or NULL for all; `config` may be
+ * NULL. Collective: the same on every rank, else FSDP_ERR_MISMATCH. FSDP_ERR_INVALID_STATE in a backward, or while a scope
+ * is open. *out is owned by the caller: fsdp_full_params_destroy. As summon_full_params in PyTorch. Since 0.1.
+ *
+ * # Safety
+ * `units` is NULL or `unit_count` readable numbers; `config` is NULL or points to `struct_size` readable bytes; `out` is
+ * NULL or writable.
+ */
+fsdp_status_t fsdp_full_params_open(fsdp_engine_t *engine,
+                                    const uint32_t *units,
+                                    size_t unit_count,
+                                    const fsdp_full_params_config_t *config,
+                                    fsdp_full_params_t **out);
+
+/**
+ * The full value of a parameter, readable and writable until the scope is closed: contiguous float32 of its shape; data is
+ * NULL where only rank 0 holds it. FSDP_ERR_INVALID_ARGUMENT if its unit is not in the scope. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_full_params_data(const fsdp_full_params_t *full,
+                                    uint32_t param,
+                                    fsdp_tensor_t *out);
+
+/**
+ * The same for its full gradient; data is NULL, too, where it has none or the scope is without gradients. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_full_params_grad(const fsdp_full_params_t *full,
+                                    uint32_t param,
+                                    fsdp_tensor_t *out);
+
+/**
+ * Ends the scope and frees its memory, after writing back what it holds if it was opened so; all pointers got from it end
+ * here. Collective with writeback, else local; the second time nothing happens. Since 0.1.
+ */
+fsdp_status_t fsdp_full_params_close(fsdp_full_params_t *full);
+
+/**
+ * Frees the handle; NULL does nothing. A scope that is open ends without writing back. Local. Since 0.1.
+ */
+void fsdp_full_params_destroy(fsdp_full_params_t *full);
+
+/**
+ * Calls `fn_` with every full parameter, gathered one unit at a time: a full state dict. Units in order, in each the
+ * parameters in order of registration. Ends a forward that no backward followed. With `rank0_only` the other ranks only take
+ * part. An error of `fn_` on one rank is FSDP_ERR_CALLBACK on every rank. FSDP_ERR_INVALID_STATE in a backward. Collective.
+ * Since 0.1.
+ *
+ * # Safety
+ * `fn_` may be called with `user_data`.
+ */
+fsdp_status_t fsdp_engine_full_state(fsdp_engine_t *engine,
+                                     int32_t rank0_only,
+                                     fsdp_full_state_fn fn_,
+                                     void *user_data);
+
+/**
+ * Calls `fn_` with every state of every parameter that has taken a step, gathered one at a time, in the order of parameters.
+ * Otherwise as fsdp_engine_full_state; counts of steps are fsdp_optimizer_step_count's. Collective. Since 0.1.
+ *
+ * # Safety
+ * `fn_` may be called with `user_data`.
+ */
+fsdp_status_t fsdp_optimizer_full_state(fsdp_optimizer_t *optimizer,
+                                        int32_t rank0_only,
+                                        fsdp_full_state_fn fn_,
+                                        void *user_data);
 
 /**
  * What happens to a unit after a forward that a backward follows: FSDP_RESHARD_DEFAULT, _NEVER, _ALWAYS, or a number of

@@ -29,10 +29,12 @@ use accumulate::Accumulation;
 use regroup::Group;
 
 mod accumulate;
+mod full;
 mod regroup;
 mod replicate;
 mod values;
 
+pub use full::{FullOptions, FullParams};
 pub use regroup::ReshardAfterForward;
 pub use replicate::ReplicaCounters;
 
@@ -77,6 +79,8 @@ struct State {
     /// In an iteration: units are or may be unsharded.
     reading: bool,
     grad_enabled: bool,
+    /// The host holds full parameters outside of an iteration.
+    summoned: bool,
     units: Vec<Unit>,
     /// By parameter.
     requires_grad: Vec<bool>,
@@ -142,6 +146,7 @@ impl Engine {
             state: Mutex::new(State {
                 reading: false,
                 grad_enabled: true,
+                summoned: false,
                 units: plan.units.iter().map(|u| Unit::new(u.label(), AfterForward::Keep)).collect(),
                 requires_grad: plan.params.iter().map(|p| p.requires_grad).collect(),
                 gradients,
@@ -368,22 +373,28 @@ impl Engine {
     /// `begin_write`, and then `f` before any other call on this engine.
     pub(crate) fn write<T>(&self, f: impl FnOnce() -> T) -> Result<T> {
         let mut state = self.lock()?;
-        if state.reading {
-            if let Some(unit) = state.gradients.collecting() {
-                return Err(err!(
-                    InvalidState,
-                    "parameters cannot be written yet: the backward has not ended, unit \"{}\" has gradients to reduce",
-                    self.plan().units[unit as usize].label()
-                ));
-            }
-            if state.gradients.started() {
-                return Err(err!(InvalidState, "parameters cannot be written yet: the backward has not ended"));
-            }
-            self.finish_forward_locked(&mut state)?;
-        }
+        self.end_forward_locked(&mut state, "parameters cannot be written yet")?;
         self.model.stores.iter().try_for_each(|s| s.require_free(self.number))?;
         self.model.mesh.spread(self.model.stores.iter().try_for_each(|s| s.wait_writable()))?;
         Ok(f())
+    }
+
+    /// Ends a forward that no backward followed; an error that begins with `doing` in a backward.
+    fn end_forward_locked(&self, state: &mut State, doing: &str) -> Result<()> {
+        if !state.reading {
+            return Ok(());
+        }
+        if let Some(unit) = state.gradients.collecting() {
+            return Err(err!(
+                InvalidState,
+                "{doing}: the backward has not ended, unit \"{}\" has gradients to reduce",
+                self.plan().units[unit as usize].label()
+            ));
+        }
+        if state.gradients.started() {
+            return Err(err!(InvalidState, "{doing}: the backward has not ended"));
+        }
+        self.finish_forward_locked(state)
     }
 
     /// The address of a full parameter in the unit buffer; an error while its unit is sharded.
@@ -525,6 +536,9 @@ impl Engine {
     fn try_unshard(&self, state: &mut State, unit: UnitId) -> Result<()> {
         if state.units[unit as usize].state == UnitState::Unsharded {
             return Ok(());
+        }
+        if state.summoned {
+            return Err(err!(InvalidState, "no iteration can begin while full parameters are open: close them first"));
         }
         if !state.reading {
             let stores = &self.model.stores;

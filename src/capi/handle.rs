@@ -2,6 +2,7 @@
 
 use super::engine::EngineObject;
 use crate::comm::Communicator;
+use crate::engine::FullParams;
 use crate::error::{err, Result};
 use crate::module::ModuleTree;
 use crate::optim::Optimizer;
@@ -34,6 +35,11 @@ pub struct fsdp_optimizer_t {
     _opaque: [u8; 0],
 }
 
+/// Full parameters outside of an iteration.
+pub struct fsdp_full_params_t {
+    _opaque: [u8; 0],
+}
+
 #[derive(Clone)]
 enum Object {
     Comm(Arc<dyn Communicator>),
@@ -41,6 +47,7 @@ enum Object {
     Trace(Arc<Mutex<Trace>>),
     Engine(Arc<EngineObject>),
     Optimizer(Arc<Optimizer>),
+    FullParams(Arc<Mutex<FullParams>>),
 }
 
 impl Object {
@@ -51,6 +58,7 @@ impl Object {
             Object::Trace(_) => "a trace",
             Object::Engine(_) => "an engine",
             Object::Optimizer(_) => "an optimizer",
+            Object::FullParams(_) => "full parameters",
         }
     }
 }
@@ -102,6 +110,7 @@ handle!(fsdp_model_t, Model, Arc<Mutex<ModuleTree>>, "a model");
 handle!(fsdp_trace_t, Trace, Arc<Mutex<Trace>>, "a trace");
 handle!(fsdp_engine_t, Engine, Arc<EngineObject>, "an engine");
 handle!(fsdp_optimizer_t, Optimizer, Arc<Optimizer>, "an optimizer");
+handle!(fsdp_full_params_t, FullParams, Arc<Mutex<FullParams>>, "full parameters");
 
 /// Puts an object into the table. Numbers are never used again.
 pub fn insert<H: Handle>(object: H::Object) -> *mut H {

@@ -9,6 +9,7 @@
 pub mod checkpoint;
 pub mod comm;
 pub mod engine;
+pub mod full;
 pub mod handle;
 pub mod iteration;
 pub mod log;

@@ -23,10 +23,13 @@ impl Engine {
     pub(super) unsafe fn take_values(&self, tree: &ModuleTree, config: &EngineConfig) -> Result<u64> {
         let world = self.world().as_ref();
         if !config.sync_module_states {
-            // SAFETY: the caller's promise; `copy_range` wants the whole parameter.
-            let copy = |p: ParamId, data: *const f32, len: usize| unsafe { self.copy_range(p, 0, data, len) };
+            let copy = &mut |p, data, len| {
+                // SAFETY: the caller's promise.
+                unsafe { self.copy_range(p, 0, data, len) };
+                Ok(())
+            };
             // SAFETY: the caller's promise.
-            let done = unsafe { each_value(tree, self.plan(), config, &mut |p, data, len| Ok(copy(p, data, len))) };
+            let done = unsafe { each_value(tree, self.plan(), config, copy) };
             return agree::on_result(done, world);
         }
         let done = match world.rank() {

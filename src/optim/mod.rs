@@ -72,6 +72,11 @@ impl Optimizer {
         self.engine.write(|| self.update(&mut state))?
     }
 
+    /// The engine that it steps.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
     pub fn lr(&self) -> Result<f64> {
         Ok(self.lock()?.rule.lr())
     }
@@ -111,6 +116,27 @@ impl Optimizer {
             Some(memory) if state.params[param as usize].steps > 0 => self.address(&memory[kind], param),
             _ => std::ptr::null_mut(),
         })
+    }
+
+    /// Calls `take` with every state of every parameter that has taken a step, gathered to the parameter's full size. With
+    /// `rank0_only` on rank 0 only. Collective. An error of `take` on one rank is an error on every rank, at the end.
+    pub fn each_full_state(
+        &self,
+        rank0_only: bool,
+        take: &mut dyn FnMut(ParamId, &str, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let takes = !rank0_only || self.engine.world().rank() == 0;
+        let names = self.lock()?.rule.states();
+        let mut taken = Ok(());
+        for param in 0..self.engine.plan().params.len() as ParamId {
+            for name in names.iter().filter(|_| self.steps(param).is_ok_and(|s| s > 0)) {
+                let full = self.engine.gather_flat(param, self.state(param, name)?)?;
+                if takes && taken.is_ok() {
+                    taken = take(param, name, &full);
+                }
+            }
+        }
+        agree::on_result(taken.map(|()| 0), self.engine.world().as_ref()).map(drop)
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, State>> {
