@@ -22,6 +22,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// Floats of a cache line, where every parameter's state begins.
 const LINE: usize = 16;
 
+/// Takes a parameter's full state of a name.
+pub type TakeState<'a> = dyn FnMut(ParamId, &str, &[f32]) -> Result<()> + 'a;
+
 /// See the module's text.
 pub struct Optimizer {
     engine: Arc<Engine>,
@@ -120,11 +123,7 @@ impl Optimizer {
 
     /// Calls `take` with every state of every parameter that has taken a step, gathered to the parameter's full size. With
     /// `rank0_only` on rank 0 only. Collective. An error of `take` on one rank is an error on every rank, at the end.
-    pub fn each_full_state(
-        &self,
-        rank0_only: bool,
-        take: &mut dyn FnMut(ParamId, &str, &[f32]) -> Result<()>,
-    ) -> Result<()> {
+    pub fn each_full_state(&self, rank0_only: bool, take: &mut TakeState<'_>) -> Result<()> {
         let takes = !rank0_only || self.engine.world().rank() == 0;
         let names = self.lock()?.rule.states();
         let mut taken = Ok(());
