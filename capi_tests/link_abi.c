@@ -53,7 +53,7 @@ FIELD(fsdp_tensor_t, shape, 24);
 FIELD(fsdp_tensor_t, strides, 32);
 FIELD(fsdp_tensor_t, byte_offset, 40);
 
-SIZE(fsdp_engine_config_t, 40);
+SIZE(fsdp_engine_config_t, 48);
 FIELD(fsdp_engine_config_t, struct_size, 0);
 FIELD(fsdp_engine_config_t, gradient_slots, 8);
 FIELD(fsdp_engine_config_t, strategy, 12);
@@ -61,6 +61,7 @@ FIELD(fsdp_engine_config_t, order_check, 16);
 FIELD(fsdp_engine_config_t, reduce_dtype, 20);
 FIELD(fsdp_engine_config_t, param_init_fn, 24);
 FIELD(fsdp_engine_config_t, param_init_user_data, 32);
+FIELD(fsdp_engine_config_t, param_dtype, 40);
 
 SIZE(fsdp_sgd_config_t, 48);
 FIELD(fsdp_sgd_config_t, struct_size, 0);
@@ -95,7 +96,7 @@ typedef int32_t (*fsdp_module_init_fn)(const fsdp_module_init_t *, void *);
 typedef int32_t (*fsdp_param_init_fn)(uint32_t, const fsdp_tensor_t *, void *);
 typedef void (*fsdp_log_fn)(int32_t, const char *, void *);
 
-SIZE(fsdp_unit_info_t, 64);
+SIZE(fsdp_unit_info_t, 72);
 FIELD(fsdp_unit_info_t, struct_size, 0);
 FIELD(fsdp_unit_info_t, name, 8);
 FIELD(fsdp_unit_info_t, module, 16);
@@ -105,8 +106,10 @@ FIELD(fsdp_unit_info_t, unit_bytes, 32);
 FIELD(fsdp_unit_info_t, shard_bytes, 40);
 FIELD(fsdp_unit_info_t, padding_bytes, 48);
 FIELD(fsdp_unit_info_t, state, 56);
+FIELD(fsdp_unit_info_t, reduce_dtype, 60);
+FIELD(fsdp_unit_info_t, compute_bytes, 64);
 
-SIZE(fsdp_param_info_t, 72);
+SIZE(fsdp_param_info_t, 80);
 FIELD(fsdp_param_info_t, struct_size, 0);
 FIELD(fsdp_param_info_t, name, 8);
 FIELD(fsdp_param_info_t, unit, 16);
@@ -117,13 +120,15 @@ FIELD(fsdp_param_info_t, unit_offset, 40);
 FIELD(fsdp_param_info_t, shard_offset, 48);
 FIELD(fsdp_param_info_t, shard_numel, 56);
 FIELD(fsdp_param_info_t, requires_grad, 64);
+FIELD(fsdp_param_info_t, dtype, 68);
+FIELD(fsdp_param_info_t, compute_offset, 72);
 
 SIZE(fsdp_shard_t, 24);
 FIELD(fsdp_shard_t, data, 0);
 FIELD(fsdp_shard_t, grad, 8);
 FIELD(fsdp_shard_t, numel, 16);
 
-SIZE(fsdp_stats_t, 104);
+SIZE(fsdp_stats_t, 112);
 FIELD(fsdp_stats_t, struct_size, 0);
 FIELD(fsdp_stats_t, param_shard_bytes, 8);
 FIELD(fsdp_stats_t, grad_shard_bytes, 16);
@@ -138,8 +143,9 @@ FIELD(fsdp_stats_t, slots_peak, 80);
 FIELD(fsdp_stats_t, overflow_peak, 84);
 FIELD(fsdp_stats_t, materialized_peak_bytes, 88);
 FIELD(fsdp_stats_t, prefetches, 96);
+FIELD(fsdp_stats_t, compute_buffer_bytes, 104);
 
-SIZE(fsdp_plan_request_t, 32);
+SIZE(fsdp_plan_request_t, 40);
 FIELD(fsdp_plan_request_t, struct_size, 0);
 FIELD(fsdp_plan_request_t, world_size, 8);
 FIELD(fsdp_plan_request_t, strategy, 12);
@@ -147,8 +153,9 @@ FIELD(fsdp_plan_request_t, reduce_dtype, 16);
 FIELD(fsdp_plan_request_t, gradient_slots, 20);
 FIELD(fsdp_plan_request_t, optimizer_bytes_per_element, 24);
 FIELD(fsdp_plan_request_t, rank, 28);
+FIELD(fsdp_plan_request_t, param_dtype, 32);
 
-SIZE(fsdp_plan_t, 176);
+SIZE(fsdp_plan_t, 192);
 FIELD(fsdp_plan_t, struct_size, 0);
 FIELD(fsdp_plan_t, rank, 8);
 FIELD(fsdp_plan_t, unit_count, 12);
@@ -172,6 +179,8 @@ FIELD(fsdp_plan_t, reduce_scatters, 144);
 FIELD(fsdp_plan_t, reduce_scatter_bytes, 152);
 FIELD(fsdp_plan_t, reduce_scatter_sent_bytes, 160);
 FIELD(fsdp_plan_t, reduce_scatter_messages, 168);
+FIELD(fsdp_plan_t, compute_buffer_bytes, 176);
+FIELD(fsdp_plan_t, all_gather_bytes_moved, 184);
 
 SIZE(fsdp_plan_unit_t, 72);
 FIELD(fsdp_plan_unit_t, struct_size, 0);

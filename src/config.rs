@@ -49,6 +49,8 @@ pub struct EngineConfig {
     /// The type that gradients are rounded to on each rank before they are summed (in float32, into float32 shards):
     /// F32, F16 or BF16.
     pub reduce_dtype: DType,
+    /// The type that parameters are computed in, unless the tree says otherwise: F32, F16 or BF16; None: as registered.
+    pub param_dtype: Option<DType>,
     /// Initializes parameters without storage, module by module, in place of the tree's own initializers.
     pub param_init: Option<ModuleInit>,
 }
@@ -60,6 +62,7 @@ impl Default for EngineConfig {
             strategy: Strategy::default(),
             order_check: OrderCheck::default(),
             reduce_dtype: DType::F32,
+            param_dtype: None,
             param_init: None,
         }
     }
@@ -67,12 +70,13 @@ impl Default for EngineConfig {
 
 impl EngineConfig {
     /// (name, value) of every option that ranks must agree on.
-    pub fn agreed(&self) -> [(&'static str, String); 5] {
+    pub fn agreed(&self) -> [(&'static str, String); 6] {
         [
             ("gradient_slots", self.gradient_slots.to_string()),
             ("strategy", format!("{:?}", self.strategy)),
             ("order_check", format!("{:?}", self.order_check)),
             ("reduce_dtype", self.reduce_dtype.to_string()),
+            ("param_dtype", self.param_dtype.map_or("as registered".to_string(), |d| d.to_string())),
             ("param_init_fn", if self.param_init.is_some() { "set" } else { "not set" }.to_string()),
         ]
     }

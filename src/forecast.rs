@@ -27,7 +27,7 @@ pub struct Request {
     pub world_size: usize,
     /// None: the one with the most bytes (the lowest of several).
     pub rank: Option<usize>,
-    /// Strategy, reduce_dtype and gradient_slots count; the rest changes no size.
+    /// Strategy, param_dtype, reduce_dtype and gradient_slots count; the rest changes no size.
     pub config: EngineConfig,
     /// Bytes of optimizer state per element of a trained parameter: 0 for plain SGD, 8 for Adam in float32; at most 4096.
     pub optimizer_bytes_per_element: u32,
@@ -40,7 +40,7 @@ pub struct Traffic {
     pub collectives: u64,
     /// Their full size: the unit buffers gathered, or the gradients that a rank gives to reductions.
     pub bytes: u64,
-    /// What each rank sends where bytes move: (W-1)/W of `bytes`. On shm nothing is sent: an all-gather moves no bytes,
+    /// What each rank sends where bytes move: (W-1)/W of each one's bytes, rounded up. On shm nothing is sent: an all-gather moves no bytes,
     /// and in a reduction each rank reads its own range of every rank's slot, `bytes` in all.
     pub sent_bytes: u64,
     /// In how many messages each rank sends them, around a ring: W-1 per collective.
@@ -48,14 +48,14 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// `count` collectives of a unit whose shards have `shard` bytes, over `world` ranks.
-    fn of(count: u64, shard: u64, world: u64) -> Traffic {
-        match shard {
+    /// `count` collectives of `bytes` each over `world` ranks.
+    fn of(count: u64, bytes: u64, world: u64) -> Traffic {
+        match bytes {
             0 => Traffic::default(),
             _ => Traffic {
                 collectives: count,
-                bytes: count * world * shard,
-                sent_bytes: count * (world - 1) * shard,
+                bytes: count * bytes,
+                sent_bytes: count * (bytes - bytes / world),
                 sent_messages: count * (world - 1),
             },
         }
@@ -114,15 +114,19 @@ pub struct Forecast {
     pub padding_bytes: u64,
     /// All unit buffers, each rounded up to 64 bytes. On shm they are all ranks' shards, once per host.
     pub unit_buffer_bytes: u64,
-    /// Most bytes of unit buffers unsharded at once. FULL_SHARD: the largest sum along a path of nested units, the root
+    /// The copies of parameters that are computed in 16 bits, of all units; on shm once per host.
+    pub compute_buffer_bytes: u64,
+    /// What this rank writes there in a step that follows a write of its shards.
+    pub cast_bytes: u64,
+    /// Most bytes of unit buffers unsharded at once, 16-bit parameters counted in 16 bits. FULL_SHARD: the largest sum along a path of nested units, the root
     /// included; SHARD_GRAD_OP: all. A unit gathered ahead comes on top. Takes no memory on shm; where bytes move, each rank
     /// needs it besides its shards.
     pub unsharded_peak_bytes: u64,
     /// What this rank brings at its peak: shards, gradient shards, slots, optimizer state. With fewer gradient_slots than
     /// units nest, the units that then collect in memory of their own come on top.
     pub rank_peak_bytes: u64,
-    /// All ranks together, as on shm, where they are on one host: the unit buffers, and every rank's gradient shards,
-    /// slots and optimizer state.
+    /// All ranks together, as on shm, where they are on one host: the unit buffers, the copies in 16 bits, and every rank's
+    /// gradient shards, slots and optimizer state.
     pub host_peak_bytes: u64,
     pub all_gather: Traffic,
     pub reduce_scatter: Traffic,
@@ -135,10 +139,11 @@ impl Forecast {
     pub fn new(tree: &ModuleTree, request: &Request) -> Result<Forecast> {
         check(tree, request)?;
         let (world, config) = (request.world_size, &request.config);
+        let tree = &tree.clone().with_engine_dtypes(config);
         let plan = Plan::new(tree, request.rank.unwrap_or(0), world)?;
         let rank = request.rank.unwrap_or_else(|| fullest_rank(&plan));
         let units: Vec<UnitForecast> =
-            (0..plan.units.len() as UnitId).map(|u| unit_forecast(&plan, u, world as u64, config)).collect();
+            (0..plan.units.len() as UnitId).map(|u| unit_forecast(&plan, u, world as u64, config.strategy)).collect();
         let numel_of = |only_trained: bool| -> u64 {
             let counts = |p: &&crate::module::Param| p.requires_grad || !only_trained;
             tree.params().iter().filter(counts).map(|p| p.numel() as u64).sum()
@@ -148,6 +153,9 @@ impl Forecast {
             let piece = |p: &crate::plan::ParamPlan| plan.units[p.unit as usize].layout.piece(p.index, rank).len as u64;
             plan.params.iter().filter(counts).map(piece).sum()
         };
+        let cast = |p: &&crate::plan::ParamPlan| p.compute != DType::F32;
+        let piece = |p: &crate::plan::ParamPlan| plan.units[p.unit as usize].layout.piece(p.index, rank).len;
+        let cast_bytes = plan.params.iter().filter(cast).map(|p| (piece(p) * p.compute.size()) as u64).sum();
         let sum = |of: fn(&UnitPlan) -> usize| plan.units.iter().map(|u| of(u) as u64).sum::<u64>();
         let mut f = Forecast {
             world_size: world,
@@ -161,9 +169,11 @@ impl Forecast {
             shard_padding_bytes: sum(UnitPlan::shard_bytes) - on_rank(false) * DType::F32.size() as u64,
             padding_bytes: plan.padding_bytes() as u64,
             unit_buffer_bytes: sum(UnitPlan::arena_bytes),
+            compute_buffer_bytes: plan.units.iter().map(|u| u.compute_bytes as u64).sum(),
+            cast_bytes,
             unsharded_peak_bytes: match config.strategy {
                 Strategy::FullShard => deepest_path_bytes(tree, &plan),
-                Strategy::ShardGradOp => sum(UnitPlan::bytes),
+                Strategy::ShardGradOp => plan.units.iter().map(|u| u.gathered_bytes(&plan.params) as u64).sum(),
             },
             rank_peak_bytes: 0,
             host_peak_bytes: 0,
@@ -178,7 +188,7 @@ impl Forecast {
         let gradients = f.grad_shard_bytes + f.gradient_slot_bytes;
         let all_optimizer_bytes = u64::from(request.optimizer_bytes_per_element) * f.trained_numel;
         f.rank_peak_bytes = f.param_shard_bytes + gradients + f.optimizer_bytes;
-        let host = u128::from(f.unit_buffer_bytes) + world as u128 * u128::from(gradients);
+        let host = u128::from(f.unit_buffer_bytes + f.compute_buffer_bytes) + world as u128 * u128::from(gradients);
         f.host_peak_bytes = u64::try_from(host + u128::from(all_optimizer_bytes)).unwrap_or(u64::MAX);
         Ok(f)
     }
@@ -224,14 +234,14 @@ fn check(tree: &ModuleTree, request: &Request) -> Result<()> {
     Ok(())
 }
 
-fn unit_forecast(plan: &Plan, unit: UnitId, world: u64, config: &EngineConfig) -> UnitForecast {
+fn unit_forecast(plan: &Plan, unit: UnitId, world: u64, strategy: Strategy) -> UnitForecast {
     let u = &plan.units[unit as usize];
-    let gathers = match config.strategy {
+    let gathers = match strategy {
         Strategy::FullShard => 2,
         Strategy::ShardGradOp => 1,
     };
     let reductions = u64::from(u.params.iter().any(|p| plan.params[*p as usize].requires_grad));
-    let reduced_shard = (u.layout.shard_len * config.reduce_dtype.size()) as u64;
+    let reduced = (u.layout.len * u.reduce_dtype.size()) as u64;
     UnitForecast {
         name: u.name.clone(),
         module: u.module,
@@ -240,8 +250,8 @@ fn unit_forecast(plan: &Plan, unit: UnitId, world: u64, config: &EngineConfig) -
         bytes: u.bytes() as u64,
         shard_bytes: u.shard_bytes() as u64,
         padding_bytes: (u.layout.padding() * DType::F32.size()) as u64,
-        all_gather: Traffic::of(gathers, u.shard_bytes() as u64, world),
-        reduce_scatter: Traffic::of(reductions, reduced_shard, world),
+        all_gather: Traffic::of(gathers, u.gathered_bytes(&plan.params) as u64, world),
+        reduce_scatter: Traffic::of(reductions, reduced, world),
     }
 }
 
@@ -281,7 +291,7 @@ fn deepest_path_bytes(tree: &ModuleTree, plan: &Plan) -> u64 {
             Some(parent) => sums[plan.unit_of_module[parent as usize] as usize],
             None => 0,
         };
-        sums[i] = above + u.bytes() as u64;
+        sums[i] = above + u.gathered_bytes(&plan.params) as u64;
     }
     debug_assert!(plan.units.first().is_some_and(|u| u.module == ROOT));
     sums.into_iter().max().unwrap_or(0)

@@ -74,6 +74,26 @@ fn strategy_slots_and_reduce_dtype_count() {
 }
 
 #[test]
+fn sixteen_bits_need_copies_and_move_less() {
+    let mut t = tree();
+    let mut r = Request { rank: Some(1), ..request(2) };
+    r.config.param_dtype = Some(DType::BF16);
+    t.set_param_dtype(2, Some(DType::F32)).unwrap();
+    let f = Forecast::new(&t, &r).unwrap();
+    // r [5], w [21], v [40], each on a line of 64 bytes; f is float32.
+    assert_eq!(f.compute_buffer_bytes, 64 + 64 + 128);
+    // Rank 1 has 1 of r, none of w, 20 of v.
+    assert_eq!(f.cast_bytes, 2 * 21);
+    let full = 4 * (8 + 136 + 40);
+    assert_eq!((f.unsharded_peak_bytes, f.all_gather.bytes), (full - 2 * 66, 2 * (full - 2 * 66)));
+    assert_eq!((f.param_shard_bytes, f.unit_buffer_bytes), (368, 832));
+    assert_eq!(f.host_peak_bytes, 832 + 256 + 2 * (512 + 736) + 8 * 66);
+    t.set_unit_dtypes(2, crate::precision::UnitDtypes { param: Some(DType::F32), reduce: Some(DType::F16) }).unwrap();
+    let f = Forecast::new(&t, &r).unwrap();
+    assert_eq!((f.compute_buffer_bytes, f.reduce_scatter.bytes), (128, 4 * (8 + 136) + 2 * 40));
+}
+
+#[test]
 fn a_unit_that_is_frozen_is_not_reduced() {
     let mut t = ModuleTree::new("Net");
     let a = t.add_module(ROOT, "a", "Block").unwrap();

@@ -37,6 +37,7 @@ pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
         "world_size": f.world_size,
         "strategy": args.strategy,
         "reduce_dtype": args.reduce_dtype,
+        "param_dtype": args.param_dtype,
         "optimizer_bytes_per_element": args.optimizer,
         "numel": f.numel,
         "trained_numel": f.trained_numel,
@@ -48,6 +49,8 @@ pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
         "shard_padding_bytes": f.shard_padding_bytes,
         "padding_bytes": f.padding_bytes,
         "unit_buffer_bytes": f.unit_buffer_bytes,
+        "compute_buffer_bytes": f.compute_buffer_bytes,
+        "all_gather_bytes_moved": f.cast_bytes,
         "unsharded_peak_bytes": f.unsharded_peak_bytes,
         "rank_peak_bytes": f.rank_peak_bytes,
         "host_peak_bytes": f.host_peak_bytes,
@@ -68,7 +71,11 @@ pub fn table(args: &PlanArgs, f: &Forecast, model: &Described, took: Duration) -
     };
     let percent = 100.0 * f.padding_bytes as f64 / (f.padding_bytes + 4 * f.numel) as f64;
     line("model", count(f.numel), &format!("parameters, {} units, {} trained", f.units.len(), count(f.trained_numel)));
-    line("world size", f.world_size.to_string(), &format!("{}, reduced as {}", args.strategy, args.reduce_dtype));
+    line(
+        "world size",
+        f.world_size.to_string(),
+        &format!("{}, computed as {}, reduced as {}", args.strategy, args.param_dtype, args.reduce_dtype),
+    );
     line("padding", bytes(f.padding_bytes), &format!("{percent:.4} % of all unit buffers"));
     let whose = if args.rank.is_some() { "" } else { ", the one with the most" };
     line("", String::new(), "");
@@ -83,6 +90,9 @@ pub fn table(args: &PlanArgs, f: &Forecast, model: &Described, took: Duration) -
         line("", String::new(), "");
         line("one host with all ranks (shm)", String::new(), "");
         line("  unit buffers", bytes(f.unit_buffer_bytes), "the shards of all ranks, once");
+        if f.compute_buffer_bytes > 0 {
+            line("  copies in 16 bits", bytes(f.compute_buffer_bytes), "to compute with, once");
+        }
         line("  peak", bytes(f.host_peak_bytes), "with all ranks' gradients and optimizer state");
     }
     line("", String::new(), "");
