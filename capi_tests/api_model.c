@@ -291,8 +291,7 @@ int main(void) {
   modules();
   parameters();
   other_dtypes_are_refused(FSDP_DTYPE_FLOAT, 64, "\"d\" is float64");
-  other_dtypes_are_refused(FSDP_DTYPE_FLOAT, 16, "\"d\" is float16");
-  other_dtypes_are_refused(FSDP_DTYPE_BFLOAT, 16, "\"d\" is bfloat16");
+  other_dtypes_are_refused(FSDP_DTYPE_INT, 32, "\"d\" is int32");
   tying();
   wrapping_explicitly();
   wrapping_by_policy();

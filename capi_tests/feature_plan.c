@@ -1,6 +1,6 @@
 /* What fsdp_plan foretells is what real engines measure, byte for byte: memory, and the collectives
- * of training steps through the hooks, for every way of wrapping, strategy, reduce dtype and number
- * of slots. */
+ * of training steps through the hooks, for every way of wrapping, strategy, compute and reduce dtype
+ * and number of slots. */
 #include "net.h"
 #include "ranks.h"
 
@@ -39,11 +39,21 @@ static fsdp_param_info_t param_info(const run_t *run, uint32_t param) {
   return info;
 }
 
+/* Of a unit: what an all-gather fills. */
+static uint64_t gathered_bytes(const run_t *run, const fsdp_unit_info_t *info) {
+  uint64_t bytes = info->unit_bytes;
+  for (uint32_t i = 0; i < info->param_count; i++) {
+    const fsdp_param_info_t p = param_info(run, info->params[i]);
+    if (p.dtype.bits == 16) bytes -= 2 * (uint64_t)p.numel;
+  }
+  return bytes;
+}
+
 static void count_unsharded(run_t *run) {
   uint64_t bytes = 0;
   for (uint32_t u = 0; u < run->units; u++) {
     const fsdp_unit_info_t info = unit_info(run, u);
-    if (info.state == FSDP_UNIT_UNSHARDED) bytes += info.unit_bytes;
+    if (info.state == FSDP_UNIT_UNSHARDED) bytes += gathered_bytes(run, &info);
   }
   if (bytes > run->unsharded_peak) run->unsharded_peak = bytes;
 }
@@ -103,7 +113,8 @@ static void check_ranks(const job_t *job, const run_t *run, fsdp_model_t *model,
   CHECK_OK(fsdp_comm_all_reduce(job->comm, &t, FSDP_REDUCE_SUM));
   t = tensor_of(most, 1, &two, FSDP_DTYPE_INT, 64);
   CHECK_OK(fsdp_comm_all_reduce(job->comm, &t, FSDP_REDUCE_MAX));
-  CHECK_EQ(mine->host_peak_bytes, replicas * stats.unit_buffer_bytes + (uint64_t)sums[0]);
+  CHECK_EQ(mine->host_peak_bytes,
+           replicas * (stats.unit_buffer_bytes + stats.compute_buffer_bytes) + (uint64_t)sums[0]);
   CHECK_EQ(replicas * mine->padding_bytes, sums[1]);
   CHECK_EQ(largest->rank_peak_bytes, most[0]);
   CHECK_EQ(largest->optimizer_bytes, most[1]);
@@ -149,15 +160,20 @@ static uint32_t group_size(const job_t *job, int32_t strategy, uint32_t shard_si
 }
 
 static void check_case(const job_t *job, const net_t *net, int wrap, int32_t strategy,
-                       uint32_t shard_size, fsdp_dtype_t reduce_dtype, uint32_t slots) {
+                       uint32_t shard_size, fsdp_dtype_t reduce_dtype, fsdp_dtype_t param_dtype,
+                       uint32_t slots) {
   fsdp_plan_request_t request = FSDP_PLAN_REQUEST_INIT;
   request.world_size = (uint32_t)job->world;
   request.strategy = strategy;
   request.shard_size = shard_size;
   request.reduce_dtype = reduce_dtype;
+  request.param_dtype = param_dtype;
   request.gradient_slots = slots;
   request.optimizer_bytes_per_element = OPTIMIZER_BYTES;
   fsdp_model_t *model = wrapped_model(net, wrap);
+  const fsdp_dtype_t bf16 = {FSDP_DTYPE_BFLOAT, 16, 1}, f16 = {FSDP_DTYPE_FLOAT, 16, 1};
+  if (slots == 1) CHECK_OK(fsdp_model_set_param_dtype(model, NET_FC_WEIGHT, f16));
+  if (slots == 2) CHECK_OK(fsdp_model_set_unit_dtypes(model, NET_ROOT, bf16, f16));
   fsdp_plan_t largest, plan;
   memset(&largest, 0, sizeof largest);
   largest.struct_size = sizeof largest;
@@ -170,6 +186,7 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
   config.strategy = strategy;
   config.shard_size = shard_size;
   config.reduce_dtype = reduce_dtype;
+  config.param_dtype = param_dtype;
   config.gradient_slots = slots;
   run_t run;
   memset(&run, 0, sizeof run);
@@ -186,7 +203,7 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
     CHECK_EQ(stats.all_gather_sent_bytes, step * plan.all_gather_sent_bytes);
     CHECK_EQ(stats.all_reduces, step * plan.all_reduces);
     CHECK_EQ(stats.all_reduce_bytes, step * plan.all_reduce_bytes);
-    CHECK_EQ(stats.all_gather_bytes_moved, 0);
+    CHECK_EQ(stats.all_gather_bytes_moved, step * plan.all_gather_bytes_moved);
     if (slots == 0) CHECK_EQ(stats.overflow_peak, 0);
   }
   const fsdp_stats_t stats = stats_of(run.engine);
@@ -196,10 +213,13 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
   CHECK_EQ(plan.unit_buffer_bytes, stats.unit_buffer_bytes);
   CHECK_EQ(plan.padding_bytes, stats.padding_bytes);
   CHECK_EQ(plan.unsharded_peak_bytes, run.unsharded_peak);
+  CHECK_EQ(plan.compute_buffer_bytes, stats.compute_buffer_bytes);
   /* What is sent is the other ranks' part of what is gathered and reduced. */
   const uint64_t world = group_size(job, strategy, shard_size),
                  replicas = (uint64_t)job->world / world;
-  CHECK_EQ(plan.all_gather_sent_bytes * world, plan.all_gather_bytes * (world - 1));
+  CHECK(plan.all_gather_sent_bytes * world >= plan.all_gather_bytes * (world - 1));
+  CHECK(plan.all_gather_sent_bytes * world <=
+        plan.all_gather_bytes * (world - 1) + plan.all_gathers * world);
   CHECK_EQ(plan.reduce_scatter_sent_bytes * world, plan.reduce_scatter_bytes * (world - 1));
   CHECK_EQ(plan.all_gather_messages, plan.all_gathers * (world - 1));
   CHECK_EQ(plan.reduce_scatter_messages, plan.reduce_scatters * (world - 1));
@@ -231,11 +251,11 @@ int main(void) {
         if (how.shard_size == 2 && job.world % 2 != 0) continue;
         for (uint32_t other = 0; other < (sharding < 2 ? 9 : 4); other++) {
           char text[80];
-          snprintf(text, sizeof text, "net %d, wrapping %d, sharding %d, dtype and slots %u", n,
+          snprintf(text, sizeof text, "net %d, wrapping %d, sharding %d, dtypes and slots %u", n,
                    wrap, sharding, (unsigned)other);
           test_context(text);
           check_case(&job, &nets[n], wrap, how.strategy, how.shard_size, dtypes[other % 3],
-                     other / 3);
+                     dtypes[(other + other / 3) % 3], other / 3);
         }
       }
     }

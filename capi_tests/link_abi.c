@@ -53,7 +53,7 @@ FIELD(fsdp_tensor_t, shape, 24);
 FIELD(fsdp_tensor_t, strides, 32);
 FIELD(fsdp_tensor_t, byte_offset, 40);
 
-SIZE(fsdp_engine_config_t, 48);
+SIZE(fsdp_engine_config_t, 56);
 FIELD(fsdp_engine_config_t, struct_size, 0);
 FIELD(fsdp_engine_config_t, gradient_slots, 8);
 FIELD(fsdp_engine_config_t, strategy, 12);
@@ -61,8 +61,9 @@ FIELD(fsdp_engine_config_t, order_check, 16);
 FIELD(fsdp_engine_config_t, reduce_dtype, 20);
 FIELD(fsdp_engine_config_t, param_init_fn, 24);
 FIELD(fsdp_engine_config_t, param_init_user_data, 32);
-FIELD(fsdp_engine_config_t, shard_size, 40);
-FIELD(fsdp_engine_config_t, sync_module_states, 44);
+FIELD(fsdp_engine_config_t, param_dtype, 40);
+FIELD(fsdp_engine_config_t, shard_size, 44);
+FIELD(fsdp_engine_config_t, sync_module_states, 48);
 
 SIZE(fsdp_sgd_config_t, 48);
 FIELD(fsdp_sgd_config_t, struct_size, 0);
@@ -97,7 +98,7 @@ typedef int32_t (*fsdp_module_init_fn)(const fsdp_module_init_t *, void *);
 typedef int32_t (*fsdp_param_init_fn)(uint32_t, const fsdp_tensor_t *, void *);
 typedef void (*fsdp_log_fn)(int32_t, const char *, void *);
 
-SIZE(fsdp_unit_info_t, 64);
+SIZE(fsdp_unit_info_t, 72);
 FIELD(fsdp_unit_info_t, struct_size, 0);
 FIELD(fsdp_unit_info_t, name, 8);
 FIELD(fsdp_unit_info_t, module, 16);
@@ -107,8 +108,10 @@ FIELD(fsdp_unit_info_t, unit_bytes, 32);
 FIELD(fsdp_unit_info_t, shard_bytes, 40);
 FIELD(fsdp_unit_info_t, padding_bytes, 48);
 FIELD(fsdp_unit_info_t, state, 56);
+FIELD(fsdp_unit_info_t, reduce_dtype, 60);
+FIELD(fsdp_unit_info_t, compute_bytes, 64);
 
-SIZE(fsdp_param_info_t, 72);
+SIZE(fsdp_param_info_t, 80);
 FIELD(fsdp_param_info_t, struct_size, 0);
 FIELD(fsdp_param_info_t, name, 8);
 FIELD(fsdp_param_info_t, unit, 16);
@@ -119,6 +122,8 @@ FIELD(fsdp_param_info_t, unit_offset, 40);
 FIELD(fsdp_param_info_t, shard_offset, 48);
 FIELD(fsdp_param_info_t, shard_numel, 56);
 FIELD(fsdp_param_info_t, requires_grad, 64);
+FIELD(fsdp_param_info_t, dtype, 68);
+FIELD(fsdp_param_info_t, compute_offset, 72);
 
 SIZE(fsdp_shard_t, 24);
 FIELD(fsdp_shard_t, data, 0);
@@ -131,7 +136,7 @@ FIELD(fsdp_full_params_config_t, writeback, 8);
 FIELD(fsdp_full_params_config_t, rank0_only, 12);
 FIELD(fsdp_full_params_config_t, with_grads, 16);
 
-SIZE(fsdp_stats_t, 136);
+SIZE(fsdp_stats_t, 144);
 FIELD(fsdp_stats_t, struct_size, 0);
 FIELD(fsdp_stats_t, param_shard_bytes, 8);
 FIELD(fsdp_stats_t, grad_shard_bytes, 16);
@@ -150,6 +155,7 @@ FIELD(fsdp_stats_t, all_gather_bytes, 104);
 FIELD(fsdp_stats_t, all_gather_sent_bytes, 112);
 FIELD(fsdp_stats_t, all_reduces, 120);
 FIELD(fsdp_stats_t, all_reduce_bytes, 128);
+FIELD(fsdp_stats_t, compute_buffer_bytes, 136);
 
 SIZE(fsdp_plan_request_t, 40);
 FIELD(fsdp_plan_request_t, struct_size, 0);
@@ -159,9 +165,10 @@ FIELD(fsdp_plan_request_t, reduce_dtype, 16);
 FIELD(fsdp_plan_request_t, gradient_slots, 20);
 FIELD(fsdp_plan_request_t, optimizer_bytes_per_element, 24);
 FIELD(fsdp_plan_request_t, rank, 28);
-FIELD(fsdp_plan_request_t, shard_size, 32);
+FIELD(fsdp_plan_request_t, param_dtype, 32);
+FIELD(fsdp_plan_request_t, shard_size, 36);
 
-SIZE(fsdp_plan_t, 208);
+SIZE(fsdp_plan_t, 224);
 FIELD(fsdp_plan_t, struct_size, 0);
 FIELD(fsdp_plan_t, rank, 8);
 FIELD(fsdp_plan_t, unit_count, 12);
@@ -189,6 +196,8 @@ FIELD(fsdp_plan_t, all_reduces, 176);
 FIELD(fsdp_plan_t, all_reduce_bytes, 184);
 FIELD(fsdp_plan_t, all_reduce_sent_bytes, 192);
 FIELD(fsdp_plan_t, all_reduce_messages, 200);
+FIELD(fsdp_plan_t, compute_buffer_bytes, 208);
+FIELD(fsdp_plan_t, all_gather_bytes_moved, 216);
 
 SIZE(fsdp_plan_unit_t, 88);
 FIELD(fsdp_plan_unit_t, struct_size, 0);

@@ -26,12 +26,13 @@
 /* Initializers of the structs below: struct_size, and every default. */
 #define FSDP_SHM_CONFIG_INIT { sizeof(fsdp_shm_config_t), NULL, 0, 1, 0, 0 }
 #define FSDP_ENGINE_CONFIG_INIT \
-  { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL, 0, 0 }
+  { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL, \
+    { 0, 0, 0 }, 0, 0 }
 #define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
 #define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
 #define FSDP_FULL_PARAMS_CONFIG_INIT { sizeof(fsdp_full_params_config_t), 0, 0, 0 }
 #define FSDP_PLAN_REQUEST_INIT \
-  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, 0 }
+  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, { 0, 0, 0 }, 0 }
 
 /**
  * Sum over the ranks, in rank order.
@@ -422,7 +423,7 @@ typedef struct {
    */
   const uint32_t *params;
   /**
-   * Their memory: contiguous float32 on a 64-byte line. Its contents are undefined; every element must be written.
+   * Their memory: contiguous, of the dtype they were registered with, on a 64-byte line. Its contents are undefined; every element must be written.
    */
   const fsdp_tensor_t *tensors;
 } fsdp_module_init_t;
@@ -471,6 +472,12 @@ typedef struct {
    * Passed to param_init_fn.
    */
   void *param_init_user_data;
+  /**
+   * What parameters are computed in (unsharded to), unless the model says otherwise (fsdp_model_set_unit_dtypes,
+   * fsdp_model_set_param_dtype): float32, float16, bfloat16, or {0, 0, 0} for the dtype each was registered with. Shards
+   * are float32 whatever it is. A part of the model that was sharded before keeps what it had.
+   */
+  fsdp_dtype_t param_dtype;
   /**
    * Ranks of a shard group, a divisor of the world size, with the hybrid strategies; else 0.
    */
@@ -522,6 +529,14 @@ typedef struct {
    * FSDP_UNIT_SHARDED or FSDP_UNIT_UNSHARDED.
    */
   int32_t state;
+  /**
+   * The type that its gradients are rounded to before they are summed.
+   */
+  fsdp_dtype_t reduce_dtype;
+  /**
+   * Bytes of the copies of its parameters that are computed in 16 bits, each on a 64-byte line; on shm one copy a host.
+   */
+  uint64_t compute_bytes;
 } fsdp_unit_info_t;
 
 /**
@@ -568,6 +583,14 @@ typedef struct {
    * 0 if it is frozen.
    */
   int32_t requires_grad;
+  /**
+   * What it is computed in: the dtype of fsdp_engine_param_data.
+   */
+  fsdp_dtype_t dtype;
+  /**
+   * First byte of its 16-bit copy among those of its unit; 0 if it is computed in float32.
+   */
+  int64_t compute_offset;
 } fsdp_param_info_t;
 
 /**
@@ -625,7 +648,8 @@ typedef struct {
    */
   uint64_t all_gathers;
   /**
-   * Bytes that they copied; 0 on shm.
+   * Bytes that they moved. On shm: what this rank's shards took in 16 bits, when they were rounded for those parameters
+   * that are computed so; once after each time that shards could be written, and nothing else.
    */
   uint64_t all_gather_bytes_moved;
   /**
@@ -669,6 +693,10 @@ typedef struct {
    * Bytes of this rank's gradients that it gave to them.
    */
   uint64_t all_reduce_bytes;
+  /**
+   * Bytes of the copies of all parameters that are computed in 16 bits; on shm one copy a host.
+   */
+  uint64_t compute_buffer_bytes;
 } fsdp_stats_t;
 
 /**
@@ -858,6 +886,10 @@ typedef struct {
   /**
    * As in fsdp_engine_config_t.
    */
+  fsdp_dtype_t param_dtype;
+  /**
+   * As in fsdp_engine_config_t.
+   */
   uint32_t shard_size;
 } fsdp_plan_request_t;
 
@@ -917,8 +949,9 @@ typedef struct {
    */
   uint64_t unit_buffer_bytes;
   /**
-   * Most bytes of unit buffers unsharded at once: where units are resharded after their forward the largest
-   * sum along a path of nested units, else all. No memory of its own on shm; where bytes move, each rank needs it besides its shards.
+   * Most bytes of unit buffers unsharded at once, parameters that are computed in 16 bits counted so: where units are
+   * resharded after their forward the largest sum along a path of nested units, else all. No memory of its own on shm;
+   * where bytes move, each rank needs it besides its shards.
    */
   uint64_t unsharded_peak_bytes;
   /**
@@ -926,8 +959,8 @@ typedef struct {
    */
   uint64_t rank_peak_bytes;
   /**
-   * All ranks together, as on shm, where they are on one host: each shard group's unit buffers, and every rank's gradient shards,
-   * gradient slots and optimizer state.
+   * All ranks together, as on shm, where they are on one host: each shard group's unit buffers and copies in 16 bits, and
+   * every rank's gradient shards, gradient slots and optimizer state.
    */
   uint64_t host_peak_bytes;
   /**
@@ -935,11 +968,12 @@ typedef struct {
    */
   uint64_t all_gathers;
   /**
-   * Bytes of the unit buffers that they fill. On shm they move none of them.
+   * Bytes of the unit buffers that they fill, parameters that are computed in 16 bits counted so. On shm they move none
+   * of them.
    */
   uint64_t all_gather_bytes;
   /**
-   * Bytes of them that each rank sends where bytes move: (world_size - 1) / world_size of all_gather_bytes.
+   * Bytes of them that each rank sends where bytes move: (world_size - 1) / world_size of each one's, rounded up.
    */
   uint64_t all_gather_sent_bytes;
   /**
@@ -979,6 +1013,14 @@ typedef struct {
    * In so many messages, around a ring: 2 (n - 1) per all-reduce.
    */
   uint64_t all_reduce_messages;
+  /**
+   * As fsdp_stats_t will say: on shm once per host.
+   */
+  uint64_t compute_buffer_bytes;
+  /**
+   * As fsdp_stats_t will count for each step after which this rank's shards are written.
+   */
+  uint64_t all_gather_bytes_moved;
 } fsdp_plan_t;
 
 /**
@@ -1406,8 +1448,9 @@ fsdp_status_t fsdp_engine_finish_backward(fsdp_engine_t *engine);
 fsdp_status_t fsdp_engine_begin_write(fsdp_engine_t *engine);
 
 /**
- * The full parameter, as a view of the unit buffer, to be read until its unit is resharded. FSDP_ERR_INVALID_STATE
- * while the unit is sharded. Local. Since 0.1.
+ * The full parameter in the dtype that it is computed in, to be read until its unit is resharded: a view of the unit
+ * buffer, or of the unit's copy in 16 bits, at the same address every time. FSDP_ERR_INVALID_STATE while the unit is
+ * sharded. Local. Since 0.1.
  *
  * # Safety
  * `out` is NULL or writable.
@@ -1417,7 +1460,8 @@ fsdp_status_t fsdp_engine_param_data(const fsdp_engine_t *engine,
                                      fsdp_tensor_t *out);
 
 /**
- * The memory that collects a parameter's full gradient in this backward, in the parameter's shape. *out_accumulate 0:
+ * The memory that collects a parameter's full gradient in this backward, in the parameter's shape: float32, whatever the
+ * parameter is computed in. *out_accumulate 0:
  * overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
  * on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
  * if the parameter is frozen or nothing was unsharded since the last iteration ended. Since 0.1.
@@ -1431,8 +1475,8 @@ fsdp_status_t fsdp_engine_param_grad(fsdp_engine_t *engine,
                                      int32_t *out_accumulate);
 
 /**
- * Adds a full gradient (contiguous float32 of the parameter's shape, borrowed for the call) to what this backward has
- * collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
+ * Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
+ * the call) in float32 to what this backward has collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
  *
  * # Safety
  * `grad` is NULL or describes readable memory.
@@ -1622,8 +1666,10 @@ fsdp_status_t fsdp_model_add_module(fsdp_model_t *model,
                                     uint32_t *out_module);
 
 /**
- * Adds a parameter that `module` owns; *out_param is its number. `tensor`: contiguous float32 in host memory; its data
- * is borrowed until the last fsdp_engine_create on this model has returned, shape and name for the call. data NULL:
+ * Adds a parameter that `module` owns; *out_param is its number. `tensor`: contiguous float32, float16 or
+ * bfloat16 in host memory; its data is borrowed until the last fsdp_engine_create on this model has returned, shape and
+ * name for the call. Shards are float32 whatever the dtype (16 bits are widened exactly); it is what the parameter is
+ * computed in, if nothing says otherwise (fsdp_model_set_param_dtype). data NULL:
  * the parameter has no storage; fsdp_engine_create gives it its values, one unit at a time, by the engine's
  * param_init_fn, else fsdp_model_set_param_init, else fsdp_model_set_reset. `requires_grad`: 0 for a frozen parameter.
  * Local. Errors: FSDP_ERR_UNSUPPORTED for other dtypes, devices and layouts. Since 0.1.
@@ -1743,6 +1789,27 @@ fsdp_status_t fsdp_model_add_sharded(fsdp_model_t *model,
                                      const fsdp_engine_t *engine,
                                      uint32_t *out_module,
                                      uint32_t *out_param);
+
+/**
+ * Overrides the types of the unit that `module` is, or will be when an engine is made (an error then if it is none):
+ * `param_dtype`, what its parameters are computed in, and `reduce_dtype`, what its gradients are rounded to before they
+ * are summed. Each is float32, float16, bfloat16, or {0, 0, 0} for the engine's own (fsdp_engine_config_t); a later call
+ * replaces both. The same on every rank. Errors: FSDP_ERR_UNSUPPORTED for other dtypes, FSDP_ERR_INVALID_STATE for
+ * another param_dtype than that of a unit that is sharded already. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_model_set_unit_dtypes(fsdp_model_t *model,
+                                         uint32_t module,
+                                         fsdp_dtype_t param_dtype,
+                                         fsdp_dtype_t reduce_dtype);
+
+/**
+ * Overrides the type that a parameter is computed in, before that of its unit and of the engine: float32, float16,
+ * bfloat16, or {0, 0, 0} for no override. The same on every rank. Errors as for fsdp_model_set_unit_dtypes. Local. Since
+ * 0.1.
+ */
+fsdp_status_t fsdp_model_set_param_dtype(fsdp_model_t *model,
+                                         uint32_t param,
+                                         fsdp_dtype_t dtype);
 
 /**
  * Frees the model; NULL does nothing. Engines made from it live on. Local. Since 0.1.

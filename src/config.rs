@@ -79,6 +79,8 @@ pub struct EngineConfig {
     /// The type that gradients are rounded to on each rank before they are summed (in float32, into float32 shards):
     /// F32, F16 or BF16.
     pub reduce_dtype: DType,
+    /// The type that parameters are computed in, unless the tree says otherwise: F32, F16 or BF16; None: as registered.
+    pub param_dtype: Option<DType>,
     /// Initializes parameters without storage, module by module, in place of the tree's own initializers.
     pub param_init: Option<ModuleInit>,
     /// All ranks start from rank 0's values: what the others hold, or would initialize, is not looked at.
@@ -93,6 +95,7 @@ impl Default for EngineConfig {
             shard_size: 0,
             order_check: OrderCheck::default(),
             reduce_dtype: DType::F32,
+            param_dtype: None,
             param_init: None,
             sync_module_states: false,
         }
@@ -101,7 +104,7 @@ impl Default for EngineConfig {
 
 impl EngineConfig {
     /// (name, value) of every option that ranks must agree on.
-    pub fn agreed(&self) -> [(&'static str, String); 7] {
+    pub fn agreed(&self) -> [(&'static str, String); 8] {
         [
             ("gradient_slots", self.gradient_slots.to_string()),
             ("strategy", self.strategy.name().to_string()),
@@ -109,6 +112,7 @@ impl EngineConfig {
             ("order_check", format!("{:?}", self.order_check)),
             ("reduce_dtype", self.reduce_dtype.to_string()),
             ("sync_module_states", self.sync_module_states.to_string()),
+            ("param_dtype", self.param_dtype.map_or("as registered".to_string(), |d| d.to_string())),
             ("param_init_fn", if self.param_init.is_some() { "set" } else { "not set" }.to_string()),
         ]
     }

@@ -18,6 +18,7 @@ use crate::mesh::Mesh;
 use crate::module::{ModuleTree, ParamId};
 use crate::order::{Deviation, Order};
 use crate::plan::{ParamPlan, Plan, UnitId, UnitPlan};
+use crate::precision;
 use crate::schedule::Schedule;
 use crate::shards::{ShardStore, ShardedModel};
 use crate::trace::Trace;
@@ -61,16 +62,18 @@ pub struct Stats {
     /// All unit buffers, each on a line of its own; on shm one copy a host.
     pub unit_buffer_bytes: u64,
     pub all_gathers: u64,
-    /// Bytes of the unit buffers that they fill.
+    /// Bytes of the unit buffers that they fill, 16-bit parameters counted so.
     pub all_gather_bytes: u64,
-    /// What each rank sends of them where bytes move: (n-1)/n in a group of n ranks.
+    /// What each rank sends of them where bytes move: (n-1)/n of each one's, rounded up, in a group of n ranks.
     pub all_gather_sent_bytes: u64,
-    /// Bytes that all-gathers copied; 0 on shared pages.
+    /// Bytes that this rank rounded its masters to for them; on shared pages nothing else is moved.
     pub all_gather_bytes_moved: u64,
     /// Most bytes of full parameters in private memory at once while the engine was made.
     pub materialized_peak_bytes: u64,
     /// All-gathers issued ahead of the unit that was asked for.
     pub prefetches: u64,
+    /// The 16-bit compute copies of all units; on shm one copy a host.
+    pub compute_buffer_bytes: u64,
     pub gradients: GradientCounters,
     pub replicas: ReplicaCounters,
 }
@@ -94,6 +97,7 @@ struct State {
     all_gathers: u64,
     all_gather_bytes: u64,
     all_gather_sent_bytes: u64,
+    cast_bytes: u64,
     prefetches: u64,
     replicas: ReplicaCounters,
 }
@@ -117,7 +121,7 @@ impl Engine {
     /// rank passes the same tree and configuration, and an error names the first parameter that differs.
     ///
     /// # Safety
-    /// Every parameter's `data` must be null or readable for its `numel()` floats.
+    /// Every parameter's `data` must be null or readable for its `numel()` elements, and aligned for them.
     pub unsafe fn new(tree: &ModuleTree, world: Arc<dyn Communicator>, config: &EngineConfig) -> Result<Engine> {
         if let Some(other) = tree.adopted().iter().find(|m| !Arc::ptr_eq(&m.mesh.world, &world)) {
             return Err(err!(InvalidArgument, "the {other:?} that was added is sharded over another communicator"));
@@ -128,6 +132,7 @@ impl Engine {
             None => Arc::new(Mesh::new(world.clone(), config)?),
         };
         let comm = mesh.shard.clone();
+        let tree = &tree.clone().with_engine_dtypes(config);
         let plan = Plan::new(tree, comm.rank(), comm.world_size())?;
         agree::on_model(&plan.description(tree, config), world.as_ref())?;
         let first_unit =
@@ -135,7 +140,7 @@ impl Engine {
         let own = Arc::new(ShardStore::new(comm.clone(), &plan)?);
         let stores = Plan::stores(tree, own);
         let slots = config.gradient_slots as usize;
-        let gradients = Gradients::new(comm.clone(), &plan, first_unit, &stores, slots, config.reduce_dtype)?;
+        let gradients = Gradients::new(comm.clone(), &plan, first_unit, &stores, slots)?;
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         let mut engine = Engine {
             strategy: config.strategy,
@@ -157,6 +162,7 @@ impl Engine {
                 all_gathers: 0,
                 all_gather_bytes: 0,
                 all_gather_sent_bytes: 0,
+                cast_bytes: 0,
                 prefetches: 0,
                 replicas: ReplicaCounters::default(),
             }),
@@ -397,10 +403,16 @@ impl Engine {
         self.finish_forward_locked(state)
     }
 
-    /// The address of a full parameter in the unit buffer; an error while its unit is sharded.
+    /// The address of a full parameter in its compute dtype: in the unit buffer, or among the compute copies. An error
+    /// while its unit is sharded.
     pub fn param_data(&self, param: ParamId) -> Result<*mut u8> {
         let p = self.param(param)?;
         self.lock()?.units[p.unit as usize].require_unsharded()?;
+        if p.compute != DType::F32 {
+            return Ok(self
+                .store(p.unit)
+                .copy_at(self.plan().units[p.unit as usize].compute_offset + p.compute_offset));
+        }
         let offset = self.plan().units[p.unit as usize].layout.offsets[p.index] * DType::F32.size();
         Ok(self.unit_buffer(p.unit).wrapping_add(offset))
     }
@@ -423,24 +435,30 @@ impl Engine {
         state.gradients.region(self.plan(), p.unit, p.index)
     }
 
-    /// Adds `grad` (the parameter's `numel` floats, in its shape's order) to what this backward has collected for it.
+    /// Adds `grad` (the parameter's `numel` elements of `dtype`, in its shape's order) in float32 to what this backward has
+    /// collected for it. `dtype` is float32 or the one that the parameter is computed in.
     ///
     /// # Safety
-    /// `grad` must be readable for the parameter's elements.
-    pub unsafe fn accumulate_grad(&self, param: ParamId, grad: *const f32) -> Result<()> {
-        let (region, held) = self.param_grad(param)?;
+    /// `grad` must be readable for the parameter's elements, and aligned for them.
+    pub unsafe fn accumulate_grad(&self, param: ParamId, dtype: DType, grad: *const u8) -> Result<()> {
         let p = self.param(param)?;
+        if dtype != DType::F32 && dtype != p.compute {
+            let (f32, compute) = (DType::F32, p.compute);
+            let or = if compute == f32 { String::new() } else { format!(" or {compute}, which it is computed in") };
+            return Err(err!(InvalidArgument, "the gradient of \"{}\" is {dtype}: it can be {f32}{or}", p.fqn));
+        }
+        let (region, held) = self.param_grad(param)?;
         let len = self.plan().units[p.unit as usize].layout.numels[p.index];
         if len == 0 {
             return Ok(());
         }
-        // SAFETY: the region has room for the parameter, and no peer reads it before its unit is reduced.
-        let region = unsafe { std::slice::from_raw_parts_mut(region, len) };
-        // SAFETY: the caller's promise.
-        let grad = unsafe { std::slice::from_raw_parts(grad, len) };
-        match held {
-            false => region.copy_from_slice(grad),
-            true => region.iter_mut().zip(grad).for_each(|(sum, g)| *sum += g),
+        // SAFETY: the region has room for the parameter, and no peer reads it before its unit is reduced; `grad` is the
+        // caller's promise.
+        unsafe {
+            match held {
+                false => precision::widen(dtype, grad, region, len),
+                true => precision::add(dtype, grad, region, len),
+            }
         }
         Ok(())
     }
@@ -481,9 +499,10 @@ impl Engine {
             all_gathers: state.all_gathers,
             all_gather_bytes: state.all_gather_bytes,
             all_gather_sent_bytes: state.all_gather_sent_bytes,
-            all_gather_bytes_moved: 0,
+            all_gather_bytes_moved: state.cast_bytes,
             materialized_peak_bytes: self.materialized_peak_bytes,
             prefetches: state.prefetches,
+            compute_buffer_bytes: self.plan().units.iter().map(|u| u.compute_bytes as u64).sum(),
             gradients: state.gradients.counters,
             replicas: state.replicas,
         })
@@ -544,7 +563,9 @@ impl Engine {
             let stores = &self.model.stores;
             stores.iter().try_for_each(|s| s.require_free(self.number))?;
             state.reading = true;
-            stores.iter().try_for_each(|s| s.open(self.number))?;
+            for store in stores {
+                state.cast_bytes += store.open(self.number)?;
+            }
             state.groups.iter().try_for_each(|g| g.comm.open_reads(&g.arena))?;
         }
         if let Some(deviation) = state.order.record(unit) {
@@ -573,8 +594,9 @@ impl Engine {
         let tag = Tag { kind, unit: first_unit + unit, dtype: DType::F32, bytes: u.bytes() as u64 };
         comm.all_gather(tag, arena, state.order.check())?;
         state.all_gathers += 1;
-        state.all_gather_bytes += u.bytes() as u64;
-        state.all_gather_sent_bytes += (u.bytes() - u.bytes() / comm.world_size()) as u64;
+        let (bytes, ranks) = (u.gathered_bytes(&self.plan().params), comm.world_size());
+        state.all_gather_bytes += bytes as u64;
+        state.all_gather_sent_bytes += (bytes * (ranks - 1)).div_ceil(ranks) as u64;
         Ok(())
     }
 

@@ -27,7 +27,7 @@ pub struct Request {
     pub world_size: usize,
     /// None: the one with the most bytes (the lowest of several).
     pub rank: Option<usize>,
-    /// Strategy, shard_size, reduce_dtype and gradient_slots count; the rest changes no size.
+    /// Strategy, shard_size, param_dtype, reduce_dtype and gradient_slots count; the rest changes no size.
     pub config: EngineConfig,
     /// Bytes of optimizer state per element of a trained parameter: 0 for plain SGD, 8 for Adam in float32; at most 4096.
     pub optimizer_bytes_per_element: u32,
@@ -40,7 +40,8 @@ pub struct Traffic {
     pub collectives: u64,
     /// Their full size: the unit buffers gathered, or the gradients that a rank gives to reductions.
     pub bytes: u64,
-    /// What each rank sends where bytes move: (W-1)/W of `bytes`, twice that for an all-reduce. On shm nothing is sent: an all-gather moves no bytes,
+    /// What each rank sends where bytes move: (W-1)/W of each one's bytes, rounded up, twice that for an all-reduce. On shm
+    /// nothing is sent: an all-gather moves no bytes,
     /// and in a reduction each rank reads its own range of every rank's slot, `bytes` in all.
     pub sent_bytes: u64,
     /// In how many messages each rank sends them, around a ring: W-1 per collective, twice that for an all-reduce.
@@ -48,14 +49,14 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// `count` collectives of a unit whose shards have `shard` bytes, over `world` ranks.
-    fn of(count: u64, shard: u64, world: u64) -> Traffic {
-        match shard {
+    /// `count` collectives of `bytes` each over `world` ranks.
+    fn of(count: u64, bytes: u64, world: u64) -> Traffic {
+        match bytes {
             0 => Traffic::default(),
             _ => Traffic {
                 collectives: count,
-                bytes: count * world * shard,
-                sent_bytes: count * (world - 1) * shard,
+                bytes: count * bytes,
+                sent_bytes: count * (bytes - bytes / world),
                 sent_messages: count * (world - 1),
             },
         }
@@ -130,15 +131,20 @@ pub struct Forecast {
     pub padding_bytes: u64,
     /// All unit buffers, each rounded up to 64 bytes. On shm they are all ranks' shards, once per host.
     pub unit_buffer_bytes: u64,
-    /// Most bytes of unit buffers unsharded at once. Where units are resharded after their forward: the largest sum along a path of nested units, the root
-    /// included; else all. A unit gathered ahead comes on top. Takes no memory on shm; where bytes move, each rank
+    /// The copies of parameters that are computed in 16 bits, of all units; on shm once per host.
+    pub compute_buffer_bytes: u64,
+    /// What this rank writes there in a step that follows a write of its shards.
+    pub cast_bytes: u64,
+    /// Most bytes of unit buffers unsharded at once, 16-bit parameters counted in 16 bits. Where units are resharded after
+    /// their forward: the largest sum along a path of nested units, the root included; else all. A unit gathered ahead comes
+    /// on top. Takes no memory on shm; where bytes move, each rank
     /// needs it besides its shards.
     pub unsharded_peak_bytes: u64,
     /// What this rank brings at its peak: shards, gradient shards, slots, optimizer state. With fewer gradient_slots than
     /// units nest, the units that then collect in memory of their own come on top.
     pub rank_peak_bytes: u64,
-    /// All ranks together, as on shm, where they are on one host: each shard group's unit buffers, and every rank's gradient shards,
-    /// slots and optimizer state.
+    /// All ranks together, as on shm, where they are on one host: each shard group's unit buffers and copies in 16 bits, and
+    /// every rank's gradient shards, slots and optimizer state.
     pub host_peak_bytes: u64,
     pub all_gather: Traffic,
     pub reduce_scatter: Traffic,
@@ -154,6 +160,7 @@ impl Forecast {
         check(tree, request)?;
         let (world, config) = (request.world_size, &request.config);
         let group = config.shard_group_size(world)?;
+        let tree = &tree.clone().with_engine_dtypes(config);
         let plan = Plan::new(tree, request.rank.unwrap_or(0) % group, group)?;
         let rank = request.rank.unwrap_or_else(|| fullest_rank(&plan));
         let replicas = world / group;
@@ -169,6 +176,9 @@ impl Forecast {
                 |p: &crate::plan::ParamPlan| plan.units[p.unit as usize].layout.piece(p.index, rank % group).len as u64;
             plan.params.iter().filter(counts).map(piece).sum()
         };
+        let cast = |p: &&crate::plan::ParamPlan| p.compute != DType::F32;
+        let piece = |p: &crate::plan::ParamPlan| plan.units[p.unit as usize].layout.piece(p.index, rank % group).len;
+        let cast_bytes = plan.params.iter().filter(cast).map(|p| (piece(p) * p.compute.size()) as u64).sum();
         let sum = |of: fn(&UnitPlan) -> usize| plan.units.iter().map(|u| of(u) as u64).sum::<u64>();
         let mut f = Forecast {
             world_size: world,
@@ -182,9 +192,11 @@ impl Forecast {
             shard_padding_bytes: sum(UnitPlan::shard_bytes) - on_rank(false) * DType::F32.size() as u64,
             padding_bytes: plan.padding_bytes() as u64,
             unit_buffer_bytes: sum(UnitPlan::arena_bytes),
+            compute_buffer_bytes: plan.units.iter().map(|u| u.compute_bytes as u64).sum(),
+            cast_bytes,
             unsharded_peak_bytes: match config.strategy {
                 s if s.reshards_after_forward() => deepest_path_bytes(tree, &plan),
-                _ => sum(UnitPlan::bytes),
+                _ => plan.units.iter().map(|u| u.gathered_bytes(&plan.params) as u64).sum(),
             },
             rank_peak_bytes: 0,
             host_peak_bytes: 0,
@@ -202,7 +214,8 @@ impl Forecast {
         let all_optimizer_bytes =
             replicas as u128 * u128::from(u64::from(request.optimizer_bytes_per_element) * f.trained_numel);
         f.rank_peak_bytes = f.param_shard_bytes + gradients + f.optimizer_bytes;
-        let host = replicas as u128 * u128::from(f.unit_buffer_bytes) + world as u128 * u128::from(gradients);
+        let buffers = f.unit_buffer_bytes + f.compute_buffer_bytes;
+        let host = replicas as u128 * u128::from(buffers) + world as u128 * u128::from(gradients);
         f.host_peak_bytes = u64::try_from(host + all_optimizer_bytes).unwrap_or(u64::MAX);
         Ok(f)
     }
@@ -256,7 +269,7 @@ fn unit_forecast(plan: &Plan, unit: UnitId, rank: usize, replicas: usize, config
     let averaged = (pieces.sum::<usize>() * DType::F32.size()) as u64;
     let gathers = 1 + u64::from(unit != Plan::ROOT_UNIT && config.strategy.reshards_after_forward());
     let reductions = u64::from(u.params.iter().any(|p| plan.params[*p as usize].requires_grad));
-    let reduced_shard = (u.layout.shard_len * config.reduce_dtype.size()) as u64;
+    let reduced = (u.layout.len * u.reduce_dtype.size()) as u64;
     UnitForecast {
         name: u.name.clone(),
         module: u.module,
@@ -265,8 +278,8 @@ fn unit_forecast(plan: &Plan, unit: UnitId, rank: usize, replicas: usize, config
         bytes: u.bytes() as u64,
         shard_bytes: u.shard_bytes() as u64,
         padding_bytes: (u.layout.padding() * DType::F32.size()) as u64,
-        all_gather: Traffic::of(gathers, u.shard_bytes() as u64, world),
-        reduce_scatter: Traffic::of(reductions, reduced_shard, world),
+        all_gather: Traffic::of(gathers, u.gathered_bytes(&plan.params) as u64, world),
+        reduce_scatter: Traffic::of(reductions, reduced, world),
         all_reduce: Traffic::of_all_reduce(averaged, replicas as u64),
     }
 }
@@ -307,7 +320,7 @@ fn deepest_path_bytes(tree: &ModuleTree, plan: &Plan) -> u64 {
             Some(parent) => sums[plan.unit_of_module[parent as usize] as usize],
             None => 0,
         };
-        sums[i] = above + u.bytes() as u64;
+        sums[i] = above + u.gathered_bytes(&plan.params) as u64;
     }
     debug_assert!(plan.units.first().is_some_and(|u| u.module == ROOT));
     sums.into_iter().max().unwrap_or(0)

@@ -60,7 +60,6 @@ pub struct Gradients {
     open: Vec<Option<OpenUnit>>,
     /// This rank has started reductions since the last backward ended.
     started: bool,
-    reduce_dtype: DType,
     means: Means,
     pub counters: GradientCounters,
 }
@@ -105,7 +104,6 @@ impl Gradients {
         first_unit: u32,
         stores: &[Arc<ShardStore>],
         slots: usize,
-        reduce_dtype: DType,
     ) -> Result<Gradients> {
         let flags = plan.units.iter().map(|u| u.params.len()).max().unwrap_or(0);
         let mut sizes = plan.slot_bytes(slots);
@@ -125,7 +123,6 @@ impl Gradients {
             spare,
             open: (0..units).map(|_| None).collect(),
             started: false,
-            reduce_dtype,
             means: Means {
                 reduced: plan.units.iter().map(|u| vec![false; u.params.len()]).collect(),
                 segments: (0..units)
@@ -187,18 +184,18 @@ impl Gradients {
             self.means.reduced(unit as usize, &open.present);
             return Ok(());
         };
-        let layout = &plan.units[unit as usize].layout;
-        let bytes = (layout.len * self.reduce_dtype.size()) as u64;
-        if self.reduce_dtype != DType::F32 {
+        let (layout, dtype) = (&plan.units[unit as usize].layout, plan.units[unit as usize].reduce_dtype);
+        let bytes = (layout.len * dtype.size()) as u64;
+        if dtype != DType::F32 {
             let data = self.memory.slots[slot].data;
             for (index, _) in open.present.iter().enumerate().filter(|(_, present)| **present) {
                 let (at, len) = (layout.offsets[index], layout.numels[index]);
                 // SAFETY: the slot holds the unit's floats. Parameters lie in ascending order, and a narrower one never
                 // reaches the floats of those that follow.
-                unsafe { reduce::narrow(self.reduce_dtype, data.cast::<f32>().add(at), data.add(at * 2), len) };
+                unsafe { reduce::narrow(dtype, data.cast::<f32>().add(at), data.add(at * 2), len) };
             }
         }
-        let tag = Tag { kind: crate::comm::Kind::ReduceScatter, unit: number, dtype: self.reduce_dtype, bytes };
+        let tag = Tag { kind: crate::comm::Kind::ReduceScatter, unit: number, dtype, bytes };
         let ticket = self.comm.reduce_start(tag, &self.memory.slots[slot], &open.present)?;
         self.uses[slot] = SlotUse::Started(ticket);
         self.started = true;

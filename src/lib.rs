@@ -40,6 +40,7 @@ pub mod module;
 pub mod optim;
 mod order;
 pub mod plan;
+pub mod precision;
 pub mod schedule;
 pub mod shards;
 pub mod trace;

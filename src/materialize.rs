@@ -7,12 +7,14 @@
 //! at a time. A module with a parameter that an enclosing unit owns (a tied one) is initialized with that unit, all its
 //! parameters together: a reset function sees all of them, and running it twice would draw random numbers twice.
 
+use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::layout::UnitLayout;
 use crate::memory::HostBuffer;
 use crate::module::{ModuleId, ModuleTree, ParamId};
 use crate::plan::{Plan, UnitId};
 use std::cell::Cell;
+use std::ops::BitOr;
 use std::sync::Arc;
 
 /// A parameter to fill, during the call of an initializer.
@@ -22,8 +24,45 @@ pub struct InitParam<'a> {
     /// Fully qualified name.
     pub fqn: &'a str,
     pub shape: &'a [i64],
+    /// As it was registered.
+    pub dtype: DType,
     /// All elements, row-major, on a 64-byte line. Undefined at first; every one must be written.
-    pub values: &'a [Cell<f32>],
+    pub bytes: &'a [Cell<u8>],
+}
+
+impl InitParam<'_> {
+    /// The elements of a float32 parameter; none of any other.
+    pub fn values(&self) -> &[Cell<f32>] {
+        self.elements(DType::F32)
+    }
+
+    /// The elements if they are of `dtype`, whose bits a T holds.
+    fn elements<T>(&self, dtype: DType) -> &[Cell<T>] {
+        if self.dtype != dtype {
+            return &[];
+        }
+        // SAFETY: the memory is aligned for any element, holds `dtype.size()` bytes for each of them, and may be written
+        // through a shared reference as it is made of cells; a T is plain bits.
+        unsafe { std::slice::from_raw_parts(self.bytes.as_ptr().cast(), self.bytes.len() / dtype.size()) }
+    }
+
+    /// Marks every element as not written.
+    fn mark_untouched(&self) {
+        match self.dtype {
+            DType::F16 => self.elements::<u16>(DType::F16).iter().for_each(|v| v.set(UNTOUCHED_F16.0)),
+            DType::BF16 => self.elements::<u16>(DType::BF16).iter().for_each(|v| v.set(UNTOUCHED_BF16.0)),
+            _ => self.elements::<u32>(DType::F32).iter().for_each(|v| v.set(UNTOUCHED_F32.0)),
+        }
+    }
+
+    /// The first element that was not written, or was computed from one that was not.
+    fn first_untouched(&self) -> Option<usize> {
+        match self.dtype {
+            DType::F16 => first_untouched(self.elements::<u16>(DType::F16), UNTOUCHED_F16),
+            DType::BF16 => first_untouched(self.elements::<u16>(DType::BF16), UNTOUCHED_BF16),
+            _ => first_untouched(self.elements::<u32>(DType::F32), UNTOUCHED_F32),
+        }
+    }
 }
 
 /// A module to initialize, during the call of its initializer.
@@ -43,10 +82,11 @@ pub type ModuleInit = Arc<dyn Fn(&InitModule<'_>) -> Result<()> + Send + Sync>;
 /// Initializes one parameter.
 pub type ParamInit = Arc<dyn Fn(&InitParam<'_>) -> Result<()> + Send + Sync>;
 
-/// What memory holds until an initializer writes it: a signalling NaN, which no arithmetic produces.
-const UNTOUCHED: u32 = 0x7fa5_f5d9;
-/// Sign and quiet bit: what arithmetic on [`UNTOUCHED`] may change, so that values computed from it are found too.
-const CHANGEABLE: u32 = 0x8040_0000;
+/// What memory holds until an initializer writes it: a signalling NaN, which no arithmetic produces; and its sign and quiet
+/// bit, which arithmetic on it may change, so that values computed from it are found too.
+const UNTOUCHED_F32: (u32, u32) = (0x7fa5_f5d9, 0x8040_0000);
+const UNTOUCHED_F16: (u16, u16) = (0x7d59, 0x8200);
+const UNTOUCHED_BF16: (u16, u16) = (0x7fa5, 0x8040);
 
 /// What is initialized in one go.
 struct Job {
@@ -65,7 +105,7 @@ pub fn materialize(
     tree: &ModuleTree,
     plan: &Plan,
     init: Option<&ModuleInit>,
-    take: &mut dyn FnMut(ParamId, *const f32) -> Result<()>,
+    take: &mut dyn FnMut(ParamId, *const u8) -> Result<()>,
 ) -> Result<u64> {
     let mut peak = 0;
     for (unit, jobs) in jobs(tree, plan, init)?.into_iter().enumerate() {
@@ -115,31 +155,33 @@ fn materialize_unit(
     unit: UnitId,
     jobs: &[Job],
     init: Option<&ModuleInit>,
-    take: &mut dyn FnMut(ParamId, *const f32) -> Result<()>,
+    take: &mut dyn FnMut(ParamId, *const u8) -> Result<()>,
 ) -> Result<u64> {
-    let numels: Vec<usize> = jobs.iter().flat_map(|j| &j.params).map(|p| tree.params()[*p as usize].numel()).collect();
-    let layout = UnitLayout::plan(&numels, size_of::<f32>(), 1);
+    let bytes_of = |p: &ParamId| tree.params()[*p as usize].numel() * tree.params()[*p as usize].dtype.size();
+    let bytes: Vec<usize> = jobs.iter().flat_map(|j| &j.params).map(bytes_of).collect();
+    let layout = UnitLayout::plan(&bytes, 1, 1);
     let label = plan.units[unit as usize].label();
-    let memory =
-        HostBuffer::zeroed(layout.len, &format!("the parameters of unit \"{label}\" while they are initialized"))?;
+    let floats = layout.len.div_ceil(size_of::<f32>());
+    let memory = HostBuffer::zeroed(floats, &format!("the parameters of unit \"{label}\" while they are initialized"))?;
     let mut places = layout.offsets.iter().zip(&layout.numels);
     for job in jobs {
         let params: Vec<InitParam> = job
             .params
             .iter()
             .zip(&mut places)
-            .map(|(p, (offset, numel))| {
+            .map(|(p, (offset, bytes))| {
                 let param = &tree.params()[*p as usize];
                 // SAFETY: the layout gave the parameter this part of `memory` alone, which outlives `params`; only
-                // this thread knows it; Cell<f32> is laid out as f32 and may be written through a shared reference.
-                let values = unsafe { std::slice::from_raw_parts(memory.as_ptr().add(*offset).cast(), *numel) };
-                InitParam { param: *p, fqn: &param.fqn, shape: &param.shape, values }
+                // this thread knows it; a Cell<u8> is laid out as u8 and may be written through a shared reference.
+                let bytes =
+                    unsafe { std::slice::from_raw_parts(memory.as_ptr().cast::<Cell<u8>>().add(*offset), *bytes) };
+                InitParam { param: *p, fqn: &param.fqn, shape: &param.shape, dtype: param.dtype, bytes }
             })
             .collect();
         run(tree, job.module, &params, init)?;
-        params.iter().try_for_each(|p| take(p.param, p.values.as_ptr().cast()))?;
+        params.iter().try_for_each(|p| take(p.param, p.bytes.as_ptr().cast()))?;
     }
-    Ok((numels.iter().sum::<usize>() * size_of::<f32>()) as u64)
+    Ok(bytes.iter().sum::<usize>() as u64)
 }
 
 /// Initializes one module's parameters, and checks that nothing was left out.
@@ -169,22 +211,25 @@ fn run(tree: &ModuleTree, module: ModuleId, params: &[InitParam], init: Option<&
 
 /// Calls an initializer of `params`; `what` names it.
 fn fill(params: &[InitParam], what: &str, call: impl FnOnce() -> Result<()>) -> Result<()> {
-    params.iter().flat_map(|p| p.values).for_each(|v| v.set(f32::from_bits(UNTOUCHED)));
+    params.iter().for_each(InitParam::mark_untouched);
     call().map_err(|e| e.context(what))?;
     for p in params {
-        if let Some(i) = first_untouched(p.values) {
+        if let Some(i) = p.first_untouched() {
             return Err(err!(InvalidState, "parameter \"{}\" was left uninitialized by {what} (element {i})", p.fqn));
         }
     }
     Ok(())
 }
 
-/// The first element that was not written, or was computed from one that was not.
-fn first_untouched(values: &[Cell<f32>]) -> Option<usize> {
+/// The first element that is `mark`, whatever its `changeable` bits are.
+fn first_untouched<T: Copy + PartialEq + BitOr<Output = T>>(
+    values: &[Cell<T>],
+    (mark, changeable): (T, T),
+) -> Option<usize> {
     /// Without an early end inside a block, so that the compiler can use vectors.
     const BLOCK: usize = 1024;
-    let untouched = |v: &Cell<f32>| v.get().to_bits() | CHANGEABLE == UNTOUCHED | CHANGEABLE;
-    let found = |block: &[Cell<f32>]| block.iter().fold(false, |found, v| found | untouched(v));
+    let untouched = |v: &Cell<T>| v.get() | changeable == mark | changeable;
+    let found = |block: &[Cell<T>]| block.iter().fold(false, |found, v| found | untouched(v));
     let block = values.chunks(BLOCK).position(found)? * BLOCK;
     values[block..].iter().position(untouched).map(|i| block + i)
 }
@@ -199,7 +244,6 @@ fn module_name(tree: &ModuleTree, module: ModuleId) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::DType;
     use crate::module::ROOT;
     use std::collections::BTreeMap;
     use std::sync::Mutex;
@@ -209,9 +253,9 @@ mod tests {
     type Calls = Arc<Mutex<Vec<String>>>;
 
     fn set(p: &InitParam, value: f32) {
-        assert_eq!(p.values.as_ptr() as usize % 64, 0, "{}", p.fqn);
-        assert_eq!(p.values.len() as i64, p.shape.iter().product::<i64>());
-        p.values.iter().for_each(|v| v.set(value));
+        assert_eq!(p.values().as_ptr() as usize % 64, 0, "{}", p.fqn);
+        assert_eq!(p.values().len() as i64, p.shape.iter().product::<i64>());
+        p.values().iter().for_each(|v| v.set(value));
     }
 
     /// Fills every parameter it is given with its number, and says so.
@@ -256,7 +300,7 @@ mod tests {
         let mut taken = Taken::new();
         let peak = materialize(t, &plan, init, &mut |p, values| {
             // SAFETY: materialize says that the parameter's elements can be read during the call.
-            let values = unsafe { std::slice::from_raw_parts(values, t.params()[p as usize].numel()) };
+            let values = unsafe { std::slice::from_raw_parts(values.cast::<f32>(), t.params()[p as usize].numel()) };
             assert!(taken.insert(p, values.to_vec()).is_none(), "parameter {p} is taken once");
             Ok(())
         });
@@ -324,12 +368,12 @@ mod tests {
             let mut t = tree(&calls);
             let reset: ModuleInit = Arc::new(move |m| {
                 for p in m.params {
-                    for (i, v) in p.values.iter().enumerate().filter(|(i, _)| (p.param, *i) != (0, gap)) {
+                    for (i, v) in p.values().iter().enumerate().filter(|(i, _)| (p.param, *i) != (0, gap)) {
                         v.set(i as f32);
                     }
                 }
                 if let (true, Some(p)) = (from_gap, m.params.iter().find(|p| p.param == 0)) {
-                    p.values[gap].set(-p.values[gap].get() * 3.0);
+                    p.values()[gap].set(-p.values()[gap].get() * 3.0);
                 }
                 Ok(())
             });
@@ -342,7 +386,7 @@ mod tests {
             let e = run_all(&t, Some(&reset)).1.unwrap_err();
             assert_eq!(e.message, want("param_init_fn for module \"a.x\" (Linear)"));
             let three: ParamInit = Arc::new(|p| {
-                p.values[..3].iter().for_each(|v| v.set(0.0));
+                p.values()[..3].iter().for_each(|v| v.set(0.0));
                 Ok(())
             });
             t.set_param_init(0, three).unwrap();
@@ -408,17 +452,25 @@ mod tests {
     #[test]
     fn untouched_elements_are_found_anywhere() {
         for len in [1, 1023, 1024, 1025, 5000] {
-            let values: Vec<Cell<f32>> = (0..len).map(|i| Cell::new(i as f32)).collect();
+            let values: Vec<Cell<u32>> = (0..len).map(|i| Cell::new((i as f32).to_bits())).collect();
             for other in [f32::NAN, f32::INFINITY, -0.0] {
-                values[len / 2].set(other);
-                assert_eq!(first_untouched(&values), None);
+                values[len / 2].set(other.to_bits());
+                assert_eq!(first_untouched(&values, UNTOUCHED_F32), None);
             }
             for i in [0, len / 2, len - 1] {
-                let old = values[i].replace(f32::from_bits(UNTOUCHED));
-                assert_eq!(first_untouched(&values), Some(i));
+                let old = values[i].replace(UNTOUCHED_F32.0);
+                assert_eq!(first_untouched(&values, UNTOUCHED_F32), Some(i));
                 values[i].set(old);
             }
         }
-        assert!(f32::from_bits(UNTOUCHED).is_nan() && UNTOUCHED & 0x40_0000 == 0, "a signalling NaN");
+        assert!(f32::from_bits(UNTOUCHED_F32.0).is_nan() && UNTOUCHED_F32.0 & 0x40_0000 == 0, "a signalling NaN");
+        let (half, brain) = (half::f16::from_bits(UNTOUCHED_F16.0), half::bf16::from_bits(UNTOUCHED_BF16.0));
+        assert!(half.is_nan() && UNTOUCHED_F16.0 & 0x200 == 0, "a signalling NaN");
+        assert!(brain.is_nan() && UNTOUCHED_BF16.0 & 0x40 == 0, "a signalling NaN");
+        // Arithmetic goes through float32, and quiets it.
+        let computed = [half::f16::from_f32(-half.to_f32() * 3.0).to_bits()];
+        assert_eq!(first_untouched(&computed.map(Cell::new), UNTOUCHED_F16), Some(0));
+        let computed = [half::bf16::from_f32(-brain.to_f32() * 3.0).to_bits()];
+        assert_eq!(first_untouched(&computed.map(Cell::new), UNTOUCHED_BF16), Some(0));
     }
 }

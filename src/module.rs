@@ -8,6 +8,7 @@ use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::materialize::{ModuleInit, ParamInit};
 use crate::plan::UnitId;
+use crate::precision::Precision;
 use crate::shards::ShardedModel;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -93,6 +94,8 @@ pub struct ModuleTree {
     params: Vec<Param>,
     wrapped: Vec<bool>,
     initializers: Initializers,
+    /// The types that parameters are computed and reduced in.
+    pub(crate) precision: Precision,
     /// Models that are sharded already and have become a part of this one.
     adopted: Vec<Arc<ShardedModel>>,
     /// The (model, unit) of each module that is a unit of one of them.
@@ -109,6 +112,7 @@ impl ModuleTree {
             params: Vec::new(),
             wrapped: vec![true],
             initializers: Initializers::default(),
+            precision: Precision::default(),
             adopted: Vec::new(),
             adopted_units: BTreeMap::new(),
             names: HashSet::new(),

@@ -5,9 +5,10 @@
 use crate::comm::{Segment, UnitName};
 use crate::config::EngineConfig;
 use crate::dtype::DType;
-use crate::error::{err, Result};
-use crate::layout::{Piece, UnitLayout};
+use crate::error::Result;
+use crate::layout::{Piece, UnitLayout, PARAM_ALIGN};
 use crate::module::{ModuleId, ModuleTree, ParamId, ROOT};
+use crate::precision::Cast;
 use crate::shards::ShardStore;
 use std::sync::Arc;
 
@@ -32,6 +33,11 @@ pub struct UnitPlan {
     pub arena_offset: usize,
     /// First element of this rank's part in the store's gradient shards.
     pub grad_offset: usize,
+    /// First byte of its parameters' compute copies in the store's arena of them, and how many they are.
+    pub compute_offset: usize,
+    pub compute_bytes: usize,
+    /// The type that its gradients are rounded to before they are summed.
+    pub reduce_dtype: DType,
 }
 
 impl UnitPlan {
@@ -51,6 +57,12 @@ impl UnitPlan {
     /// Bytes of the unit buffer, with what aligns the next one.
     pub fn arena_bytes(&self) -> usize {
         self.bytes().next_multiple_of(UNIT_ALIGN)
+    }
+
+    /// Bytes of what an all-gather fills where bytes move: the unit buffer, with 16-bit parameters in 16 bits.
+    pub fn gathered_bytes(&self, params: &[ParamPlan]) -> usize {
+        let narrow = self.params.iter().filter(|p| params[**p as usize].compute != DType::F32);
+        self.bytes() - narrow.map(|p| 2 * self.layout.numels[params[*p as usize].index]).sum::<usize>()
     }
 
     /// How messages call it.
@@ -74,6 +86,10 @@ pub struct ParamPlan {
     pub requires_grad: bool,
     /// Its number in its unit's store.
     pub store_param: usize,
+    /// The type that it is computed in.
+    pub compute: DType,
+    /// First byte of its compute copy among those of its unit; 0 when it is computed in float32.
+    pub compute_offset: usize,
     /// This rank's piece.
     pub piece: Piece,
 }
@@ -89,20 +105,14 @@ pub struct Plan {
     pub arena_bytes: usize,
     /// Elements of this rank's shards in it.
     pub shard_elements: usize,
+    /// Bytes of the compute copies in the engine's own store.
+    pub compute_bytes: usize,
 }
 
 impl Plan {
     /// Plans `tree` for `rank` of `world_size`.
     pub fn new(tree: &ModuleTree, rank: usize, world_size: usize) -> Result<Plan> {
-        if let Some(p) = tree.params().iter().find(|p| p.dtype != DType::F32) {
-            return Err(err!(
-                Unsupported,
-                "parameter \"{}\" is {}: only {} parameters are supported yet",
-                p.fqn,
-                p.dtype,
-                DType::F32
-            ));
-        }
+        tree.check_dtypes()?;
         let modules: Vec<ModuleId> = tree.preorder().into_iter().filter(|m| tree.is_wrapped(*m)).collect();
         let mut unit_of_module = vec![0; tree.modules().len()];
         for (u, m) in modules.iter().enumerate() {
@@ -117,8 +127,14 @@ impl Plan {
             owned[unit_of_module[tree.owner(p) as usize] as usize].push(i as ParamId);
         }
 
-        let mut plan =
-            Plan { units: Vec::new(), params: Vec::new(), unit_of_module, arena_bytes: 0, shard_elements: 0 };
+        let mut plan = Plan {
+            units: Vec::new(),
+            params: Vec::new(),
+            unit_of_module,
+            arena_bytes: 0,
+            shard_elements: 0,
+            compute_bytes: 0,
+        };
         let mut places = vec![None; tree.params().len()];
         for (u, (module, params)) in modules.into_iter().zip(owned).enumerate() {
             let adopted = tree.adopted_unit(module);
@@ -129,8 +145,13 @@ impl Plan {
                     UnitLayout::plan(&numels, DType::F32.size(), world_size)
                 }
             };
+            let mut compute_bytes = 0usize;
             for (index, p) in params.iter().enumerate() {
-                places[*p as usize] = Some((u as UnitId, index, layout.piece(index, rank)));
+                let compute = tree.compute_dtype(*p, module);
+                let copy = if compute == DType::F32 { 0 } else { layout.numels[index] * compute.size() };
+                let compute_offset = if copy == 0 { 0 } else { compute_bytes };
+                compute_bytes += copy.next_multiple_of(PARAM_ALIGN);
+                places[*p as usize] = Some((u as UnitId, index, layout.piece(index, rank), compute, compute_offset));
             }
             let mut unit = UnitPlan {
                 name: tree.module(module)?.fqn.clone(),
@@ -141,6 +162,9 @@ impl Plan {
                 store: 0,
                 arena_offset: plan.arena_bytes,
                 grad_offset: plan.shard_elements,
+                compute_offset: plan.compute_bytes,
+                compute_bytes,
+                reduce_dtype: tree.precision.reduce_dtype(module),
             };
             match adopted {
                 Some((model, u)) => {
@@ -148,10 +172,12 @@ impl Plan {
                     unit.store =
                         1 + tree.adopted()[..model].iter().map(|m| m.stores.len()).sum::<usize>() + place.store;
                     (unit.arena_offset, unit.grad_offset) = (place.arena_offset, place.grad_offset);
+                    unit.compute_offset = place.compute_offset;
                 }
                 None => {
                     plan.arena_bytes += unit.arena_bytes();
                     plan.shard_elements += unit.grad_shard_bytes() / DType::F32.size();
+                    plan.compute_bytes += compute_bytes;
                 }
             }
             plan.units.push(unit);
@@ -162,13 +188,14 @@ impl Plan {
             .zip(places)
             .enumerate()
             .map(|(i, (p, place))| {
-                let (unit, index, piece) = place.expect("every parameter has an owner");
+                let (unit, index, piece, compute, compute_offset) = place.expect("every parameter has an owner");
                 let (fqn, shape) = (p.fqn.clone(), p.shape.clone());
                 let store_param = match p.adopted {
                     Some((model, old)) => tree.adopted()[model].plan.params[old as usize].store_param,
                     None => i,
                 };
-                ParamPlan { fqn, unit, index, shape, requires_grad: p.requires_grad, store_param, piece }
+                let requires_grad = p.requires_grad;
+                ParamPlan { fqn, unit, index, shape, requires_grad, store_param, compute, compute_offset, piece }
             })
             .collect();
         Ok(plan)
@@ -216,6 +243,18 @@ impl Plan {
         segments
     }
 
+    /// This rank's pieces of the parameters of unit `u` that are computed in 16 bits.
+    pub fn casts(&self, u: UnitId) -> impl Iterator<Item = Cast> + '_ {
+        let unit = &self.units[u as usize];
+        let params = unit.params.iter().map(|p| &self.params[*p as usize]);
+        params.filter(|p| p.compute != DType::F32 && p.piece.len > 0).map(|p| Cast {
+            dtype: p.compute,
+            from: unit.arena_offset + p.piece.unit_offset * DType::F32.size(),
+            to: unit.compute_offset + p.compute_offset + p.piece.param_offset * p.compute.size(),
+            len: p.piece.len,
+        })
+    }
+
     /// A unit's name for messages, with the first few of its parameters.
     pub fn unit_name(&self, unit: UnitId) -> UnitName {
         const SHOWN: usize = 4;
@@ -237,8 +276,12 @@ impl Plan {
                 (false, None) if !config.sync_module_states => "without storage, ",
                 _ => "",
             };
+            let types = match (param.dtype, p.compute) {
+                (DType::F32, DType::F32) => String::new(),
+                (registered, compute) => format!("{registered} computed in {compute}, "),
+            };
             lines.push(format!(
-                "parameter \"{}\" of shape {:?}, {}, {}in unit \"{}\"",
+                "parameter \"{}\" of shape {:?}, {}, {}{types}in unit \"{}\"",
                 p.fqn,
                 p.shape,
                 if p.requires_grad { "trained" } else { "frozen" },
@@ -248,7 +291,7 @@ impl Plan {
         }
         for u in &self.units {
             let class = &tree.modules()[u.module as usize].class_name;
-            lines.push(format!("unit \"{}\" ({class})", u.label()));
+            lines.push(format!("unit \"{}\" ({class}), reduced in {}", u.label(), u.reduce_dtype));
         }
         lines
     }

@@ -1,4 +1,5 @@
-//! The memory that outlives an engine: parameter shards (in an arena of the communicator) and gradient shards.
+//! The memory that outlives an engine: parameter shards and compute copies (in arenas of the communicator), and gradient
+//! shards.
 //!
 //! An engine makes one [`ShardStore`] for the parameters that it shards; an engine that adopts another one's units shares
 //! that one's stores. READ and WRITE phases belong to the store, because they are about its arena: only one engine may
@@ -9,7 +10,8 @@ use crate::error::{err, Result};
 use crate::memory::HostBuffer;
 use crate::mesh::Mesh;
 use crate::module::ModuleTree;
-use crate::plan::Plan;
+use crate::plan::{Plan, UnitId};
+use crate::precision::Cast;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -28,6 +30,11 @@ pub enum Phase {
 pub struct ShardStore {
     comm: Arc<dyn Communicator>,
     pub arena: Arena,
+    /// Every parameter that is computed in 16 bits, as all ranks have rounded it when they opened the READ phase; None if
+    /// there is none. The phases of `arena` say when it may be read and written.
+    copies: Option<Arena>,
+    /// This rank's part of it.
+    casts: Vec<Cast>,
     /// This rank's gradient shards, at the plan's `grad_offset`s.
     pub grads: HostBuffer,
     /// By parameter of the engine that made the store: whether its gradient shard holds a value that the next
@@ -61,6 +68,11 @@ impl ShardStore {
     pub fn new(comm: Arc<dyn Communicator>, plan: &Plan) -> Result<ShardStore> {
         Ok(ShardStore {
             arena: comm.alloc_arena(plan.arena_bytes)?,
+            copies: (plan.compute_bytes > 0).then(|| comm.alloc_arena(plan.compute_bytes)).transpose()?,
+            casts: (0..plan.units.len() as UnitId)
+                .filter(|u| plan.units[*u as usize].store == 0)
+                .flat_map(|u| plan.casts(u))
+                .collect(),
             grads: HostBuffer::zeroed(plan.shard_elements, "the gradient shards")?,
             held: plan.params.iter().map(|_| AtomicBool::new(false)).collect(),
             phase: Mutex::new(Phase::Writable),
@@ -91,12 +103,27 @@ impl ShardStore {
         }
     }
 
-    /// Opens `engine`'s READ phase.
-    pub fn open(&self, engine: u64) -> Result<()> {
+    /// Byte `offset` of the compute copies; null if there are none.
+    pub fn copy_at(&self, offset: usize) -> *mut u8 {
+        self.copies.as_ref().map_or(std::ptr::null_mut(), |a| a.base.wrapping_add(offset))
+    }
+
+    /// Opens `engine`'s READ phase. If this rank's shards may have been written since the last one, their compute copies
+    /// are made first; returns their bytes.
+    pub fn open(&self, engine: u64) -> Result<u64> {
         self.require_free(engine)?;
+        let mut cast = 0;
+        if *self.phase() == Phase::Writable {
+            for c in &self.casts {
+                // SAFETY: the plan gave this rank these ranges; in a WRITE phase no other rank reads its part of either
+                // arena, and the engine's lock keeps this rank's own from being written meanwhile.
+                unsafe { c.run(self.arena.base, self.copy_at(0)) };
+                cast += c.bytes() as u64;
+            }
+        }
         self.comm.open_reads(&self.arena)?;
         *self.phase() = Phase::Reading(engine);
-        Ok(())
+        Ok(cast)
     }
 
     /// Ends `engine`'s READ phase; nothing happens if it has none.

@@ -59,7 +59,7 @@ fn step_below(engine: &Engine, root: u32, rank: usize, step: usize, has: &impl F
             let grad: Vec<f32> = (0..numel(SHAPES[p].1)).map(|i| gradient(rank, step, p, i, read(i))).collect();
             if has(rank, step, p) {
                 // SAFETY: as long as the parameter.
-                unsafe { engine.accumulate_grad(p as u32, grad.as_ptr()) }.unwrap();
+                unsafe { engine.accumulate_grad(p as u32, DType::F32, grad.as_ptr().cast()) }.unwrap();
             }
         }
     };
@@ -172,7 +172,7 @@ fn reductions_in_different_orders_neither_hang_nor_mix() {
                         let grad: Vec<f32> =
                             (0..numel(SHAPES[p].1)).map(|i| gradient(rank, s, p, i, read(i))).collect();
                         // SAFETY: as long as the parameter.
-                        unsafe { engine.accumulate_grad(p as u32, grad.as_ptr()) }.unwrap();
+                        unsafe { engine.accumulate_grad(p as u32, DType::F32, grad.as_ptr().cast()) }.unwrap();
                     }
                     // Some are left to the end of the backward.
                     if (rank + u as usize + s) % 4 != 0 {
@@ -251,7 +251,7 @@ fn gradients_can_be_reduced_in_sixteen_bits() {
             for (p, (_, shape)) in SHAPES.iter().enumerate() {
                 let grad: Vec<f32> = (0..numel(shape)).map(|i| values[i % 4]).collect();
                 // SAFETY: as long as the parameter.
-                unsafe { engine.accumulate_grad(p as u32, grad.as_ptr()) }.unwrap();
+                unsafe { engine.accumulate_grad(p as u32, DType::F32, grad.as_ptr().cast()) }.unwrap();
             }
             engine.finish_backward().unwrap();
             let small = match dtype {

@@ -58,7 +58,7 @@ fn train(engine: &Engine, optimizer: &Optimizer, steps: std::ops::RangeInclusive
         for (p, (_, shape)) in SHAPES.iter().enumerate().filter(|(p, _)| gets_gradient(*p, step)) {
             let grad: Vec<f32> = (0..numel(shape)).map(|i| gradient(p, i, step)).collect();
             // SAFETY: as many floats as the parameter has.
-            unsafe { engine.accumulate_grad(p as u32, grad.as_ptr()) }.unwrap();
+            unsafe { engine.accumulate_grad(p as u32, fsdp::dtype::DType::F32, grad.as_ptr().cast()) }.unwrap();
         }
         engine.finish_backward().unwrap();
         optimizer.step().unwrap();
@@ -291,7 +291,7 @@ fn a_parameter_without_elements_counts_no_steps_and_frozen_ones_stay() {
         let grad = [1.0f32; 35];
         for p in [1, 3] {
             // SAFETY: parameter 1 has 35 elements, 3 none.
-            unsafe { engine.accumulate_grad(p, grad.as_ptr()) }.unwrap();
+            unsafe { engine.accumulate_grad(p, fsdp::dtype::DType::F32, grad.as_ptr().cast()) }.unwrap();
         }
         engine.finish_backward().unwrap();
         let before = piece(&engine, 0).to_vec();

@@ -150,7 +150,26 @@ fn safetensors_headers_and_indices_are_models() {
     let wrapped = ["-n", "2", "--unit", "model.layers.*", "--ignore", "steps"];
     let p = planned(&[&wrapped[..], &[&a, &b]].concat());
     assert_eq!((unit_names(&p), &p["numel"]), (vec!["", "model.layers.0", "model.layers.1"], &json!(168)));
-    assert!(p["notes"][0].as_str().unwrap().starts_with("BF16 tensors (1) are planned as float32"));
+    assert!(p["notes"][0].as_str().unwrap().starts_with("bfloat16 tensors (1) have float32 shards"));
+    // The BF16 tensor is a copy of 40 elements in the root, and the root's buffer counts it so where bytes move.
+    assert_eq!((&p["compute_buffer_bytes"], &p["unsharded_peak_bytes"]), (&json!(128), &json!(2 * 40 + 4 * 64)));
+    let wide = planned(&[&wrapped[..], &["--param-dtype", "float32", &a, &b]].concat());
+    assert_eq!((&wide["compute_buffer_bytes"], &wide["all_gather_bytes_moved"]), (&json!(0), &json!(0)));
+    let narrow = planned(&[&wrapped[..], &["--param-dtype", "float16", &a, &b]].concat());
+    assert_eq!(narrow["compute_buffer_bytes"], 128 + 2 * 128);
+    assert_eq!(
+        (&narrow["all_gather_bytes_moved"], &narrow["unit_buffer_bytes"]),
+        (&json!(168), &p["unit_buffer_bytes"])
+    );
+    let described =
+        folder.write("types.json", r#"{ "parameters": { "w": { "shape": [64], "dtype": "bfloat16" }, "v": [64] } }"#);
+    let types = planned(&["-n", "2", &described]);
+    assert_eq!(
+        (&types["compute_buffer_bytes"], &types["unsharded_peak_bytes"]),
+        (&json!(128), &json!(2 * 64 + 4 * 64))
+    );
+    let described = folder.write("double.json", r#"{ "parameters": { "w": { "shape": [4], "dtype": "float64" } } }"#);
+    refused(1, "parameter \"w\" cannot be float64", &["-n", "2", &described]);
 
     let map = |w: &str, file: &str| {
         json!({"metadata": {"total_size": 1}, "weight_map": {"model.layers.0.w": "a.safetensors",

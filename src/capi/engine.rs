@@ -62,6 +62,10 @@ pub struct fsdp_engine_config_t {
     pub param_init_fn: fsdp_module_init_fn,
     /// Passed to param_init_fn.
     pub param_init_user_data: *mut c_void,
+    /// What parameters are computed in (unsharded to), unless the model says otherwise (fsdp_model_set_unit_dtypes,
+    /// fsdp_model_set_param_dtype): float32, float16, bfloat16, or {0, 0, 0} for the dtype each was registered with. Shards
+    /// are float32 whatever it is. A part of the model that was sharded before keeps what it had.
+    pub param_dtype: fsdp_dtype_t,
     /// Ranks of a shard group, a divisor of the world size, with the hybrid strategies; else 0.
     pub shard_size: u32,
     /// 1: every rank starts from rank 0's values, which it broadcasts. The others' memory and initializers are not looked at,
@@ -91,6 +95,10 @@ pub struct fsdp_unit_info_t {
     pub padding_bytes: u64,
     /// FSDP_UNIT_SHARDED or FSDP_UNIT_UNSHARDED.
     pub state: i32,
+    /// The type that its gradients are rounded to before they are summed.
+    pub reduce_dtype: fsdp_dtype_t,
+    /// Bytes of the copies of its parameters that are computed in 16 bits, each on a 64-byte line; on shm one copy a host.
+    pub compute_bytes: u64,
 }
 
 /// A parameter and its place. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
@@ -117,6 +125,10 @@ pub struct fsdp_param_info_t {
     pub shard_numel: i64,
     /// 0 if it is frozen.
     pub requires_grad: i32,
+    /// What it is computed in: the dtype of fsdp_engine_param_data.
+    pub dtype: fsdp_dtype_t,
+    /// First byte of its 16-bit copy among those of its unit; 0 if it is computed in float32.
+    pub compute_offset: i64,
 }
 
 /// This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
@@ -153,7 +165,8 @@ pub struct fsdp_stats_t {
     pub unit_buffer_bytes: u64,
     /// All-gathers so far.
     pub all_gathers: u64,
-    /// Bytes that they copied; 0 on shm.
+    /// Bytes that they moved. On shm: what this rank's shards took in 16 bits, when they were rounded for those parameters
+    /// that are computed so; once after each time that shards could be written, and nothing else.
     pub all_gather_bytes_moved: u64,
     /// Reduce-scatters so far.
     pub reduce_scatters: u64,
@@ -176,6 +189,8 @@ pub struct fsdp_stats_t {
     pub all_reduces: u64,
     /// Bytes of this rank's gradients that it gave to them.
     pub all_reduce_bytes: u64,
+    /// Bytes of the copies of all parameters that are computed in 16 bits; on shm one copy a host.
+    pub compute_buffer_bytes: u64,
 }
 
 // SAFETY: repr(C), begins with its size, plain data.
@@ -243,12 +258,25 @@ pub(super) fn reduce_dtype(value: fsdp_dtype_t, of: &str) -> Result<DType> {
     })
 }
 
+/// The param_dtype of the struct `of`; all zero is as registered.
+pub(super) fn param_dtype(value: fsdp_dtype_t, of: &str) -> Result<Option<DType>> {
+    let dtype = tensor::optional_dtype(value, &format!("{of}.param_dtype"))?;
+    if let Some(d) = dtype.filter(|d| !crate::precision::can_compute(*d)) {
+        return Err(err!(
+            Unsupported,
+            "parameters cannot be computed in {d} ({of}.param_dtype): float32, float16 and bfloat16 are supported"
+        ));
+    }
+    Ok(dtype)
+}
+
 fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
     let of = fsdp_engine_config_t::NAME;
     let order_check = OrderCheck::ALL.into_iter().find(|o| *o as i32 == c.order_check);
     let order_check =
         order_check.ok_or_else(|| err!(InvalidArgument, "{of}.order_check cannot be {}", c.order_check))?;
     let (strategy, reduce_dtype) = (strategy(c.strategy, of)?, reduce_dtype(c.reduce_dtype, of)?);
+    let param_dtype = param_dtype(c.param_dtype, of)?;
     // SAFETY: the host's promise for a function it gives: it may be called with its user data.
     let param_init = unsafe { module_init(c.param_init_fn, c.param_init_user_data) };
     if param_init.is_none() && !c.param_init_user_data.is_null() {
@@ -263,6 +291,7 @@ fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
         shard_size: c.shard_size,
         order_check,
         reduce_dtype,
+        param_dtype,
         param_init,
         sync_module_states: c.sync_module_states != 0,
     })
@@ -364,6 +393,8 @@ pub unsafe extern "C" fn fsdp_engine_unit_info(
             shard_bytes: u.shard_bytes() as u64,
             padding_bytes: (u.layout.padding() * DType::F32.size()) as u64,
             state: object.engine.unit_state(unit)? as i32,
+            reduce_dtype: tensor::c_dtype(u.reduce_dtype),
+            compute_bytes: u.compute_bytes as u64,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, info) }
@@ -395,6 +426,8 @@ pub unsafe extern "C" fn fsdp_engine_param_info(
             shard_offset: p.piece.param_offset as i64,
             shard_numel: p.piece.len as i64,
             requires_grad: p.requires_grad.into(),
+            dtype: tensor::c_dtype(p.compute),
+            compute_offset: p.compute_offset as i64,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, info) }
@@ -555,8 +588,9 @@ pub extern "C" fn fsdp_engine_begin_write(engine: *mut fsdp_engine_t) -> fsdp_st
     boundary(|| with(engine, |e| e.begin_write()))
 }
 
-/// The full parameter, as a view of the unit buffer, to be read until its unit is resharded. FSDP_ERR_INVALID_STATE
-/// while the unit is sharded. Local. Since 0.1.
+/// The full parameter in the dtype that it is computed in, to be read until its unit is resharded: a view of the unit
+/// buffer, or of the unit's copy in 16 bits, at the same address every time. FSDP_ERR_INVALID_STATE while the unit is
+/// sharded. Local. Since 0.1.
 ///
 /// # Safety
 /// `out` is NULL or writable.
@@ -568,13 +602,14 @@ pub unsafe extern "C" fn fsdp_engine_param_data(
 ) -> fsdp_status_t {
     boundary(|| {
         let object = get(engine)?;
-        let data = object.engine.param_data(param)?;
+        let (data, p) = (object.engine.param_data(param)?, object.engine.param(param)?);
         // SAFETY: the caller's promise; the shape lives as long as the engine.
-        unsafe { tensor::write(out, data, &object.engine.param(param)?.shape) }
+        unsafe { tensor::write(out, data, p.compute, &p.shape) }
     })
 }
 
-/// The memory that collects a parameter's full gradient in this backward, in the parameter's shape. *out_accumulate 0:
+/// The memory that collects a parameter's full gradient in this backward, in the parameter's shape: float32, whatever the
+/// parameter is computed in. *out_accumulate 0:
 /// overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
 /// on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
 /// if the parameter is frozen or nothing was unsharded since the last iteration ended. Since 0.1.
@@ -595,12 +630,12 @@ pub unsafe extern "C" fn fsdp_engine_param_grad(
         let (region, held) = object.engine.param_grad(param)?;
         out_accumulate.write(held.into());
         // SAFETY: the caller's promise; the shape lives as long as the engine.
-        unsafe { tensor::write(out, region.cast(), &object.engine.param(param)?.shape) }
+        unsafe { tensor::write(out, region.cast(), DType::F32, &object.engine.param(param)?.shape) }
     })
 }
 
-/// Adds a full gradient (contiguous float32 of the parameter's shape, borrowed for the call) to what this backward has
-/// collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
+/// Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
+/// the call) in float32 to what this backward has collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
 ///
 /// # Safety
 /// `grad` is NULL or describes readable memory.
@@ -616,20 +651,20 @@ pub unsafe extern "C" fn fsdp_engine_accumulate_grad(
         let name = format!("the gradient of \"{}\"", p.fqn);
         // SAFETY: the caller's promise.
         let grad = unsafe { HostTensor::read(grad, &name) }?;
-        if grad.dtype != DType::F32 || grad.shape != p.shape {
+        if (grad.dtype != DType::F32 && grad.dtype != p.compute) || grad.shape != p.shape {
             return Err(err!(
                 InvalidArgument,
                 "{name} is {} of shape {:?}, the parameter is {} of shape {:?}",
                 grad.dtype,
                 grad.shape,
-                DType::F32,
+                p.compute,
                 p.shape
             ));
         }
         // SAFETY: the caller's promise; NULL with elements is refused.
         let data = unsafe { grad.slice(&name) }?;
         // SAFETY: as large as the parameter: the shapes are equal.
-        unsafe { object.engine.accumulate_grad(param, data.as_ptr().cast()) }
+        unsafe { object.engine.accumulate_grad(param, grad.dtype, data.as_ptr()) }
     })
 }
 
@@ -691,6 +726,7 @@ pub unsafe extern "C" fn fsdp_engine_stats(engine: *const fsdp_engine_t, out: *m
             all_gather_sent_bytes: s.all_gather_sent_bytes,
             all_reduces: s.replicas.all_reduces,
             all_reduce_bytes: s.replicas.all_reduce_bytes,
+            compute_buffer_bytes: s.compute_buffer_bytes,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, stats) }

@@ -3,6 +3,7 @@
 use super::handle::{fsdp_engine_t, fsdp_full_params_t, fsdp_optimizer_t, get, insert, remove};
 use super::status::{boundary, boundary_void, fsdp_status_t, out, read_sized, Sized_};
 use super::tensor::{self, fsdp_tensor_t};
+use crate::dtype::DType;
 use crate::engine::{Engine, FullOptions, FullParams};
 use crate::error::{err, Error, Result};
 use crate::module::ParamId;
@@ -189,7 +190,7 @@ unsafe fn receiver<'a>(
     let f = f.ok_or_else(|| err!(InvalidArgument, "fn_ is NULL"))?;
     Ok(move |param: ParamId, state: Option<&str>, data: *const f32| {
         let p = engine.param(param)?;
-        let tensor = tensor::float32(data.cast_mut().cast(), &p.shape);
+        let tensor = tensor::describe(data.cast_mut().cast(), DType::F32, &p.shape);
         let text = |s: &str| CString::new(s).unwrap_or_default();
         let (name, state) = (text(&p.fqn), state.map(text));
         let state = state.as_ref().map_or(std::ptr::null(), |s| s.as_ptr());
@@ -218,5 +219,5 @@ unsafe fn describe(
     let full = lock(&object)?;
     let data = of(&full, param)?.unwrap_or(std::ptr::null_mut());
     // SAFETY: the caller's promise; the shape lives as long as the engine, which the scope keeps.
-    unsafe { tensor::write(out, data.cast(), &full.engine().param(param)?.shape) }
+    unsafe { tensor::write(out, data.cast(), DType::F32, &full.engine().param(param)?.shape) }
 }

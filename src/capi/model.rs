@@ -2,10 +2,11 @@
 
 use super::handle::{fsdp_engine_t, fsdp_model_t, fsdp_trace_t, get, insert, remove};
 use super::status::{boundary, boundary_void, fsdp_status_t, out, string};
-use super::tensor::{self, fsdp_tensor_t, HostTensor};
+use super::tensor::{self, fsdp_dtype_t, fsdp_tensor_t, HostTensor};
 use crate::error::{err, Error, Result};
 use crate::materialize::{InitParam, ModuleInit, ParamInit};
 use crate::module::ModuleTree;
+use crate::precision::UnitDtypes;
 use crate::wrap;
 use std::ffi::{c_char, c_void, CString};
 use std::sync::{Arc, Mutex};
@@ -40,7 +41,7 @@ pub struct fsdp_module_init_t {
     pub param_count: u32,
     /// Their numbers, in order of registration.
     pub params: *const u32,
-    /// Their memory: contiguous float32 on a 64-byte line. Its contents are undefined; every element must be written.
+    /// Their memory: contiguous, of the dtype they were registered with, on a 64-byte line. Its contents are undefined; every element must be written.
     pub tensors: *const fsdp_tensor_t,
 }
 
@@ -92,8 +93,10 @@ pub unsafe extern "C" fn fsdp_model_add_module(
     })
 }
 
-/// Adds a parameter that `module` owns; *out_param is its number. `tensor`: contiguous float32 in host memory; its data
-/// is borrowed until the last fsdp_engine_create on this model has returned, shape and name for the call. data NULL:
+/// Adds a parameter that `module` owns; *out_param is its number. `tensor`: contiguous float32, float16 or
+/// bfloat16 in host memory; its data is borrowed until the last fsdp_engine_create on this model has returned, shape and
+/// name for the call. Shards are float32 whatever the dtype (16 bits are widened exactly); it is what the parameter is
+/// computed in, if nothing says otherwise (fsdp_model_set_param_dtype). data NULL:
 /// the parameter has no storage; fsdp_engine_create gives it its values, one unit at a time, by the engine's
 /// param_init_fn, else fsdp_model_set_param_init, else fsdp_model_set_reset. `requires_grad`: 0 for a frozen parameter.
 /// Local. Errors: FSDP_ERR_UNSUPPORTED for other dtypes, devices and layouts. Since 0.1.
@@ -296,6 +299,40 @@ pub unsafe extern "C" fn fsdp_model_add_sharded(
     })
 }
 
+/// Overrides the types of the unit that `module` is, or will be when an engine is made (an error then if it is none):
+/// `param_dtype`, what its parameters are computed in, and `reduce_dtype`, what its gradients are rounded to before they
+/// are summed. Each is float32, float16, bfloat16, or {0, 0, 0} for the engine's own (fsdp_engine_config_t); a later call
+/// replaces both. The same on every rank. Errors: FSDP_ERR_UNSUPPORTED for other dtypes, FSDP_ERR_INVALID_STATE for
+/// another param_dtype than that of a unit that is sharded already. Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_model_set_unit_dtypes(
+    model: *mut fsdp_model_t,
+    module: u32,
+    param_dtype: fsdp_dtype_t,
+    reduce_dtype: fsdp_dtype_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let param = tensor::optional_dtype(param_dtype, "param_dtype")?;
+        let reduce = tensor::optional_dtype(reduce_dtype, "reduce_dtype")?;
+        edit(model, |tree| tree.set_unit_dtypes(module, UnitDtypes { param, reduce }))
+    })
+}
+
+/// Overrides the type that a parameter is computed in, before that of its unit and of the engine: float32, float16,
+/// bfloat16, or {0, 0, 0} for no override. The same on every rank. Errors as for fsdp_model_set_unit_dtypes. Local. Since
+/// 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_model_set_param_dtype(
+    model: *mut fsdp_model_t,
+    param: u32,
+    dtype: fsdp_dtype_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let dtype = tensor::optional_dtype(dtype, "dtype")?;
+        edit(model, |tree| tree.set_param_dtype(param, dtype))
+    })
+}
+
 /// Frees the model; NULL does nothing. Engines made from it live on. Local. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_model_destroy(model: *mut fsdp_model_t) {
@@ -341,7 +378,7 @@ unsafe fn param_init(function: fsdp_param_init_fn, user_data: *mut c_void) -> Op
 }
 
 fn describe(p: &InitParam) -> fsdp_tensor_t {
-    tensor::float32(p.values.as_ptr().cast_mut().cast(), p.shape)
+    tensor::describe(p.bytes.as_ptr().cast_mut().cast(), p.dtype, p.shape)
 }
 
 fn returned(code: i32) -> Result<()> {

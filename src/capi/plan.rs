@@ -1,6 +1,6 @@
 //! `fsdp_plan`: what a model will take and move when it is sharded, before anything is allocated.
 
-use super::engine::{reduce_dtype, strategy};
+use super::engine::{param_dtype, reduce_dtype, strategy};
 use super::handle::{fsdp_model_t, get};
 use super::model::lock;
 use super::status::{boundary, fsdp_status_t, read_sized, write_sized, Sized_};
@@ -30,6 +30,8 @@ pub struct fsdp_plan_request_t {
     pub optimizer_bytes_per_element: u32,
     /// Whose bytes to tell: a rank, or FSDP_LARGEST_RANK.
     pub rank: i32,
+    /// As in fsdp_engine_config_t.
+    pub param_dtype: fsdp_dtype_t,
     /// As in fsdp_engine_config_t.
     pub shard_size: u32,
 }
@@ -65,19 +67,21 @@ pub struct fsdp_plan_t {
     pub padding_bytes: u64,
     /// As fsdp_stats_t will say: on shm once per host.
     pub unit_buffer_bytes: u64,
-    /// Most bytes of unit buffers unsharded at once: where units are resharded after their forward the largest
-    /// sum along a path of nested units, else all. No memory of its own on shm; where bytes move, each rank needs it besides its shards.
+    /// Most bytes of unit buffers unsharded at once, parameters that are computed in 16 bits counted so: where units are
+    /// resharded after their forward the largest sum along a path of nested units, else all. No memory of its own on shm;
+    /// where bytes move, each rank needs it besides its shards.
     pub unsharded_peak_bytes: u64,
     /// This rank at its peak: its shards, gradient shards, gradient slots and optimizer state.
     pub rank_peak_bytes: u64,
-    /// All ranks together, as on shm, where they are on one host: each shard group's unit buffers, and every rank's gradient shards,
-    /// gradient slots and optimizer state.
+    /// All ranks together, as on shm, where they are on one host: each shard group's unit buffers and copies in 16 bits, and
+    /// every rank's gradient shards, gradient slots and optimizer state.
     pub host_peak_bytes: u64,
     /// All-gathers of a step.
     pub all_gathers: u64,
-    /// Bytes of the unit buffers that they fill. On shm they move none of them.
+    /// Bytes of the unit buffers that they fill, parameters that are computed in 16 bits counted so. On shm they move none
+    /// of them.
     pub all_gather_bytes: u64,
-    /// Bytes of them that each rank sends where bytes move: (world_size - 1) / world_size of all_gather_bytes.
+    /// Bytes of them that each rank sends where bytes move: (world_size - 1) / world_size of each one's, rounded up.
     pub all_gather_sent_bytes: u64,
     /// In so many messages, around a ring: world_size - 1 per all-gather.
     pub all_gather_messages: u64,
@@ -98,6 +102,10 @@ pub struct fsdp_plan_t {
     pub all_reduce_sent_bytes: u64,
     /// In so many messages, around a ring: 2 (n - 1) per all-reduce.
     pub all_reduce_messages: u64,
+    /// As fsdp_stats_t will say: on shm once per host.
+    pub compute_buffer_bytes: u64,
+    /// As fsdp_stats_t will count for each step after which this rank's shards are written.
+    pub all_gather_bytes_moved: u64,
 }
 
 /// A unit, the same on every rank. Set struct_size before the call.
@@ -188,6 +196,8 @@ pub unsafe extern "C" fn fsdp_plan(
             all_reduce_bytes: f.all_reduce.bytes,
             all_reduce_sent_bytes: f.all_reduce.sent_bytes,
             all_reduce_messages: f.all_reduce.sent_messages,
+            compute_buffer_bytes: f.compute_buffer_bytes,
+            all_gather_bytes_moved: f.cast_bytes,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, plan) }
@@ -245,6 +255,7 @@ unsafe fn forecast(model: *const fsdp_model_t, request: *const fsdp_plan_request
         strategy: strategy(r.strategy, of)?,
         shard_size: r.shard_size,
         reduce_dtype: reduce_dtype(r.reduce_dtype, of)?,
+        param_dtype: param_dtype(r.param_dtype, of)?,
         ..EngineConfig::default()
     };
     let (world_size, optimizer_bytes_per_element) = (r.world_size as usize, r.optimizer_bytes_per_element);

@@ -132,24 +132,41 @@ impl HostTensor {
     }
 }
 
-/// Fills an output tensor: contiguous float32 in host memory. `shape` must live as long as C may use the result.
+/// Fills an output tensor: contiguous in host memory. `shape` must live as long as C may use the result.
 ///
 /// # Safety
 /// `tensor` is NULL or writable.
-pub unsafe fn write(tensor: *mut fsdp_tensor_t, data: *mut u8, shape: &[i64]) -> Result<()> {
+pub unsafe fn write(tensor: *mut fsdp_tensor_t, data: *mut u8, dtype: DType, shape: &[i64]) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { out(tensor, "out") }?.write(float32(data, shape));
+    unsafe { out(tensor, "out") }?.write(describe(data, dtype, shape));
     Ok(())
 }
 
-/// Describes contiguous float32 in host memory; valid as long as `shape`.
-pub fn float32(data: *mut u8, shape: &[i64]) -> fsdp_tensor_t {
-    let (code, bits) = DType::F32.dlpack();
+/// The dtype in C's terms.
+pub fn c_dtype(dtype: DType) -> fsdp_dtype_t {
+    let (code, bits) = dtype.dlpack();
+    fsdp_dtype_t { code, bits, lanes: 1 }
+}
+
+/// The dtype that C means; None for all zero. Outside: an error that calls it `what`.
+pub fn optional_dtype(value: fsdp_dtype_t, what: &str) -> Result<Option<DType>> {
+    let fsdp_dtype_t { code, bits, lanes } = value;
+    if (code, bits, lanes) == (0, 0, 0) {
+        return Ok(None);
+    }
+    let known = DType::from_dlpack(code, bits).filter(|_| lanes == 1);
+    known
+        .map(Some)
+        .ok_or_else(|| err!(Unsupported, "{what} cannot be {{code {code}, bits {bits}, lanes {lanes}}}: unknown dtype"))
+}
+
+/// Describes contiguous elements in host memory; valid as long as `shape`.
+pub fn describe(data: *mut u8, dtype: DType, shape: &[i64]) -> fsdp_tensor_t {
     fsdp_tensor_t {
         data: data.cast(),
         device: fsdp_device_t { device_type: FSDP_DEVICE_CPU, device_id: 0 },
         ndim: shape.len() as i32,
-        dtype: fsdp_dtype_t { code, bits, lanes: 1 },
+        dtype: c_dtype(dtype),
         shape: shape.as_ptr().cast_mut(),
         strides: std::ptr::null_mut(),
         byte_offset: 0,

@@ -8,6 +8,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::materialize::materialize;
 use crate::module::{ModuleTree, ParamId};
+use crate::precision;
 
 /// Floats of a broadcast: bounds the memory that it takes.
 const CHUNK: usize = 1 << 20;
@@ -19,13 +20,13 @@ impl Engine {
     /// parameters that were in private memory at once. Collective.
     ///
     /// # Safety
-    /// Every parameter's `data` must be null or readable for its `numel()` floats.
+    /// Every parameter's `data` must be null or readable for its `numel()` elements, and aligned for them.
     pub(super) unsafe fn take_values(&self, tree: &ModuleTree, config: &EngineConfig) -> Result<u64> {
         let world = self.world().as_ref();
         if !config.sync_module_states {
-            let copy = &mut |p, data, len| {
+            let copy = &mut |p, dtype, data, len| {
                 // SAFETY: the caller's promise.
-                unsafe { self.copy_range(p, 0, data, len) };
+                unsafe { self.copy_range(p, 0, dtype, data, len) };
                 Ok(())
             };
             // SAFETY: the caller's promise.
@@ -35,7 +36,7 @@ impl Engine {
         let done = match world.rank() {
             0 => {
                 // SAFETY: the caller's promise.
-                let send = &mut |p, data, len| unsafe { self.send(p, data, len) };
+                let send = &mut |p, dtype, data, len| unsafe { self.send(p, dtype, data, len) };
                 // SAFETY: the caller's promise.
                 let done = unsafe { each_value(tree, self.plan(), config, send) };
                 world.broadcast(&mut END.to_ne_bytes(), DType::I64, 0)?;
@@ -46,11 +47,11 @@ impl Engine {
         agree::on_result(done, world)
     }
 
-    /// Copies what of `data`, the `len` elements of a parameter from `first` on, lies in this rank's shard.
+    /// Widens what of `data`, the `len` elements (of `dtype`) of a parameter from `first` on, lies in this rank's shard.
     ///
     /// # Safety
-    /// `data` must be readable for `len` floats.
-    unsafe fn copy_range(&self, param: ParamId, first: usize, data: *const f32, len: usize) {
+    /// `data` must be readable for `len` elements of `dtype`, and aligned for them.
+    unsafe fn copy_range(&self, param: ParamId, first: usize, dtype: DType, data: *const u8, len: usize) {
         let piece = &self.plan().params[param as usize].piece;
         let from = piece.param_offset.max(first);
         let to = (piece.param_offset + piece.len).min(first + len);
@@ -59,7 +60,7 @@ impl Engine {
             // opens a READ phase.
             unsafe {
                 let shard = self.shard_data(param as usize).add(from - piece.param_offset);
-                std::ptr::copy_nonoverlapping(data.add(from - first), shard, to - from);
+                precision::widen(dtype, data.add((from - first) * dtype.size()), shard, to - from);
             }
         }
     }
@@ -67,20 +68,19 @@ impl Engine {
     /// Rank 0's part for one parameter: its number, then its values in chunks.
     ///
     /// # Safety
-    /// `data` must be readable for `len` floats.
-    unsafe fn send(&self, param: ParamId, data: *const f32, len: usize) -> Result<()> {
+    /// `data` must be readable for `len` elements of `dtype`, and aligned for them.
+    unsafe fn send(&self, param: ParamId, dtype: DType, data: *const u8, len: usize) -> Result<()> {
         let world = self.world().as_ref();
         world.broadcast(&mut u64::from(param).to_ne_bytes(), DType::I64, 0)?;
         let mut chunk = Vec::new();
         for first in (0..len).step_by(CHUNK) {
-            // SAFETY: the caller's promise.
-            let values = unsafe { std::slice::from_raw_parts(data.add(first), CHUNK.min(len - first)) };
-            chunk.clear();
-            chunk.extend_from_slice(values);
+            chunk.resize(CHUNK.min(len - first), 0f32);
+            // SAFETY: the caller's promise; the chunk is as long as it says.
+            unsafe { precision::widen(dtype, data.add(first * dtype.size()), chunk.as_mut_ptr(), chunk.len()) };
             world.broadcast(as_bytes(&mut chunk), DType::F32, 0)?;
         }
         // SAFETY: the caller's promise.
-        unsafe { self.copy_range(param, 0, data, len) };
+        unsafe { self.copy_range(param, 0, dtype, data, len) };
         Ok(())
     }
 
@@ -101,26 +101,32 @@ impl Engine {
                 chunk.resize(CHUNK.min(len - first), 0f32);
                 world.broadcast(as_bytes(&mut chunk), DType::F32, 0)?;
                 // SAFETY: as long as it says.
-                unsafe { self.copy_range(param, first, chunk.as_ptr(), chunk.len()) };
+                unsafe { self.copy_range(param, first, DType::F32, chunk.as_ptr().cast(), chunk.len()) };
             }
         }
     }
 }
 
-/// Calls `take` with every parameter's values (and how many there are): those with storage first, then the initialized ones.
+/// Takes a parameter's values: their type as registered, where they are, and how many.
+type Take<'a> = dyn FnMut(ParamId, DType, *const u8, usize) -> Result<()> + 'a;
+
+/// Calls `take` with every parameter's values: those with storage first, then the initialized ones.
 ///
 /// # Safety
-/// Every parameter's `data` must be null or readable for its `numel()` floats.
+/// Every parameter's `data` must be null or readable for its `numel()` elements, and aligned for them.
 unsafe fn each_value(
     tree: &ModuleTree,
     plan: &crate::plan::Plan,
     config: &EngineConfig,
-    take: &mut dyn FnMut(ParamId, *const f32, usize) -> Result<()>,
+    take: &mut Take<'_>,
 ) -> Result<u64> {
     for (p, param) in tree.params().iter().enumerate().filter(|(_, p)| !p.data.is_null()) {
-        take(p as ParamId, param.data.cast(), param.numel())?;
+        take(p as ParamId, param.dtype, param.data, param.numel())?;
     }
-    materialize(tree, plan, config.param_init.as_ref(), &mut |p, data| take(p, data, tree.params()[p as usize].numel()))
+    materialize(tree, plan, config.param_init.as_ref(), &mut |p, data| {
+        let param = &tree.params()[p as usize];
+        take(p, param.dtype, data, param.numel())
+    })
 }
 
 fn as_bytes(floats: &mut [f32]) -> &mut [u8] {

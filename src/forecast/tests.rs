@@ -84,13 +84,33 @@ fn replicas_average_what_is_trained() {
     assert_eq!((hybrid.param_shard_bytes, hybrid.all_gather), (full.param_shard_bytes, full.all_gather));
     assert_eq!(hybrid.reduce_scatter, full.reduce_scatter);
     assert_eq!(hybrid.optimizer_bytes, 8 * 21);
-    let averaged = Traffic { collectives: 2, bytes: 4 * 21, sent_bytes: 4 * 22, sent_messages: 4 };
-    assert_eq!((hybrid.all_reduce.collectives, hybrid.all_reduce.bytes), (averaged.collectives, averaged.bytes));
-    assert_eq!(hybrid.all_reduce, Traffic { sent_bytes: 2 * 2 + 2 * 40, ..averaged });
+    let averaged = Traffic { collectives: 2, bytes: 4 * 21, sent_bytes: 2 * 2 + 2 * 40, sent_messages: 4 };
+    assert_eq!(hybrid.all_reduce, averaged);
     assert_eq!(hybrid.host_peak_bytes, 2 * 832 + 4 * (512 + 736) + 2 * 8 * 66);
     (r.config.strategy, r.config.shard_size) = (Strategy::NoShard, 0);
     let none = Forecast::new(&tree(), &r).unwrap();
     assert_eq!((none.all_reduce.collectives, none.all_reduce.bytes, none.all_gather.sent_bytes), (3, 4 * 66, 0));
+}
+
+#[test]
+fn sixteen_bits_need_copies_and_move_less() {
+    let mut t = tree();
+    let mut r = Request { rank: Some(1), ..request(2) };
+    r.config.param_dtype = Some(DType::BF16);
+    t.set_param_dtype(2, Some(DType::F32)).unwrap();
+    let f = Forecast::new(&t, &r).unwrap();
+    // r [5], w [21], v [40], each on a line of 64 bytes; f is float32.
+    assert_eq!(f.compute_buffer_bytes, 64 + 64 + 128);
+    // Rank 1 has 1 of r, none of w, 20 of v.
+    assert_eq!(f.cast_bytes, 2 * 21);
+    let full = 4 * (8 + 136 + 40);
+    // The root once, the others twice.
+    assert_eq!((f.unsharded_peak_bytes, f.all_gather.bytes), (full - 2 * 66, 2 * (full - 2 * 66) - (4 * 8 - 2 * 5)));
+    assert_eq!((f.param_shard_bytes, f.unit_buffer_bytes), (368, 832));
+    assert_eq!(f.host_peak_bytes, 832 + 256 + 2 * (512 + 736) + 8 * 66);
+    t.set_unit_dtypes(2, crate::precision::UnitDtypes { param: Some(DType::F32), reduce: Some(DType::F16) }).unwrap();
+    let f = Forecast::new(&t, &r).unwrap();
+    assert_eq!((f.compute_buffer_bytes, f.reduce_scatter.bytes), (128, 4 * (8 + 136) + 2 * 40));
 }
 
 #[test]

@@ -65,6 +65,7 @@ impl ModuleTree {
         for (u, unit) in model.plan.units.iter().enumerate() {
             self.adopted_units.insert(modules + unit.module, (index, u as UnitId));
         }
+        self.precision.extend(&model.tree.precision, modules, params);
         self.adopted.push(model);
         Ok((modules, params))
     }

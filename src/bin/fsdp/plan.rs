@@ -31,6 +31,11 @@ pub struct PlanArgs {
     #[arg(long, value_name = "TYPE", default_value = "float32", value_parser = ["float32", "float16", "bfloat16"])]
     reduce_dtype: String,
 
+    /// What parameters are computed in; registered: each in the type it has in FILE.
+    #[arg(long, value_name = "TYPE", default_value = "registered",
+          value_parser = ["registered", "float32", "float16", "bfloat16"])]
+    param_dtype: String,
+
     /// adamw (8 bytes of state per element), sgd (0), or a number of bytes: 4 for SGD with momentum.
     #[arg(long, value_name = "NAME|BYTES", default_value = "adamw", value_parser = optimizer)]
     optimizer: u32,
@@ -129,12 +134,13 @@ fn described(args: &PlanArgs) -> Result<Described, String> {
 }
 
 fn forecast(args: &PlanArgs, tree: &ModuleTree) -> Result<Forecast, String> {
-    let reduce_dtype = DType::ALL.into_iter().find(|d| d.name() == args.reduce_dtype);
+    let dtype = |name: &String| DType::ALL.into_iter().find(|d| d.name() == name);
     let config = EngineConfig {
         gradient_slots: args.gradient_slots,
         strategy: args.strategy,
         shard_size: args.shard_size,
-        reduce_dtype: reduce_dtype.ok_or("unknown type")?,
+        reduce_dtype: dtype(&args.reduce_dtype).ok_or("unknown type")?,
+        param_dtype: dtype(&args.param_dtype),
         ..EngineConfig::default()
     };
     let request = Request {

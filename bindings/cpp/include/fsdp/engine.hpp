@@ -56,6 +56,9 @@ struct EngineConfig {
   OrderCheck order_check = OrderCheck::error;
   /// The type gradients are rounded to before they are summed; all zero for float32.
   fsdp_dtype_t reduce_dtype{};
+  /// The type parameters are computed in, unless the model says otherwise; all zero for the type
+  /// each was registered with. Shards are float32 in every case.
+  fsdp_dtype_t param_dtype{};
   /// Initializes parameters without storage, module by module, in place of the model's own
   /// initializers. Called by Engine's constructor only; what it throws is rethrown there.
   ModuleInit param_init_fn;
@@ -79,6 +82,7 @@ class Engine {
     config.strategy = static_cast<std::int32_t>(options.strategy);
     config.order_check = static_cast<std::int32_t>(options.order_check);
     config.reduce_dtype = options.reduce_dtype;
+    config.param_dtype = options.param_dtype;
     config.shard_size = options.shard_size;
     config.sync_module_states = options.sync_module_states ? 1 : 0;
     struct Call {
@@ -217,14 +221,14 @@ class Engine {
   /// Waits until this rank's shards may be written. Collective.
   void begin_write() { check(fsdp_engine_begin_write(get())); }
 
-  /// The full parameter inside the unit buffer; an error while its unit is sharded. Local.
+  /// The full parameter in the type it is computed in; an error while its unit is sharded. Local.
   fsdp_tensor_t param_data(std::uint32_t param) const {
     fsdp_tensor_t tensor{};
     check(fsdp_engine_param_data(get(), param, &tensor));
     return tensor;
   }
 
-  /// The full-size gradient region of a parameter, and whether to add to it (true) or to write it
+  /// The full-size float32 gradient region of a parameter, and whether to add to it (true) or to write it
   /// (false: its contents are undefined). Marks the gradient present.
   std::pair<fsdp_tensor_t, bool> param_grad(std::uint32_t param) {
     fsdp_tensor_t tensor{};
@@ -233,7 +237,8 @@ class Engine {
     return {tensor, accumulate != 0};
   }
 
-  /// Writes or adds a full-size gradient into its region.
+  /// Writes or adds a full-size gradient, float32 or of the type that the parameter is computed in,
+  /// into its region.
   void accumulate_grad(std::uint32_t param, const TensorView& grad) {
     const fsdp_tensor_t c_tensor = grad.c_tensor();
     check(fsdp_engine_accumulate_grad(get(), param, &c_tensor));

@@ -62,7 +62,7 @@ class Model {
   }
 
   /// Adds a parameter of `module` and returns its number. The elements are read when an engine is
-  /// created and must stay alive and unchanged until then. fp32 on the CPU. With null data the
+  /// created and must stay alive and unchanged until then. float32, float16 or bfloat16 on the CPU. With null data the
   /// parameter has no storage and gets its values when an engine is created; see set_reset().
   std::uint32_t add_parameter(std::uint32_t module, const std::string& name,
                               const TensorView& tensor, bool requires_grad = true) {
@@ -98,6 +98,18 @@ class Model {
                                     hook.get()),
           "set_param_init");
     initializers_->params[param] = std::move(hook);
+  }
+
+  /// Overrides what the unit of this module is computed and reduced in, all zero for the engine's
+  /// own; see fsdp_model_set_unit_dtypes.
+  void set_unit_dtypes(std::uint32_t module, fsdp_dtype_t param_dtype, fsdp_dtype_t reduce_dtype) {
+    check(fsdp_model_set_unit_dtypes(get(), module, param_dtype, reduce_dtype),
+          "cannot set the types of a unit");
+  }
+
+  /// Overrides what a parameter is computed in; all zero for no override.
+  void set_param_dtype(std::uint32_t param, fsdp_dtype_t dtype) {
+    check(fsdp_model_set_param_dtype(get(), param, dtype), "cannot set the type of a parameter");
   }
 
   /// Throws what an initializer has thrown since the last call, if one has. For who creates

@@ -25,6 +25,8 @@ struct PlanRequest {
   Strategy strategy = Strategy::full_shard;
   /// All zero for float32.
   fsdp_dtype_t reduce_dtype{};
+  /// All zero for the types that parameters are registered with.
+  fsdp_dtype_t param_dtype{};
   std::uint32_t gradient_slots = 0;
   /// Optimizer state per element of a trained parameter.
   std::uint32_t optimizer_bytes_per_element = 0;
@@ -39,6 +41,7 @@ struct PlanRequest {
     request.world_size = world_size;
     request.strategy = static_cast<std::int32_t>(strategy);
     request.reduce_dtype = reduce_dtype;
+    request.param_dtype = param_dtype;
     request.shard_size = shard_size;
     request.gradient_slots = gradient_slots;
     request.optimizer_bytes_per_element = optimizer_bytes_per_element;

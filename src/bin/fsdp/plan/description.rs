@@ -3,7 +3,7 @@
 //!
 //! ```json
 //! { "class": "Llama",
-//!   "parameters": { "scale": [], "frozen": { "shape": [128, 64], "trained": false } },
+//!   "parameters": { "scale": [], "frozen": { "shape": [128, 64], "trained": false, "dtype": "bfloat16" } },
 //!   "modules": {
 //!     "embed": { "class": "Embedding", "parameters": { "weight": [32000, 512] } },
 //!     "layers": { "repeat": 8, "class": "Block", "parameters": { "weight": [512, 512] } },
@@ -11,7 +11,7 @@
 //! ```
 //!
 //! `repeat`: N modules "0" to "N-1" of this description, inside one of the given name. `tied`: the full name of the
-//! parameter that it is. Dots in the name of a parameter make modules on the way.
+//! parameter that it is. `dtype`: what the parameter is registered with, float32 (the default), float16 or bfloat16. Dots in the name of a parameter make modules on the way.
 
 use super::Described;
 use fsdp::dtype::DType;
@@ -40,7 +40,10 @@ struct Module {
 }
 
 #[derive(serde::Deserialize)]
-#[serde(untagged, expecting = "a shape, or {\"shape\": [...], \"trained\": true or false}, is expected")]
+#[serde(
+    untagged,
+    expecting = "a shape, or {\"shape\": [...], \"trained\": true or false, \"dtype\": \"...\"}, is expected"
+)]
 enum Parameter {
     Shape(Vec<i64>),
     Full(FullParameter),
@@ -52,6 +55,7 @@ struct FullParameter {
     shape: Vec<i64>,
     #[serde(default = "yes")]
     trained: bool,
+    dtype: Option<String>,
 }
 
 fn yes() -> bool {
@@ -131,7 +135,14 @@ impl Builder {
     }
 
     /// Adds a parameter whose name may have dots.
-    pub fn param(&mut self, mut module: ModuleId, name: &str, shape: &[i64], trained: bool) -> Result<(), String> {
+    pub fn param(
+        &mut self,
+        mut module: ModuleId,
+        name: &str,
+        shape: &[i64],
+        dtype: DType,
+        trained: bool,
+    ) -> Result<(), String> {
         let fqn = join(&self.tree.modules()[module as usize].fqn, name);
         if self.ignores(&fqn) {
             return Ok(());
@@ -141,7 +152,7 @@ impl Builder {
         for part in parts {
             module = self.module(module, part, None)?;
         }
-        let param = self.tree.add_param(module, own, shape, DType::F32, trained, std::ptr::null());
+        let param = self.tree.add_param(module, own, shape, dtype, trained, std::ptr::null());
         self.params.insert(fqn, param.map_err(|e| e.message)?);
         Ok(())
     }
@@ -163,11 +174,11 @@ impl Builder {
         ties: &mut Vec<(ModuleId, String, String)>,
     ) -> Result<(), String> {
         for (name, p) in &from.parameters.0 {
-            let (shape, trained) = match p {
-                Parameter::Shape(shape) => (shape, true),
-                Parameter::Full(p) => (&p.shape, p.trained),
+            let (shape, dtype, trained) = match p {
+                Parameter::Shape(shape) => (shape, DType::F32, true),
+                Parameter::Full(p) => (&p.shape, dtype_of(p, name)?, p.trained),
             };
-            self.param(module, name, shape, trained)?;
+            self.param(module, name, shape, dtype, trained)?;
         }
         ties.extend(from.tied.0.iter().map(|(name, target)| (module, name.clone(), target.clone())));
         for (name, below) in &from.modules.0 {
@@ -191,6 +202,13 @@ impl Builder {
         }
         Ok(())
     }
+}
+
+/// The type that a parameter is registered with.
+fn dtype_of(p: &FullParameter, name: &str) -> Result<DType, String> {
+    let Some(text) = &p.dtype else { return Ok(DType::F32) };
+    let known = DType::ALL.into_iter().find(|d| d.name() == text && fsdp::precision::can_compute(*d));
+    known.ok_or_else(|| format!("parameter \"{name}\" cannot be {text}: float32, float16 and bfloat16 are supported"))
 }
 
 fn join(parent: &str, name: &str) -> String {

@@ -2,6 +2,7 @@
 
 use super::description::{self, Builder, NO_CLASS};
 use super::Described;
+use fsdp::dtype::DType;
 use fsdp::module::ROOT;
 use memmap2::Mmap;
 use safetensors::tensor::Metadata;
@@ -85,15 +86,21 @@ fn header(path: &Path) -> Result<Metadata, String> {
 fn named(headers: &[(PathBuf, Metadata)], ignored: &[String]) -> Result<Described, String> {
     let mut builder = Builder::new(NO_CLASS, ignored);
     let mut others: BTreeMap<String, usize> = BTreeMap::new();
+    let mut narrow: BTreeMap<&str, usize> = BTreeMap::new();
     for (path, header) in headers {
         for name in header.offset_keys() {
             let tensor = header.info(&name).ok_or_else(|| about(path, "has no such tensor"))?;
             if builder.ignores(&name) {
                 continue;
             }
-            match tensor.dtype {
-                Dtype::F32 => {}
-                Dtype::F64 | Dtype::F16 | Dtype::BF16 => *others.entry(format!("{:?}", tensor.dtype)).or_default() += 1,
+            let dtype = match tensor.dtype {
+                Dtype::F32 => DType::F32,
+                Dtype::F16 => DType::F16,
+                Dtype::BF16 => DType::BF16,
+                Dtype::F64 => {
+                    *others.entry(format!("{:?}", tensor.dtype)).or_default() += 1;
+                    DType::F32
+                }
                 dtype => {
                     return Err(about(
                         path,
@@ -102,13 +109,21 @@ fn named(headers: &[(PathBuf, Metadata)], ignored: &[String]) -> Result<Describe
                         ),
                     ))
                 }
+            };
+            if dtype != DType::F32 {
+                *narrow.entry(dtype.name()).or_default() += 1;
             }
             let shape: Vec<i64> = tensor.shape.iter().map(|d| i64::try_from(*d).unwrap_or(-1)).collect();
-            builder.param(ROOT, &name, &shape, true).map_err(|e| about(path, e))?;
+            builder.param(ROOT, &name, &shape, dtype, true).map_err(|e| about(path, e))?;
         }
     }
-    let notes = others.into_iter().map(|(dtype, count)| {
-        format!("{dtype} tensors ({count}) are planned as float32: the engine keeps float32 masters")
+    let others = others.into_iter().map(|(dtype, count)| {
+        format!("{dtype} tensors ({count}) are planned as float32: the engine does not shard them")
     });
-    builder.finish(notes.collect())
+    let narrow = narrow.into_iter().map(|(dtype, count)| {
+        format!(
+            "{dtype} tensors ({count}) have float32 shards, and are computed in {dtype} unless --param-dtype is given"
+        )
+    });
+    builder.finish(others.chain(narrow).collect())
 }

@@ -39,6 +39,7 @@ pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
         "strategy": strategy_name(args.strategy),
         "shard_size": args.shard_size,
         "reduce_dtype": args.reduce_dtype,
+        "param_dtype": args.param_dtype,
         "optimizer_bytes_per_element": args.optimizer,
         "numel": f.numel,
         "trained_numel": f.trained_numel,
@@ -50,6 +51,8 @@ pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
         "shard_padding_bytes": f.shard_padding_bytes,
         "padding_bytes": f.padding_bytes,
         "unit_buffer_bytes": f.unit_buffer_bytes,
+        "compute_buffer_bytes": f.compute_buffer_bytes,
+        "all_gather_bytes_moved": f.cast_bytes,
         "unsharded_peak_bytes": f.unsharded_peak_bytes,
         "rank_peak_bytes": f.rank_peak_bytes,
         "host_peak_bytes": f.host_peak_bytes,
@@ -74,7 +77,12 @@ pub fn table(args: &PlanArgs, f: &Forecast, model: &Described, took: Duration) -
     line(
         "world size",
         f.world_size.to_string(),
-        &format!("{}, reduced as {}", strategy_name(args.strategy), args.reduce_dtype),
+        &format!(
+            "{}, computed as {}, reduced as {}",
+            strategy_name(args.strategy),
+            args.param_dtype,
+            args.reduce_dtype
+        ),
     );
     line("padding", bytes(f.padding_bytes), &format!("{percent:.4} % of all unit buffers"));
     let whose = if args.rank.is_some() { "" } else { ", the one with the most" };
@@ -90,6 +98,9 @@ pub fn table(args: &PlanArgs, f: &Forecast, model: &Described, took: Duration) -
         line("", String::new(), "");
         line("one host with all ranks (shm)", String::new(), "");
         line("  unit buffers", bytes(f.unit_buffer_bytes), "the shards of all ranks, once");
+        if f.compute_buffer_bytes > 0 {
+            line("  copies in 16 bits", bytes(f.compute_buffer_bytes), "to compute with, once");
+        }
         line("  peak", bytes(f.host_peak_bytes), "with all ranks' gradients and optimizer state");
     }
     line("", String::new(), "");
