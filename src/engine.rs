@@ -9,6 +9,7 @@
 //! communicator is broken and every later call returns that error.
 
 use crate::agree;
+use crate::checkpoint::Saves;
 use crate::comm::{Communicator, Kind, Tag};
 use crate::config::{EngineConfig, Strategy};
 use crate::dtype::DType;
@@ -82,6 +83,7 @@ pub struct Engine {
     first_unit: u32,
     gradient_slot_bytes: u64,
     materialized_peak_bytes: u64,
+    saves: Saves,
     state: Mutex<State>,
 }
 
@@ -111,6 +113,7 @@ impl Engine {
             first_unit,
             gradient_slot_bytes: plan.slot_bytes(slots).iter().sum::<usize>() as u64,
             materialized_peak_bytes: 0,
+            saves: Saves::default(),
             state: Mutex::new(State {
                 reading: false,
                 grad_enabled: true,
@@ -155,6 +158,11 @@ impl Engine {
 
     pub fn comm(&self) -> &Arc<dyn Communicator> {
         &self.model.comm
+    }
+
+    /// This engine's saves in the background.
+    pub(crate) fn saves(&self) -> &Saves {
+        &self.saves
     }
 
     pub fn unit(&self, unit: UnitId) -> Result<&UnitPlan> {
