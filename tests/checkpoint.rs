@@ -3,7 +3,7 @@
 mod common;
 
 use common::{engine, numel, piece, ranks, value, SHAPES};
-use fsdp::checkpoint::{load, metadata, save, Metadata, StateTensor};
+use fsdp::checkpoint::{load, metadata, save, Contents, Metadata, StateTensor};
 use fsdp::comm::Communicator;
 use fsdp::config::EngineConfig;
 use fsdp::engine::Engine;
@@ -54,7 +54,7 @@ fn save_at(world: usize, dir: &Path) -> Vec<Result<(), Error>> {
         let engine = engine(comm, &EngineConfig::default());
         let (_data, tensors) = states(&engine);
         // SAFETY: the states have the pieces' lengths.
-        unsafe { save(&engine, dir, &tensors, &steps()) }
+        unsafe { save(&engine, dir, &Contents { states: tensors, metadata: steps(), ..Contents::default() }) }
     })
 }
 
@@ -67,7 +67,7 @@ fn load_into(comm: Arc<dyn Communicator>, dir: &Path) -> (Result<(), Error>, boo
     let (mut data, tensors) = states(&engine);
     data.iter_mut().for_each(|d| d.fill(MARK));
     // SAFETY: the states have the pieces' lengths.
-    let result = unsafe { load(&engine, dir, &tensors) };
+    let result = unsafe { load(&engine, dir, &Contents { states: tensors, ..Contents::default() }) };
     let untouched = (0..SHAPES.len()).all(|p| piece(&engine, p).iter().chain(&data[p]).all(|v| *v == MARK));
     if result.is_ok() {
         for (p, (name, shape)) in SHAPES.iter().enumerate() {
@@ -134,7 +134,7 @@ fn a_failing_rank_fails_all_and_leaves_nothing() {
             tensors[1].name = String::new();
         }
         // SAFETY: the states have the pieces' lengths.
-        unsafe { save(&engine, &dir, &tensors, &steps()) }
+        unsafe { save(&engine, &dir, &Contents { states: tensors, metadata: steps(), ..Contents::default() }) }
     });
     for r in results {
         let e = r.unwrap_err();
@@ -216,7 +216,7 @@ fn states_that_were_not_saved_are_named() {
         let (_data, mut tensors) = states(&engine);
         tensors.iter_mut().for_each(|t| t.name = "momentum".into());
         // SAFETY: the states have the pieces' lengths.
-        unsafe { load(&engine, &dir, &tensors) }
+        unsafe { load(&engine, &dir, &Contents { states: tensors, ..Contents::default() }) }
     });
     for r in results {
         let e = r.unwrap_err();
@@ -240,7 +240,7 @@ fn a_checkpoint_of_another_model_is_refused_by_parameter() {
         // SAFETY: the data is large enough; no states.
         unsafe {
             let engine = Engine::new(&tree, fsdp::comm::single::init(), &EngineConfig::default()).unwrap();
-            load(&engine, &dir, &[]).unwrap_err().message
+            load(&engine, &dir, &Contents::default()).unwrap_err().message
         }
     };
     let e = try_load(&[("embed", &[13, 8])]);

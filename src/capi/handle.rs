@@ -1,6 +1,7 @@
 //! Handles: numbers in pointer form that stand for objects in one table, so that a stale or wrong handle is an error.
 
 use super::engine::EngineObject;
+use crate::checkpoint::Job;
 use crate::comm::Communicator;
 use crate::error::{err, Result};
 use crate::module::ModuleTree;
@@ -34,6 +35,11 @@ pub struct fsdp_optimizer_t {
     _opaque: [u8; 0],
 }
 
+/// A checkpoint that is being saved in the background.
+pub struct fsdp_checkpoint_job_t {
+    _opaque: [u8; 0],
+}
+
 #[derive(Clone)]
 enum Object {
     Comm(Arc<dyn Communicator>),
@@ -41,6 +47,7 @@ enum Object {
     Trace(Arc<Mutex<Trace>>),
     Engine(Arc<EngineObject>),
     Optimizer(Arc<Optimizer>),
+    CheckpointJob(Arc<Job>),
 }
 
 impl Object {
@@ -51,6 +58,7 @@ impl Object {
             Object::Trace(_) => "a trace",
             Object::Engine(_) => "an engine",
             Object::Optimizer(_) => "an optimizer",
+            Object::CheckpointJob(_) => "a save in the background",
         }
     }
 }
@@ -102,6 +110,7 @@ handle!(fsdp_model_t, Model, Arc<Mutex<ModuleTree>>, "a model");
 handle!(fsdp_trace_t, Trace, Arc<Mutex<Trace>>, "a trace");
 handle!(fsdp_engine_t, Engine, Arc<EngineObject>, "an engine");
 handle!(fsdp_optimizer_t, Optimizer, Arc<Optimizer>, "an optimizer");
+handle!(fsdp_checkpoint_job_t, CheckpointJob, Arc<Job>, "a save in the background");
 
 /// Puts an object into the table. Numbers are never used again.
 pub fn insert<H: Handle>(object: H::Object) -> *mut H {

@@ -35,7 +35,9 @@ pub fn consolidate(dir: &Path, out: &Path, options: &ConsolidateOptions) -> Resu
         Some(DType::F32) => Some(Dtype::F32),
         Some(DType::F16) => Some(Dtype::F16),
         Some(DType::BF16) => Some(Dtype::BF16),
-        Some(other) => return Err(err!(Unsupported, "a checkpoint is rounded to float32, float16 or bfloat16, not to {other}")),
+        Some(other) => {
+            return Err(err!(Unsupported, "a checkpoint is rounded to float32, float16 or bfloat16, not to {other}"))
+        }
     };
     let source = Source::open(dir)?;
     let specs: Vec<Spec> = (0..source.tensors.len()).map(|i| spec(&source, i, target)).collect();

@@ -98,8 +98,7 @@ impl Listing {
         }
         let mut names: HashSet<String> = tensors.iter().map(|t| t.name.clone()).collect();
         for x in &contents.extras {
-            let tensor =
-                Tensor { name: x.name.clone(), shape: x.shape.clone(), dtype: x.dtype, kind: Kind::Extra };
+            let tensor = Tensor { name: x.name.clone(), shape: x.shape.clone(), dtype: x.dtype, kind: Kind::Extra };
             if x.name.is_empty() || x.name.contains(':') || x.name == "__metadata__" {
                 return Err(err!(InvalidArgument, "\"{}\" is no name of a tensor: empty, or with a colon", x.name));
             }
@@ -110,13 +109,7 @@ impl Listing {
                 return Err(err!(InvalidArgument, "the data of tensor \"{}\" is NULL", x.name));
             }
             if all {
-                entries.push(Entry {
-                    tensor: tensors.len(),
-                    state: None,
-                    data: x.data,
-                    first: 0,
-                    len: tensor.numel(),
-                });
+                entries.push(Entry { tensor: tensors.len(), state: None, data: x.data, first: 0, len: tensor.numel() });
             }
             tensors.push(tensor);
         }

@@ -76,7 +76,10 @@ fn same_as_index(path: &Path, index: &Index, tensors: &[Tensor], files: &[File])
         for piece in &file.pieces {
             let name = &tensors[piece.tensor].name;
             if index.weight_map.get(name) != Some(&file.name) {
-                return Err(damaged(path, format_args!("\"{}\" has tensor \"{name}\", which the index does not say", file.name)));
+                return Err(damaged(
+                    path,
+                    format_args!("\"{}\" has tensor \"{name}\", which the index does not say", file.name),
+                ));
             }
             found.insert(name, ());
         }
@@ -108,8 +111,7 @@ fn read_header(folder: &Path, name: &str, tensors: &mut Vec<Tensor>) -> Result<F
     for key in metadata.offset_keys() {
         let Some(info) = metadata.info(&key) else { continue };
         let (begin, stop) = info.data_offsets;
-        let tensor =
-            Tensor { name: key.clone(), shape: info.shape.clone(), dtype: info.dtype, kind: Kind::Parameter };
+        let tensor = Tensor { name: key.clone(), shape: info.shape.clone(), dtype: info.dtype, kind: Kind::Parameter };
         if begin != end || tensor.dtype.bitsize() % 8 != 0 || tensor.bytes() != stop.checked_sub(begin) {
             return Err(bad(&format_args!("the header does not fit tensor \"{key}\"")));
         }

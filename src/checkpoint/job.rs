@@ -6,9 +6,9 @@
 
 use super::contents::{Contents, Listing};
 use super::folder::require_absent;
+use super::gather;
 use super::manifest::Metadata;
 use super::save::write;
-use super::gather;
 use crate::comm::Communicator;
 use crate::engine::Engine;
 use crate::error::{err, Error, Result};
@@ -85,8 +85,7 @@ impl Job {
         gather(engine.comm().as_ref(), listing.as_ref().map(|_| String::new()).map_err(Error::clone))?;
         let listing = listing?;
         let comm = engine.saves().comm(engine)?;
-        let progress =
-            Arc::new(Progress { dir: dir.to_path_buf(), outcome: Mutex::new(None), ended: Condvar::new() });
+        let progress = Arc::new(Progress { dir: dir.to_path_buf(), outcome: Mutex::new(None), ended: Condvar::new() });
         let (description, metadata) = (listing.description(contents), contents.metadata.clone());
         let shared = progress.clone();
         let run = move || {

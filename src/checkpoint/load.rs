@@ -81,8 +81,7 @@ fn same_model(source: &Source, listing: &Listing) -> Result<Vec<usize>> {
         let widened = source.sharded.is_none() && t.kind == Kind::Parameter;
         let fits = there.dtype == t.dtype || (widened && matches!(there.dtype, Dtype::F16 | Dtype::BF16));
         if there.shape != t.shape || !fits {
-            let (there, here) =
-                (format!("{} {:?}", there.dtype, there.shape), format!("{} {:?}", t.dtype, t.shape));
+            let (there, here) = (format!("{} {:?}", there.dtype, there.shape), format!("{} {:?}", t.dtype, t.shape));
             return Err(other(format!("{name} is {there} there and {here} here")));
         }
         if source.sharded.is_some() && there.kind != t.kind {
@@ -92,7 +91,8 @@ fn same_model(source: &Source, listing: &Listing) -> Result<Vec<usize>> {
     }
     // What a Hugging Face folder has besides may be anything; what a checkpoint of ours was made of is known.
     let ours: HashSet<&str> = listing.tensors.iter().map(|t| t.name.as_str()).collect();
-    let surplus = (0..source.tensors.len()).find(|i| source.is_parameter(*i) && !ours.contains(source.tensors[*i].name.as_str()));
+    let surplus =
+        (0..source.tensors.len()).find(|i| source.is_parameter(*i) && !ours.contains(source.tensors[*i].name.as_str()));
     match surplus {
         Some(i) if source.sharded.is_some() => Err(other(format!("the model has no {}", source.label(i, None)))),
         _ => Ok(numbers),

@@ -148,8 +148,8 @@ impl Manifest {
         if checksum(content.as_bytes()) != envelope.checksum {
             return Err(damaged(&path, "is damaged: its checksum does not fit its content"));
         }
-        let manifest: Manifest = serde_json::from_str(content)
-            .map_err(|e| damaged(&path, format_args!("has unexpected content: {e}")))?;
+        let manifest: Manifest =
+            serde_json::from_str(content).map_err(|e| damaged(&path, format_args!("has unexpected content: {e}")))?;
         manifest.check().map_err(|why| damaged(&path, format_args!("has unexpected content: {why}")))?;
         Ok(manifest)
     }
@@ -166,7 +166,8 @@ impl Manifest {
         }
         for f in &self.files {
             for p in &f.pieces {
-                let tensor = self.tensors.get(p.tensor).ok_or_else(|| format!("\"{}\" has a piece of no tensor", f.name))?;
+                let tensor =
+                    self.tensors.get(p.tensor).ok_or_else(|| format!("\"{}\" has a piece of no tensor", f.name))?;
                 let end = p.first.checked_add(p.len).filter(|end| *end <= tensor.numel());
                 let bytes = p.len.saturating_mul(tensor.dtype.bitsize() / 8);
                 if end.is_none() || p.checksums.len() != bytes.div_ceil(self.block_bytes) {

@@ -3,9 +3,9 @@
 use super::boxes::{boxes, TensorBox};
 use super::contents::{Contents, Entry, Listing};
 use super::folder::{aside, Incomplete};
+use super::gather;
 use super::manifest::{checksum, key, File, Manifest, Metadata, Piece, BLOCK, MANIFEST};
 use super::writer::{write_text, Spec, Writer};
-use super::gather;
 use crate::comm::Communicator;
 use crate::engine::Engine;
 use crate::error::{err, Error, Result};
@@ -117,11 +117,8 @@ unsafe fn write_file(aside: &Path, name: String, listing: &Listing, parts: &[Par
         })
         .collect();
     // Where each box belongs, as torch.distributed.checkpoint's HuggingFaceStorageReader looks for it.
-    let places: Map<String, Value> = specs
-        .iter()
-        .zip(parts)
-        .map(|(s, p)| (s.key.clone(), json!({ "saved_offsets": p.part.offsets })))
-        .collect();
+    let places: Map<String, Value> =
+        specs.iter().zip(parts).map(|(s, p)| (s.key.clone(), json!({ "saved_offsets": p.part.offsets }))).collect();
     let about = Metadata::from([
         ("format".to_string(), "pt".to_string()),
         ("DCP_VERSION".to_string(), "1.0".to_string()),
