@@ -42,6 +42,10 @@ class TensorView {
   TensorView(T* data, std::vector<std::int64_t> shape)
       : data_(data), dtype_(detail::DtypeOf<T>::value), shape_(std::move(shape)) {}
 
+  /// The same for a type that is known when the program runs.
+  TensorView(void* data, fsdp_dtype_t dtype, std::vector<std::int64_t> shape)
+      : data_(data), dtype_(dtype), shape_(std::move(shape)) {}
+
   /// The C description. Borrows this view: valid until it is changed or destroyed.
   fsdp_tensor_t c_tensor() const {
     fsdp_tensor_t tensor{};
