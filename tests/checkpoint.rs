@@ -2,36 +2,15 @@
 
 mod common;
 
-use common::{engine, numel, piece, ranks, value, SHAPES};
+use common::{engine, numel, piece, ranks, value, Folder, SHAPES};
 use fsdp::checkpoint::{load, metadata, save, Contents, Metadata, StateTensor};
 use fsdp::comm::Communicator;
 use fsdp::config::EngineConfig;
 use fsdp::engine::Engine;
 use fsdp::error::{Error, Status};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-
-/// A folder of the test, removed when it ends.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-    fn join(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A state "exp_avg" per parameter whose values are those of the parameter plus a half.
 fn states(engine: &Engine) -> (Vec<Vec<f32>>, Vec<StateTensor>) {
@@ -173,7 +152,18 @@ fn a_flipped_bit_is_found_in_file_and_parameter() {
         bytes[last] ^= 1;
         fs::write(dir.join(SHARD), bytes).unwrap();
     };
-    refuses("flipped", flip, &[SHARD, "\"", "damaged"]);
+    refuses("flipped", flip, &[SHARD, "parameter \"", "damaged"]);
+}
+
+#[test]
+fn a_flipped_bit_in_a_header_is_found() {
+    let flip = |dir: &Path| {
+        let mut bytes = fs::read(dir.join(SHARD)).unwrap();
+        let at = bytes.windows(7).position(|w| w == b"a.weigh").expect("the header names it");
+        bytes[at] ^= 1;
+        fs::write(dir.join(SHARD), bytes).unwrap();
+    };
+    refuses("flipped-header", flip, &[SHARD, "parameter \"", "checksum of its header"]);
 }
 
 #[test]
@@ -182,8 +172,8 @@ fn a_truncated_a_missing_and_an_alien_file_are_named() {
         let bytes = fs::read(dir.join(SHARD)).unwrap();
         fs::write(dir.join(SHARD), &bytes[..bytes.len() / 2]).unwrap();
     };
-    refuses("truncated", cut, &[SHARD, "bytes, but was saved with"]);
-    refuses("missing", |dir| fs::remove_file(dir.join(SHARD)).unwrap(), &[SHARD]);
+    refuses("truncated", cut, &[SHARD, "parameter \"", "bytes, but was saved with"]);
+    refuses("missing", |dir| fs::remove_file(dir.join(SHARD)).unwrap(), &[SHARD, "parameter \"", "No such file"]);
     let garbage = |dir: &Path| {
         let len = fs::read(dir.join(SHARD)).unwrap().len();
         fs::write(dir.join(SHARD), vec![0xff; len]).unwrap();

@@ -145,3 +145,59 @@ fn run(comm: &dyn Communicator, dir: &Path, listing: Listing, description: &str,
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::shm;
+    use crate::config::EngineConfig;
+    use crate::dtype::DType;
+    use crate::error::Status;
+    use crate::module::{ModuleTree, ROOT};
+
+    /// Rank 1 alone has a save that has not ended: further ones are refused on both ranks, and go on when it has.
+    #[test]
+    fn a_second_save_is_refused_on_every_rank_while_one_runs_on_any() {
+        let folder = std::env::temp_dir().join(format!("fsdp-second-save-{}", std::process::id()));
+        let job_name = format!("fsdp-second-save-{}", std::process::id());
+        let running = || Progress { dir: "/there/step-7".into(), outcome: Mutex::new(None), ended: Condvar::new() };
+        let body = |rank: usize| {
+            let comm = shm::init(&shm::Config::new(job_name.clone(), rank, 2)).unwrap();
+            let data = [1f32; 10];
+            let mut tree = ModuleTree::new("Net");
+            tree.add_param(ROOT, "w", &[10], DType::F32, true, data.as_ptr().cast()).unwrap();
+            // SAFETY: the data outlives the call.
+            let engine = unsafe { Engine::new(&tree, comm.clone(), &EngineConfig::default()) }.unwrap();
+            let (contents, progress) = (Contents::default(), Arc::new(running()));
+            if rank == 1 {
+                lock(&engine.saves().0).latest = Some(progress.clone());
+            }
+            // SAFETY: there is nothing beside the shards.
+            let attempts = unsafe {
+                [
+                    Job::start(&engine, &folder.join("a"), &contents).err(),
+                    crate::checkpoint::save(&engine, &folder.join("a"), &contents).err(),
+                ]
+            };
+            for e in attempts {
+                let e = e.expect("refused");
+                assert_eq!(e.status, Status::InvalidState);
+                assert!(e.message.contains("rank 1: the checkpoint \"/there/step-7\" is still being saved"), "{e}");
+            }
+            *lock(&progress.outcome) = Some(Ok(()));
+            // SAFETY: as above.
+            unsafe {
+                crate::checkpoint::save(&engine, &folder.join("a"), &contents).unwrap();
+                Job::start(&engine, &folder.join("b"), &contents).unwrap().wait().unwrap();
+            }
+            comm.barrier().unwrap();
+        };
+        std::thread::scope(|scope| {
+            let body = &body;
+            let ranks = [0, 1].map(|rank| scope.spawn(move || body(rank)));
+            ranks.into_iter().for_each(|r| r.join().unwrap());
+        });
+        assert!(folder.join("a/manifest.json").exists() && folder.join("b/manifest.json").exists());
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
