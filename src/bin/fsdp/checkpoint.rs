@@ -137,7 +137,8 @@ fn as_table(dir: &Path, s: &Summary, verified: Option<u64>) -> String {
         Some(world) => format!("{}: a checkpoint of {world} ranks\n", dir.display()),
         None => format!("{}: a model in Hugging Face's layout\n", dir.display()),
     };
-    let width = s.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0).max(24);
+    let names = s.tensors.iter().map(|t| &t.name).chain(s.files.iter().map(|f| &f.0));
+    let width = names.map(String::len).max().unwrap_or(0);
     text += &format!("\n  {:<width$}  {:<6}{:<20}{:>12}  {}\n", "tensor", "dtype", "shape", "bytes", "kind, states");
     for t in &s.tensors {
         let about = std::iter::once(kind(t.kind)).chain(t.states.iter().map(String::as_str));
