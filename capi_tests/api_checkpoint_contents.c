@@ -1,6 +1,6 @@
 /* The functions for everything that a checkpoint can hold, for saves in the background and for
- * consolidation, at world size 1: good calls, NULLs, wrong arguments, states and handles. What is on
- * disk is tested in tests/checkpoint*.rs and feature_checkpoint_python.py. */
+ * consolidation, at world size 1: good calls, NULLs, wrong arguments, states and handles. What is
+ * on disk is tested in tests/checkpoint*.rs and feature_checkpoint_python.py. */
 #include "checkpoint_model.h"
 #include "toy.h"
 

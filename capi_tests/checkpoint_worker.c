@@ -1,8 +1,8 @@
 /* The ranks that the drivers fault_checkpoint.py and feature_checkpoint_python.py start.
  *
  *   checkpoint_worker run FOLDER     loads the newest complete checkpoint FOLDER/step-N and checks
- *                                    it, then saves step-N+1, step-N+2, ... until it is killed; every
- *                                    second one in the background
+ *                                    it, then saves step-N+1, step-N+2, ... until it is killed;
+ *                                    every second one in the background
  *   checkpoint_worker check FOLDER   loads and checks the newest only
  *   checkpoint_worker save DIR       saves step 5 into DIR
  *   checkpoint_worker load DIR       loads step 5 from DIR, with states

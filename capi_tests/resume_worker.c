@@ -1,7 +1,7 @@
-/* A trainer for feature_resume.py: two layers with gradients by hand, the engine's AdamW, 12 samples
- * a step whatever the world size.
+/* A trainer for feature_resume.py: two layers with gradients by hand, the engine's AdamW, and 12
+ * samples a step whatever the world size.
  *
- *   resume_worker DIR          trains steps 1 to 8, and saves after step 4 into DIR, in the background
+ *   resume_worker DIR          trains steps 1 to 8; after step 4 saves into DIR, in the background
  *   resume_worker DIR resume   loads DIR and trains steps 5 to 8
  *
  * Rank 0 says "loss STEP VALUE" with the mean loss over all samples, exact to the bit. */

@@ -36,7 +36,9 @@ namespace detail {
 class CContents {
  public:
   explicit CContents(const CheckpointContents& from) {
-    for (const auto& [name, view] : from.tensors) tensors_.push_back({name.c_str(), view.c_tensor()});
+    for (const auto& [name, view] : from.tensors) {
+      tensors_.push_back({name.c_str(), view.c_tensor()});
+    }
     for (const auto& [key, value] : from.metadata) texts_.push_back({key.c_str(), value.c_str()});
     c_.optimizer = from.optimizer == nullptr ? nullptr : from.optimizer->get();
     c_.states = from.states.data();

@@ -2,8 +2,9 @@
 // engine, optimizer, checkpoints, log.
 //
 // Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace, Engine,
-// Optimizer or CheckpointJob copies a reference, and the last copy destroys the C handle. Every function throws
-// fsdp::Error when the C call behind it fails, and is otherwise as documented in fsdp.h.
+// Optimizer or CheckpointJob copies a reference, and the last copy destroys the C handle. Every
+// function throws fsdp::Error when the C call behind it fails, and is otherwise as documented in
+// fsdp.h.
 #pragma once
 
 #include "fsdp/checkpoint.hpp"

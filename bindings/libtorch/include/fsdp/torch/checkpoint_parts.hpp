@@ -1,4 +1,4 @@
-// What a checkpoint of a module has beside its shards: the module's buffers, and an optimizer's state.
+// What a checkpoint of a module has beside its shards: its buffers, and an optimizer's state.
 #pragma once
 
 #include <torch/torch.h>
