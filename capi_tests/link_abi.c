@@ -27,6 +27,23 @@ FIELD(fsdp_state_t, param, 0);
 FIELD(fsdp_state_t, name, 8);
 FIELD(fsdp_state_t, data, 16);
 
+SIZE(fsdp_named_tensor_t, 56);
+FIELD(fsdp_named_tensor_t, name, 0);
+FIELD(fsdp_named_tensor_t, tensor, 8);
+SIZE(fsdp_checkpoint_contents_t, 64);
+FIELD(fsdp_checkpoint_contents_t, struct_size, 0);
+FIELD(fsdp_checkpoint_contents_t, optimizer, 8);
+FIELD(fsdp_checkpoint_contents_t, states, 16);
+FIELD(fsdp_checkpoint_contents_t, state_count, 24);
+FIELD(fsdp_checkpoint_contents_t, tensors, 32);
+FIELD(fsdp_checkpoint_contents_t, tensor_count, 40);
+FIELD(fsdp_checkpoint_contents_t, metadata, 48);
+FIELD(fsdp_checkpoint_contents_t, metadata_count, 56);
+SIZE(fsdp_consolidate_config_t, 24);
+FIELD(fsdp_consolidate_config_t, struct_size, 0);
+FIELD(fsdp_consolidate_config_t, max_file_bytes, 8);
+FIELD(fsdp_consolidate_config_t, dtype, 16);
+
 SIZE(fsdp_shm_config_t, 40);
 FIELD(fsdp_shm_config_t, struct_size, 0);
 FIELD(fsdp_shm_config_t, job, 8);
@@ -246,6 +263,7 @@ VALUE(FSDP_DTYPE_INT, 0);
 VALUE(FSDP_DTYPE_UINT, 1);
 VALUE(FSDP_DTYPE_FLOAT, 2);
 VALUE(FSDP_DTYPE_BFLOAT, 4);
+VALUE(FSDP_DTYPE_BOOL, 6);
 VALUE(FSDP_LOG_WARNING, 2);
 
 /* Where a dlpack.h is at hand: a DLTensor may be passed as an fsdp_tensor_t. */

@@ -31,6 +31,9 @@
 #define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
 #define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
 #define FSDP_FULL_PARAMS_CONFIG_INIT { sizeof(fsdp_full_params_config_t), 0, 0, 0 }
+#define FSDP_CHECKPOINT_CONTENTS_INIT \
+  { sizeof(fsdp_checkpoint_contents_t), NULL, NULL, 0, NULL, 0, NULL, 0 }
+#define FSDP_CONSOLIDATE_CONFIG_INIT { sizeof(fsdp_consolidate_config_t), 0, { 0, 0, 0 } }
 #define FSDP_PLAN_REQUEST_INIT \
   { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, { 0, 0, 0 }, 0 }
 
@@ -235,6 +238,16 @@
 #define FSDP_DTYPE_BFLOAT 4
 
 /**
+ * Truth values, 8 bits each. Only tensors that go into checkpoints as they are may have it.
+ */
+#define FSDP_DTYPE_BOOL 6
+
+/**
+ * A checkpoint that is being saved in the background.
+ */
+typedef struct fsdp_checkpoint_job_t fsdp_checkpoint_job_t;
+
+/**
  * A communicator: how this process and the other ranks reach each other.
  */
 typedef struct fsdp_comm_t fsdp_comm_t;
@@ -302,36 +315,6 @@ typedef struct {
 } fsdp_metadata_t;
 
 /**
- * How a rank joins a job on one host. Initialize with FSDP_SHM_CONFIG_INIT, then set what differs.
- */
-typedef struct {
-  /**
-   * sizeof(fsdp_shm_config_t).
-   */
-  size_t struct_size;
-  /**
-   * The job's name, the same on every rank and used by no other running job of this user. Borrowed for the call.
-   */
-  const char *job;
-  /**
-   * This process's rank, 0 to world_size - 1.
-   */
-  int32_t rank;
-  /**
-   * Number of processes of the job.
-   */
-  int32_t world_size;
-  /**
-   * Milliseconds to wait for the other ranks to join; 0: 120,000.
-   */
-  int64_t rendezvous_timeout_ms;
-  /**
-   * Milliseconds to wait for a living rank in a collective; 0: 600,000. A dead rank is noticed at once.
-   */
-  int64_t timeout_ms;
-} fsdp_shm_config_t;
-
-/**
  * Where a tensor lies; DLPack's DLDevice.
  */
 typedef struct {
@@ -350,7 +333,7 @@ typedef struct {
  */
 typedef struct {
   /**
-   * FSDP_DTYPE_INT, FSDP_DTYPE_UINT, FSDP_DTYPE_FLOAT or FSDP_DTYPE_BFLOAT.
+   * FSDP_DTYPE_INT, FSDP_DTYPE_UINT, FSDP_DTYPE_FLOAT, FSDP_DTYPE_BFLOAT or FSDP_DTYPE_BOOL.
    */
   uint8_t code;
   /**
@@ -392,6 +375,99 @@ typedef struct {
    */
   uint64_t byte_offset;
 } fsdp_tensor_t;
+
+/**
+ * A whole tensor with a name, e.g. a module's buffer: the same on every rank.
+ */
+typedef struct {
+  /**
+   * Its original name; not empty, no colon, not that of a parameter.
+   */
+  const char *name;
+  /**
+   * Contiguous, in host memory: integers of 8 to 64 bits, floating types of 16 to 64, bfloat16, bool.
+   */
+  fsdp_tensor_t tensor;
+} fsdp_named_tensor_t;
+
+/**
+ * What a checkpoint holds beside the engine's shards. Initialize with FSDP_CHECKPOINT_CONTENTS_INIT, then set what there
+ * is. All pointers are borrowed for the call.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_checkpoint_contents_t).
+   */
+  size_t struct_size;
+  /**
+   * An optimizer of the same engine, or NULL: its states and counts, as fsdp_optimizer_save and _load treat them.
+   */
+  fsdp_optimizer_t *optimizer;
+  /**
+   * State of an optimizer of the host's.
+   */
+  const fsdp_state_t *states;
+  size_t state_count;
+  /**
+   * Whole tensors: rank 0's are saved, every rank's are filled.
+   */
+  const fsdp_named_tensor_t *tensors;
+  size_t tensor_count;
+  /**
+   * Texts to keep (rank 0's are kept). Ignored in loading.
+   */
+  const fsdp_metadata_t *metadata;
+  size_t metadata_count;
+} fsdp_checkpoint_contents_t;
+
+/**
+ * How a rank joins a job on one host. Initialize with FSDP_SHM_CONFIG_INIT, then set what differs.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_shm_config_t).
+   */
+  size_t struct_size;
+  /**
+   * The job's name, the same on every rank and used by no other running job of this user. Borrowed for the call.
+   */
+  const char *job;
+  /**
+   * This process's rank, 0 to world_size - 1.
+   */
+  int32_t rank;
+  /**
+   * Number of processes of the job.
+   */
+  int32_t world_size;
+  /**
+   * Milliseconds to wait for the other ranks to join; 0: 120,000.
+   */
+  int64_t rendezvous_timeout_ms;
+  /**
+   * Milliseconds to wait for a living rank in a collective; 0: 600,000. A dead rank is noticed at once.
+   */
+  int64_t timeout_ms;
+} fsdp_shm_config_t;
+
+/**
+ * How to consolidate. Initialize with FSDP_CONSOLIDATE_CONFIG_INIT, then set what differs.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_consolidate_config_t).
+   */
+  size_t struct_size;
+  /**
+   * Bytes of tensors per file, unless a single tensor has more; 0: 5,000,000,000.
+   */
+  uint64_t max_file_bytes;
+  /**
+   * What parameters are rounded to, to nearest even: float32, {FSDP_DTYPE_FLOAT, 16, 1}, {FSDP_DTYPE_BFLOAT, 16, 1},
+   * or {0, 0, 0} for as they are.
+   */
+  fsdp_dtype_t dtype;
+} fsdp_consolidate_config_t;
 
 /**
  * A module to initialize. The library sets struct_size; pointers are borrowed for the call. A newer library appends
@@ -1082,12 +1158,15 @@ extern "C" {
 #endif // __cplusplus
 
 /**
- * Saves all shards and `states` into the new folder `dir`: a safetensors file per rank and a manifest with checksums,
- * written aside, flushed, and renamed when complete, so that `dir` is complete or absent whenever a process ends.
+ * Saves all shards and `states` into the new folder `dir`: for each rank a safetensors file (and small ones with what is
+ * less than a row of a parameter), and a manifest with checksums, written aside, flushed, and renamed when complete, so
+ * that `dir` is complete or absent whenever a process ends. PyTorch's torch.distributed.checkpoint reads `dir` through its
+ * HuggingFaceStorageReader; a parameter's state is called "optimizer.STATE:NAME" there.
  * Collective: same `dir` (on a file system all ranks share) and states of the same parameters and names on every rank;
  * a failure on one rank is the error of all. `metadata`: texts to keep with it (rank 0's are kept), NULL for none. All
  * pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT if `dir` exists,
- * FSDP_ERR_IO, FSDP_ERR_OUT_OF_MEMORY for a full disk. Since 0.1.
+ * FSDP_ERR_INVALID_STATE while fsdp_checkpoint_save_async saves this engine, FSDP_ERR_IO, FSDP_ERR_OUT_OF_MEMORY for a
+ * full disk. Since 0.1.
  *
  * # Safety
  * Strings are NULL or NUL-terminated; `states` points to `state_count` entries whose data are readable, `metadata` to
@@ -1101,10 +1180,25 @@ fsdp_status_t fsdp_checkpoint_save(fsdp_engine_t *engine,
                                    size_t metadata_count);
 
 /**
+ * The same with everything that a checkpoint can hold. Collective. Since 0.1.
+ *
+ * # Safety
+ * `dir` is NULL or NUL-terminated, `contents` is NULL or points to `struct_size` bytes whose arrays are as said there.
+ */
+fsdp_status_t fsdp_checkpoint_save_contents(fsdp_engine_t *engine,
+                                            const char *dir,
+                                            const fsdp_checkpoint_contents_t *contents);
+
+/**
  * Fills all shards and the data of `states` from the checkpoint in `dir`, saved at any world size and wrapping of the
- * same model. Collective. Nothing is changed on any rank unless every rank has read and checked all of its part. All
- * pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT names the file and the
- * parameter if it is absent, incomplete, damaged, or of another model. Since 0.1.
+ * same model, reading of each file what this rank needs. Collective. Nothing is changed on any rank unless every rank has
+ * read and checked all of its part, for which it takes as much memory as it fills. All pointers are borrowed for the call.
+ * Not during a backward. Errors: FSDP_ERR_CHECKPOINT names the file and the parameter if it is absent, incomplete,
+ * damaged, or of another model.
+ *
+ * `dir` may also be a model in Hugging Face's layout: a folder with model.safetensors or model.safetensors.index.json, or
+ * such a file itself. It must have every parameter by its original name and in its shape, in float32, float16 or bfloat16
+ * (widened without loss), and may have more; it has no states. Since 0.1.
  *
  * # Safety
  * `dir` is NULL or NUL-terminated; `states` points to `state_count` entries whose data are writable.
@@ -1113,6 +1207,17 @@ fsdp_status_t fsdp_checkpoint_load(fsdp_engine_t *engine,
                                    const char *dir,
                                    const fsdp_state_t *states,
                                    size_t state_count);
+
+/**
+ * The same with everything that a checkpoint can hold: also fills the optimizer, and the tensors, which must be there
+ * with the same names, shapes and dtypes. What the checkpoint has of those besides is left. Collective. Since 0.1.
+ *
+ * # Safety
+ * As for fsdp_checkpoint_save_contents; the data of states and tensors are writable.
+ */
+fsdp_status_t fsdp_checkpoint_load_contents(fsdp_engine_t *engine,
+                                            const char *dir,
+                                            const fsdp_checkpoint_contents_t *contents);
 
 /**
  * The text that the checkpoint in `dir` keeps under `key`. *out_size is its size with the terminating NUL, or 0 if there
@@ -1128,6 +1233,47 @@ fsdp_status_t fsdp_checkpoint_metadata(const char *dir,
                                        char *buffer,
                                        size_t buffer_size,
                                        size_t *out_size);
+
+/**
+ * As fsdp_checkpoint_save_contents, in the background: returns when this rank's shards, states and tensors are copied in
+ * host memory; a thread of its own writes the copy, on a communicator of its own. Training may go on at once, the engine
+ * may be destroyed. A process that ends before leaves no checkpoint: fsdp_checkpoint_job_wait first.
+ *
+ * One save at a time: while one of this engine runs, on any rank, further saves of it, in the background or not, are
+ * refused on every rank by FSDP_ERR_INVALID_STATE, whose message names the folder that is being written.
+ *
+ * Collective. *out is owned by the caller: fsdp_checkpoint_job_destroy. Errors here are those that can be seen at once:
+ * arguments, FSDP_ERR_CHECKPOINT if `dir` exists, FSDP_ERR_OUT_OF_MEMORY for the copy; the others are the outcome of
+ * fsdp_checkpoint_job_wait. Since 0.1.
+ *
+ * # Safety
+ * As for fsdp_checkpoint_save_contents; `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_checkpoint_save_async(fsdp_engine_t *engine,
+                                         const char *dir,
+                                         const fsdp_checkpoint_contents_t *contents,
+                                         fsdp_checkpoint_job_t **out);
+
+/**
+ * Waits until the save has ended on this rank and returns its outcome, the same on every rank. After FSDP_OK the
+ * checkpoint is complete and on disk. May be called again. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_checkpoint_job_wait(fsdp_checkpoint_job_t *job);
+
+/**
+ * Sets *out_done to 1 if the save has ended on this rank, well or not, and fsdp_checkpoint_job_wait would not wait, else
+ * to 0. Local. Since 0.1.
+ *
+ * # Safety
+ * `out_done` is NULL or writable.
+ */
+fsdp_status_t fsdp_checkpoint_job_done(const fsdp_checkpoint_job_t *job,
+                                       int32_t *out_done);
+
+/**
+ * Waits until the save has ended, and frees the job; NULL does nothing. Local. Since 0.1.
+ */
+void fsdp_checkpoint_job_destroy(fsdp_checkpoint_job_t *job);
 
 /**
  * Makes a communicator of world size 1. Local. *out is owned by the caller: fsdp_comm_destroy. Since 0.1.
@@ -1264,6 +1410,23 @@ fsdp_status_t fsdp_comm_async_error(const fsdp_comm_t *comm);
  * Engines made on the communicator keep it until they are destroyed. Since 0.1.
  */
 void fsdp_comm_destroy(fsdp_comm_t *comm);
+
+/**
+ * Writes parameters and tensors of the checkpoint in `dir`, whole and under their original names, into the new folder
+ * `out_dir`, as Hugging Face's libraries (and PyTorch's HuggingFaceStorageReader, and fsdp_checkpoint_load) read them:
+ * model.safetensors, or model-0000i-of-0000n.safetensors and model.safetensors.index.json. States and texts stay behind;
+ * tensors that are no parameters keep their dtype. Complete or absent, as fsdp_checkpoint_save; every checksum is compared;
+ * memory for 4 MiB at a time. `dir` may be in that layout already, to be cut or rounded anew: its floating tensors then
+ * all count as parameters. `config` may be NULL for the defaults. Local: one process does it, without ranks.
+ * Errors: FSDP_ERR_CHECKPOINT names file and parameter if the checkpoint is damaged, a number is too large for float16, or
+ * `out_dir` exists; FSDP_ERR_IO; FSDP_ERR_OUT_OF_MEMORY for a full disk. Since 0.1.
+ *
+ * # Safety
+ * Strings are NULL or NUL-terminated; `config` is NULL or points to `struct_size` readable bytes.
+ */
+fsdp_status_t fsdp_checkpoint_consolidate(const char *dir,
+                                          const char *out_dir,
+                                          const fsdp_consolidate_config_t *config);
 
 /**
  * Shards a model over the ranks of `comm`: copies this rank's cut of every parameter; the host's own memory is not

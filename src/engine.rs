@@ -9,6 +9,7 @@
 //! communicator is broken and every later call returns that error.
 
 use crate::agree;
+use crate::checkpoint::Saves;
 use crate::comm::{Communicator, Kind, Tag};
 use crate::config::{EngineConfig, Strategy};
 use crate::dtype::DType;
@@ -112,6 +113,7 @@ pub struct Engine {
     first_unit: u32,
     gradient_slot_bytes: u64,
     materialized_peak_bytes: u64,
+    saves: Saves,
     state: Mutex<State>,
 }
 
@@ -148,6 +150,7 @@ impl Engine {
             first_unit,
             gradient_slot_bytes: plan.slot_bytes(slots).iter().sum::<usize>() as u64,
             materialized_peak_bytes: 0,
+            saves: Saves::default(),
             state: Mutex::new(State {
                 reading: false,
                 grad_enabled: true,
@@ -197,9 +200,19 @@ impl Engine {
         &self.model.mesh.world
     }
 
+    /// Shard groups: replicas of each other.
+    pub fn replicas(&self) -> usize {
+        self.world().world_size() / self.comm().world_size()
+    }
+
     /// The number of this rank's shard group; 0 where all ranks are one.
     pub fn replica(&self) -> usize {
         self.model.mesh.replica()
+    }
+
+    /// This engine's saves in the background.
+    pub(crate) fn saves(&self) -> &Saves {
+        &self.saves
     }
 
     pub fn unit(&self, unit: UnitId) -> Result<&UnitPlan> {

@@ -2,36 +2,15 @@
 
 mod common;
 
-use common::{engine, numel, piece, ranks, value, SHAPES};
-use fsdp::checkpoint::{load, metadata, save, Metadata, StateTensor};
+use common::{engine, numel, piece, ranks, value, Folder, SHAPES};
+use fsdp::checkpoint::{load, metadata, save, Contents, Metadata, StateTensor};
 use fsdp::comm::Communicator;
 use fsdp::config::EngineConfig;
 use fsdp::engine::Engine;
 use fsdp::error::{Error, Status};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-
-/// A folder of the test, removed when it ends.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-    fn join(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A state "exp_avg" per parameter whose values are those of the parameter plus a half.
 fn states(engine: &Engine) -> (Vec<Vec<f32>>, Vec<StateTensor>) {
@@ -54,7 +33,7 @@ fn save_at(world: usize, dir: &Path) -> Vec<Result<(), Error>> {
         let engine = engine(comm, &EngineConfig::default());
         let (_data, tensors) = states(&engine);
         // SAFETY: the states have the pieces' lengths.
-        unsafe { save(&engine, dir, &tensors, &steps()) }
+        unsafe { save(&engine, dir, &Contents { states: tensors, metadata: steps(), ..Contents::default() }) }
     })
 }
 
@@ -67,7 +46,7 @@ fn load_into(comm: Arc<dyn Communicator>, dir: &Path) -> (Result<(), Error>, boo
     let (mut data, tensors) = states(&engine);
     data.iter_mut().for_each(|d| d.fill(MARK));
     // SAFETY: the states have the pieces' lengths.
-    let result = unsafe { load(&engine, dir, &tensors) };
+    let result = unsafe { load(&engine, dir, &Contents { states: tensors, ..Contents::default() }) };
     let untouched = (0..SHAPES.len()).all(|p| piece(&engine, p).iter().chain(&data[p]).all(|v| *v == MARK));
     if result.is_ok() {
         for (p, (name, shape)) in SHAPES.iter().enumerate() {
@@ -134,7 +113,7 @@ fn a_failing_rank_fails_all_and_leaves_nothing() {
             tensors[1].name = String::new();
         }
         // SAFETY: the states have the pieces' lengths.
-        unsafe { save(&engine, &dir, &tensors, &steps()) }
+        unsafe { save(&engine, &dir, &Contents { states: tensors, metadata: steps(), ..Contents::default() }) }
     });
     for r in results {
         let e = r.unwrap_err();
@@ -173,7 +152,18 @@ fn a_flipped_bit_is_found_in_file_and_parameter() {
         bytes[last] ^= 1;
         fs::write(dir.join(SHARD), bytes).unwrap();
     };
-    refuses("flipped", flip, &[SHARD, "\"", "damaged"]);
+    refuses("flipped", flip, &[SHARD, "parameter \"", "damaged"]);
+}
+
+#[test]
+fn a_flipped_bit_in_a_header_is_found() {
+    let flip = |dir: &Path| {
+        let mut bytes = fs::read(dir.join(SHARD)).unwrap();
+        let at = bytes.windows(7).position(|w| w == b"a.weigh").expect("the header names it");
+        bytes[at] ^= 1;
+        fs::write(dir.join(SHARD), bytes).unwrap();
+    };
+    refuses("flipped-header", flip, &[SHARD, "parameter \"", "checksum of its header"]);
 }
 
 #[test]
@@ -182,8 +172,8 @@ fn a_truncated_a_missing_and_an_alien_file_are_named() {
         let bytes = fs::read(dir.join(SHARD)).unwrap();
         fs::write(dir.join(SHARD), &bytes[..bytes.len() / 2]).unwrap();
     };
-    refuses("truncated", cut, &[SHARD, "bytes, but was saved with"]);
-    refuses("missing", |dir| fs::remove_file(dir.join(SHARD)).unwrap(), &[SHARD]);
+    refuses("truncated", cut, &[SHARD, "parameter \"", "bytes, but was saved with"]);
+    refuses("missing", |dir| fs::remove_file(dir.join(SHARD)).unwrap(), &[SHARD, "parameter \"", "No such file"]);
     let garbage = |dir: &Path| {
         let len = fs::read(dir.join(SHARD)).unwrap().len();
         fs::write(dir.join(SHARD), vec![0xff; len]).unwrap();
@@ -216,7 +206,7 @@ fn states_that_were_not_saved_are_named() {
         let (_data, mut tensors) = states(&engine);
         tensors.iter_mut().for_each(|t| t.name = "momentum".into());
         // SAFETY: the states have the pieces' lengths.
-        unsafe { load(&engine, &dir, &tensors) }
+        unsafe { load(&engine, &dir, &Contents { states: tensors, ..Contents::default() }) }
     });
     for r in results {
         let e = r.unwrap_err();
@@ -240,7 +230,7 @@ fn a_checkpoint_of_another_model_is_refused_by_parameter() {
         // SAFETY: the data is large enough; no states.
         unsafe {
             let engine = Engine::new(&tree, fsdp::comm::single::init(), &EngineConfig::default()).unwrap();
-            load(&engine, &dir, &[]).unwrap_err().message
+            load(&engine, &dir, &Contents::default()).unwrap_err().message
         }
     };
     let e = try_load(&[("embed", &[13, 8])]);

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{engine, numel, piece, ranks, value, SHAPES};
-use fsdp::checkpoint::{load, metadata, save, Metadata, StateTensor};
+use fsdp::checkpoint::{load, metadata, save, Contents, Metadata, StateTensor};
 use fsdp::comm::Communicator;
 use fsdp::config::EngineConfig;
 use fsdp::engine::Engine;
@@ -132,7 +132,13 @@ fn training_goes_on_where_it_stopped_at_any_world_size() {
                 let (engine, optimizer) = make(comm, rule);
                 train(&engine, &optimizer, 1..=3);
                 // SAFETY: no further states.
-                unsafe { optimizer.save(&dir, &[], &Metadata::from([("step".into(), "3".into())])) }.unwrap();
+                unsafe {
+                    optimizer.save(
+                        &dir,
+                        &Contents { metadata: Metadata::from([("step".into(), "3".into())]), ..Contents::default() },
+                    )
+                }
+                .unwrap();
             });
             assert_eq!(metadata(&dir).unwrap()["step"], "3");
             for loaded in [1, 2, 4] {
@@ -141,7 +147,7 @@ fn training_goes_on_where_it_stopped_at_any_world_size() {
                     // It has been used before: all of that is replaced, also the counts of what is at 0 there.
                     train(&engine, &optimizer, 2..=2);
                     // SAFETY: no further states.
-                    unsafe { optimizer.load(&dir, &[]) }.unwrap();
+                    unsafe { optimizer.load(&dir, &Contents::default()) }.unwrap();
                     assert_eq!(optimizer.steps(0).unwrap(), 3);
                     assert_eq!(optimizer.steps(SOMETIMES as u32).unwrap(), 1);
                     assert_eq!(optimizer.steps(NEVER as u32).unwrap(), 0);
@@ -163,10 +169,10 @@ fn a_checkpoint_from_before_the_first_step_begins_anew() {
         let got = whole(ranks(2, |comm| {
             let (engine, optimizer) = make(comm, rule);
             // SAFETY: no further states.
-            unsafe { optimizer.save(&dir, &[], &Metadata::new()) }.unwrap();
+            unsafe { optimizer.save(&dir, &Contents::default()) }.unwrap();
             train(&engine, &optimizer, 1..=4);
             // SAFETY: as above.
-            unsafe { optimizer.load(&dir, &[]) }.unwrap();
+            unsafe { optimizer.load(&dir, &Contents::default()) }.unwrap();
             assert!(optimizer.state(0, rule.states()[0]).unwrap().is_null());
             train(&engine, &optimizer, 1..=2);
             pieces(&engine)
@@ -183,10 +189,11 @@ fn further_states_are_kept_and_the_parameters_can_be_read_alone() {
         let (engine, optimizer) = make(comm, SGD);
         train(&engine, &optimizer, 1..=2);
         let mut average = vec![2.5f32; engine.plan().params[0].piece.len];
-        let more = [StateTensor { param: 0, name: "average".into(), data: average.as_mut_ptr() }];
+        let state = StateTensor { param: 0, name: "average".into(), data: average.as_mut_ptr() };
+        let more = Contents { states: vec![state], ..Contents::default() };
         let saved = pieces(&engine);
         // SAFETY: the state has the piece's length.
-        unsafe { optimizer.save(&dir, &more, &Metadata::new()) }.unwrap();
+        unsafe { optimizer.save(&dir, &more) }.unwrap();
         train(&engine, &optimizer, 3..=3);
         assert_ne!(pieces(&engine), saved);
         average.fill(0.0);
@@ -195,7 +202,7 @@ fn further_states_are_kept_and_the_parameters_can_be_read_alone() {
         assert!(average.iter().all(|v| *v == 2.5));
         train(&engine, &optimizer, 3..=3);
         // SAFETY: no states.
-        unsafe { load(&engine, &dir, &[]) }.unwrap();
+        unsafe { load(&engine, &dir, &Contents::default()) }.unwrap();
         assert_eq!(pieces(&engine), saved);
     });
 }
@@ -208,20 +215,20 @@ fn other_checkpoints_are_refused_and_change_nothing() {
         let (engine, optimizer) = make(comm.clone(), ADAMW);
         train(&engine, &optimizer, 1..=2);
         // SAFETY: no further states, here and below.
-        unsafe { optimizer.save(&adamw, &[], &Metadata::new()) }.unwrap();
+        unsafe { optimizer.save(&adamw, &Contents::default()) }.unwrap();
         // SAFETY: as above.
-        unsafe { save(&engine, &bare, &[], &Metadata::new()) }.unwrap();
+        unsafe { save(&engine, &bare, &Contents::default()) }.unwrap();
         let (engine, optimizer) = make(comm.clone(), Rule::Sgd(SgdOptions::default()));
         train(&engine, &optimizer, 1..=2);
         // SAFETY: as above.
-        unsafe { optimizer.save(&plain, &[], &Metadata::new()) }.unwrap();
+        unsafe { optimizer.save(&plain, &Contents::default()) }.unwrap();
 
         let (engine, optimizer) = make(comm, SGD);
         train(&engine, &optimizer, 1..=1);
         let before = pieces(&engine);
         let errors = [&bare, &plain, &adamw, &folder.join("none")].map(|dir| {
             // SAFETY: as above.
-            unsafe { optimizer.load(dir, &[]) }.unwrap_err()
+            unsafe { optimizer.load(dir, &Contents::default()) }.unwrap_err()
         });
         assert_eq!(pieces(&engine), before);
         assert_eq!(optimizer.steps(0).unwrap(), 1);
@@ -252,12 +259,12 @@ fn a_rank_that_differs_is_an_error_on_every_rank() {
 
         let texts = if rank == 2 { Metadata::from([(METADATA_KEY.into(), "".into())]) } else { Metadata::new() };
         // SAFETY: no further states, here and below.
-        let key = unsafe { optimizer.save(&dir, &[], &texts) }.unwrap_err();
+        let key = unsafe { optimizer.save(&dir, &Contents { metadata: texts, ..Contents::default() }) }.unwrap_err();
 
         train(&engine, &optimizer, 1..=1);
         train_only_rank(&engine, &optimizer, rank == 0);
         // SAFETY: as above.
-        let steps = unsafe { optimizer.save(&dir, &[], &Metadata::new()) }.unwrap_err();
+        let steps = unsafe { optimizer.save(&dir, &Contents::default()) }.unwrap_err();
         [options, key, steps]
     });
     for errors in results {

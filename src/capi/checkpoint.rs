@@ -1,11 +1,17 @@
 //! Checkpoints through the C ABI.
 
-use super::handle::{fsdp_engine_t, get};
-use super::status::{boundary, fsdp_status_t, out, string};
-use crate::checkpoint::{self, Metadata, StateTensor};
+use super::handle::{fsdp_engine_t, fsdp_optimizer_t, get};
+use super::status::{boundary, fsdp_status_t, out, read_sized, string, Sized_};
+use super::tensor::{fsdp_tensor_t, unsupported, RawTensor};
+use super::tensor::{FSDP_DTYPE_BFLOAT, FSDP_DTYPE_BOOL, FSDP_DTYPE_FLOAT, FSDP_DTYPE_INT, FSDP_DTYPE_UINT};
+use crate::checkpoint::{self, Contents, ExtraTensor, Metadata, StateTensor};
+use crate::engine::Engine;
 use crate::error::{err, Result};
+use crate::optim::Optimizer;
+use safetensors::Dtype;
 use std::ffi::{c_char, c_void, CString};
 use std::path::Path;
+use std::sync::Arc;
 
 /// A tensor of optimizer state that is sharded like its parameter.
 #[repr(C)]
@@ -29,12 +35,50 @@ pub struct fsdp_metadata_t {
     pub value: *const c_char,
 }
 
-/// Saves all shards and `states` into the new folder `dir`: a safetensors file per rank and a manifest with checksums,
-/// written aside, flushed, and renamed when complete, so that `dir` is complete or absent whenever a process ends.
+/// A whole tensor with a name, e.g. a module's buffer: the same on every rank.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_named_tensor_t {
+    /// Its original name; not empty, no colon, not that of a parameter.
+    pub name: *const c_char,
+    /// Contiguous, in host memory: integers of 8 to 64 bits, floating types of 16 to 64, bfloat16, bool.
+    pub tensor: fsdp_tensor_t,
+}
+
+/// What a checkpoint holds beside the engine's shards. Initialize with FSDP_CHECKPOINT_CONTENTS_INIT, then set what there
+/// is. All pointers are borrowed for the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_checkpoint_contents_t {
+    /// sizeof(fsdp_checkpoint_contents_t).
+    pub struct_size: usize,
+    /// An optimizer of the same engine, or NULL: its states and counts, as fsdp_optimizer_save and _load treat them.
+    pub optimizer: *mut fsdp_optimizer_t,
+    /// State of an optimizer of the host's.
+    pub states: *const fsdp_state_t,
+    pub state_count: usize,
+    /// Whole tensors: rank 0's are saved, every rank's are filled.
+    pub tensors: *const fsdp_named_tensor_t,
+    pub tensor_count: usize,
+    /// Texts to keep (rank 0's are kept). Ignored in loading.
+    pub metadata: *const fsdp_metadata_t,
+    pub metadata_count: usize,
+}
+
+// SAFETY: repr(C), begins with its size, plain data.
+unsafe impl Sized_ for fsdp_checkpoint_contents_t {
+    const NAME: &'static str = "fsdp_checkpoint_contents_t";
+}
+
+/// Saves all shards and `states` into the new folder `dir`: for each rank a safetensors file (and small ones with what is
+/// less than a row of a parameter), and a manifest with checksums, written aside, flushed, and renamed when complete, so
+/// that `dir` is complete or absent whenever a process ends. PyTorch's torch.distributed.checkpoint reads `dir` through its
+/// HuggingFaceStorageReader; a parameter's state is called "optimizer.STATE:NAME" there.
 /// Collective: same `dir` (on a file system all ranks share) and states of the same parameters and names on every rank;
 /// a failure on one rank is the error of all. `metadata`: texts to keep with it (rank 0's are kept), NULL for none. All
 /// pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT if `dir` exists,
-/// FSDP_ERR_IO, FSDP_ERR_OUT_OF_MEMORY for a full disk. Since 0.1.
+/// FSDP_ERR_INVALID_STATE while fsdp_checkpoint_save_async saves this engine, FSDP_ERR_IO, FSDP_ERR_OUT_OF_MEMORY for a
+/// full disk. Since 0.1.
 ///
 /// # Safety
 /// Strings are NULL or NUL-terminated; `states` points to `state_count` entries whose data are readable, `metadata` to
@@ -54,15 +98,45 @@ pub unsafe extern "C" fn fsdp_checkpoint_save(
         let (dir, states) = unsafe { (string(dir, "dir")?, read_states(states, state_count)?) };
         // SAFETY: the caller's promise.
         let metadata = unsafe { read_metadata(metadata, metadata_count) }?;
+        let contents = Contents { states, metadata, ..Contents::default() };
         // SAFETY: the caller's promise.
-        unsafe { checkpoint::save(&object.engine, Path::new(dir), &states, &metadata) }
+        unsafe { checkpoint::save(&object.engine, Path::new(dir), &contents) }
+    })
+}
+
+/// The same with everything that a checkpoint can hold. Collective. Since 0.1.
+///
+/// # Safety
+/// `dir` is NULL or NUL-terminated, `contents` is NULL or points to `struct_size` bytes whose arrays are as said there.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_checkpoint_save_contents(
+    engine: *mut fsdp_engine_t,
+    dir: *const c_char,
+    contents: *const fsdp_checkpoint_contents_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let engine = get(engine as *const fsdp_engine_t)?.engine.clone();
+        // SAFETY: the caller's promise.
+        let (dir, given) = unsafe { (string(dir, "dir")?, Given::read(&engine, contents)?) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            match given.optimizer {
+                Some(optimizer) => optimizer.save(Path::new(dir), &given.contents),
+                None => checkpoint::save(&engine, Path::new(dir), &given.contents),
+            }
+        }
     })
 }
 
 /// Fills all shards and the data of `states` from the checkpoint in `dir`, saved at any world size and wrapping of the
-/// same model. Collective. Nothing is changed on any rank unless every rank has read and checked all of its part. All
-/// pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT names the file and the
-/// parameter if it is absent, incomplete, damaged, or of another model. Since 0.1.
+/// same model, reading of each file what this rank needs. Collective. Nothing is changed on any rank unless every rank has
+/// read and checked all of its part, for which it takes as much memory as it fills. All pointers are borrowed for the call.
+/// Not during a backward. Errors: FSDP_ERR_CHECKPOINT names the file and the parameter if it is absent, incomplete,
+/// damaged, or of another model.
+///
+/// `dir` may also be a model in Hugging Face's layout: a folder with model.safetensors or model.safetensors.index.json, or
+/// such a file itself. It must have every parameter by its original name and in its shape, in float32, float16 or bfloat16
+/// (widened without loss), and may have more; it has no states. Since 0.1.
 ///
 /// # Safety
 /// `dir` is NULL or NUL-terminated; `states` points to `state_count` entries whose data are writable.
@@ -77,8 +151,34 @@ pub unsafe extern "C" fn fsdp_checkpoint_load(
         let object = get(engine as *const fsdp_engine_t)?;
         // SAFETY: the caller's promise.
         let (dir, states) = unsafe { (string(dir, "dir")?, read_states(states, state_count)?) };
+        let contents = Contents { states, ..Contents::default() };
         // SAFETY: the caller's promise.
-        unsafe { checkpoint::load(&object.engine, Path::new(dir), &states) }
+        unsafe { checkpoint::load(&object.engine, Path::new(dir), &contents) }
+    })
+}
+
+/// The same with everything that a checkpoint can hold: also fills the optimizer, and the tensors, which must be there
+/// with the same names, shapes and dtypes. What the checkpoint has of those besides is left. Collective. Since 0.1.
+///
+/// # Safety
+/// As for fsdp_checkpoint_save_contents; the data of states and tensors are writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_checkpoint_load_contents(
+    engine: *mut fsdp_engine_t,
+    dir: *const c_char,
+    contents: *const fsdp_checkpoint_contents_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let engine = get(engine as *const fsdp_engine_t)?.engine.clone();
+        // SAFETY: the caller's promise.
+        let (dir, given) = unsafe { (string(dir, "dir")?, Given::read(&engine, contents)?) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            match given.optimizer {
+                Some(optimizer) => optimizer.load(Path::new(dir), &given.contents),
+                None => checkpoint::load(&engine, Path::new(dir), &given.contents),
+            }
+        }
     })
 }
 
@@ -119,6 +219,76 @@ pub unsafe extern "C" fn fsdp_checkpoint_metadata(
         out_size.write(text.len());
         Ok(())
     })
+}
+
+/// What C gives to save or load.
+pub struct Given {
+    pub optimizer: Option<Arc<Optimizer>>,
+    pub contents: Contents,
+}
+
+impl Given {
+    /// Checks and converts; the optimizer must be one of `engine`.
+    ///
+    /// # Safety
+    /// As for fsdp_checkpoint_save_contents.
+    pub unsafe fn read(engine: &Arc<Engine>, contents: *const fsdp_checkpoint_contents_t) -> Result<Given> {
+        // SAFETY: the caller's promise.
+        let c = unsafe { read_sized(contents) }?;
+        let optimizer = match c.optimizer.is_null() {
+            true => None,
+            false => Some(get(c.optimizer as *const fsdp_optimizer_t)?),
+        };
+        if optimizer.as_ref().is_some_and(|o| !Arc::ptr_eq(o.engine(), engine)) {
+            return Err(err!(InvalidArgument, "the optimizer is of another engine"));
+        }
+        // SAFETY: the caller's promise.
+        let contents = unsafe {
+            Contents {
+                states: read_states(c.states, c.state_count)?,
+                extras: read_tensors(c.tensors, c.tensor_count)?,
+                metadata: read_metadata(c.metadata, c.metadata_count)?,
+            }
+        };
+        Ok(Given { optimizer, contents })
+    }
+}
+
+/// # Safety
+/// `tensors` points to `count` entries with NUL-terminated names and readable shapes.
+unsafe fn read_tensors(tensors: *const fsdp_named_tensor_t, count: usize) -> Result<Vec<ExtraTensor>> {
+    if tensors.is_null() && count > 0 {
+        return Err(err!(InvalidArgument, "tensors is NULL but tensor_count is {count}"));
+    }
+    (0..count)
+        .map(|i| {
+            // SAFETY: the caller's promise.
+            let t = unsafe { *tensors.add(i) };
+            // SAFETY: as above.
+            let name = unsafe { string(t.name, "the name of a tensor") }?;
+            let called = format!("tensor \"{name}\"");
+            // SAFETY: as above.
+            let raw = unsafe { RawTensor::read(&t.tensor, &called) }?;
+            let dtype = match (raw.dtype.code, raw.dtype.bits) {
+                (FSDP_DTYPE_INT, 8) => Dtype::I8,
+                (FSDP_DTYPE_INT, 16) => Dtype::I16,
+                (FSDP_DTYPE_INT, 32) => Dtype::I32,
+                (FSDP_DTYPE_INT, 64) => Dtype::I64,
+                (FSDP_DTYPE_UINT, 8) => Dtype::U8,
+                (FSDP_DTYPE_UINT, 16) => Dtype::U16,
+                (FSDP_DTYPE_UINT, 32) => Dtype::U32,
+                (FSDP_DTYPE_UINT, 64) => Dtype::U64,
+                (FSDP_DTYPE_FLOAT, 16) => Dtype::F16,
+                (FSDP_DTYPE_FLOAT, 32) => Dtype::F32,
+                (FSDP_DTYPE_FLOAT, 64) => Dtype::F64,
+                (FSDP_DTYPE_BFLOAT, 16) => Dtype::BF16,
+                (FSDP_DTYPE_BOOL, 8) => Dtype::BOOL,
+                _ => return Err(unsupported(&called, raw.dtype)),
+            };
+            let shape = raw.shape.iter().map(|d| *d as usize).collect();
+            Ok(ExtraTensor { name: name.to_string(), dtype, shape, data: raw.data })
+        })
+        .collect()
 }
 
 fn c_string(text: &str, key: &str) -> Result<CString> {

@@ -1,6 +1,7 @@
 //! Handles: numbers in pointer form that stand for objects in one table, so that a stale or wrong handle is an error.
 
 use super::engine::EngineObject;
+use crate::checkpoint::Job;
 use crate::comm::Communicator;
 use crate::engine::FullParams;
 use crate::error::{err, Result};
@@ -40,6 +41,11 @@ pub struct fsdp_full_params_t {
     _opaque: [u8; 0],
 }
 
+/// A checkpoint that is being saved in the background.
+pub struct fsdp_checkpoint_job_t {
+    _opaque: [u8; 0],
+}
+
 #[derive(Clone)]
 enum Object {
     Comm(Arc<dyn Communicator>),
@@ -48,6 +54,7 @@ enum Object {
     Engine(Arc<EngineObject>),
     Optimizer(Arc<Optimizer>),
     FullParams(Arc<Mutex<FullParams>>),
+    CheckpointJob(Arc<Job>),
 }
 
 impl Object {
@@ -59,6 +66,7 @@ impl Object {
             Object::Engine(_) => "an engine",
             Object::Optimizer(_) => "an optimizer",
             Object::FullParams(_) => "full parameters",
+            Object::CheckpointJob(_) => "a save in the background",
         }
     }
 }
@@ -111,6 +119,7 @@ handle!(fsdp_trace_t, Trace, Arc<Mutex<Trace>>, "a trace");
 handle!(fsdp_engine_t, Engine, Arc<EngineObject>, "an engine");
 handle!(fsdp_optimizer_t, Optimizer, Arc<Optimizer>, "an optimizer");
 handle!(fsdp_full_params_t, FullParams, Arc<Mutex<FullParams>>, "full parameters");
+handle!(fsdp_checkpoint_job_t, CheckpointJob, Arc<Job>, "a save in the background");
 
 /// Puts an object into the table. Numbers are never used again.
 pub fn insert<H: Handle>(object: H::Object) -> *mut H {

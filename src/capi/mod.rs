@@ -7,7 +7,9 @@
 #![allow(non_camel_case_types)]
 
 pub mod checkpoint;
+pub mod checkpoint_job;
 pub mod comm;
+pub mod consolidate;
 pub mod engine;
 pub mod full;
 pub mod handle;

@@ -3,6 +3,7 @@
 use super::checkpoint::{fsdp_metadata_t, fsdp_state_t, read_metadata, read_states};
 use super::handle::{fsdp_engine_t, fsdp_optimizer_t, get, insert, remove};
 use super::status::{boundary, boundary_void, fsdp_status_t, out, read_sized, string, Sized_};
+use crate::checkpoint::Contents;
 use crate::error::Result;
 use crate::optim::{AdamWOptions, Optimizer, Rule, SgdOptions};
 use std::ffi::c_char;
@@ -272,7 +273,7 @@ pub unsafe extern "C" fn fsdp_optimizer_save(
         // SAFETY: the caller's promise.
         let metadata = unsafe { read_metadata(metadata, metadata_count) }?;
         // SAFETY: the caller's promise.
-        unsafe { object.save(Path::new(dir), &states, &metadata) }
+        unsafe { object.save(Path::new(dir), &Contents { states, metadata, ..Contents::default() }) }
     })
 }
 
@@ -295,6 +296,6 @@ pub unsafe extern "C" fn fsdp_optimizer_load(
         // SAFETY: the caller's promise.
         let (dir, states) = unsafe { (string(dir, "dir")?, read_states(states, state_count)?) };
         // SAFETY: the caller's promise.
-        unsafe { object.load(Path::new(dir), &states) }
+        unsafe { object.load(Path::new(dir), &Contents { states, ..Contents::default() }) }
     })
 }

@@ -2,7 +2,7 @@
 
 use super::status::out;
 use crate::dtype::DType;
-use crate::error::{err, Result};
+use crate::error::{err, Error, Result};
 
 /// Device type of host memory (DLPack's kDLCPU).
 pub const FSDP_DEVICE_CPU: i32 = 1;
@@ -14,6 +14,8 @@ pub const FSDP_DTYPE_UINT: u8 = 1;
 pub const FSDP_DTYPE_FLOAT: u8 = 2;
 /// The upper bits of an IEEE float32.
 pub const FSDP_DTYPE_BFLOAT: u8 = 4;
+/// Truth values, 8 bits each. Only tensors that go into checkpoints as they are may have it.
+pub const FSDP_DTYPE_BOOL: u8 = 6;
 
 /// Where a tensor lies; DLPack's DLDevice.
 #[repr(C)]
@@ -29,7 +31,7 @@ pub struct fsdp_device_t {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fsdp_dtype_t {
-    /// FSDP_DTYPE_INT, FSDP_DTYPE_UINT, FSDP_DTYPE_FLOAT or FSDP_DTYPE_BFLOAT.
+    /// FSDP_DTYPE_INT, FSDP_DTYPE_UINT, FSDP_DTYPE_FLOAT, FSDP_DTYPE_BFLOAT or FSDP_DTYPE_BOOL.
     pub code: u8,
     /// Bits of one element.
     pub bits: u8,
@@ -57,33 +59,29 @@ pub struct fsdp_tensor_t {
     pub byte_offset: u64,
 }
 
-/// What the crate needs of a tensor: checked, contiguous, on the host.
-pub struct HostTensor {
+/// A tensor that was checked: contiguous, on the host, of whatever type.
+pub struct RawTensor {
     pub data: *mut u8,
-    pub dtype: DType,
+    pub dtype: fsdp_dtype_t,
     pub shape: Vec<i64>,
 }
 
-impl HostTensor {
+impl RawTensor {
     /// Checks and converts; `name` is how errors call it.
     ///
     /// # Safety
     /// `tensor` is NULL or points to a tensor whose shape (and strides) are readable.
-    pub unsafe fn read(tensor: *const fsdp_tensor_t, name: &str) -> Result<HostTensor> {
+    pub unsafe fn read(tensor: *const fsdp_tensor_t, name: &str) -> Result<RawTensor> {
         // SAFETY: NULL is turned into None; else the caller's promise.
         let t = unsafe { tensor.as_ref() }.ok_or_else(|| err!(InvalidArgument, "{name} is NULL"))?;
         if t.device.device_type != FSDP_DEVICE_CPU {
             let device = t.device.device_type;
             return Err(err!(Unsupported, "{name} is on a device of type {device}: only host memory is supported yet"));
         }
-        let dtype = DType::from_dlpack(t.dtype.code, t.dtype.bits).filter(|_| t.dtype.lanes == 1);
-        let Some(dtype) = dtype else {
-            let fsdp_dtype_t { code, bits, lanes } = t.dtype;
-            return Err(err!(
-                Unsupported,
-                "{name} has the unsupported dtype (code {code}, bits {bits}, lanes {lanes})"
-            ));
-        };
+        if t.dtype.lanes != 1 || t.dtype.bits == 0 || t.dtype.bits % 8 != 0 {
+            return Err(unsupported(name, t.dtype));
+        }
+        let size = i64::from(t.dtype.bits / 8);
         if t.ndim < 0 || t.ndim > 64 || (t.ndim > 0 && t.shape.is_null()) {
             return Err(err!(InvalidArgument, "{name} has {} dimensions and {} shape", t.ndim, presence(t.shape)));
         }
@@ -104,14 +102,40 @@ impl HostTensor {
                 expected = expected.saturating_mul(*d);
             }
         }
-        let numel = shape.iter().try_fold(dtype.size() as i64, |n, d| n.checked_mul(*d));
-        let numel = numel.ok_or_else(|| err!(InvalidArgument, "{name} has more bytes than an address can hold"))?;
+        let bytes = shape.iter().try_fold(size, |n, d| n.checked_mul(*d));
+        let bytes = bytes.ok_or_else(|| err!(InvalidArgument, "{name} has more bytes than an address can hold"))?;
         let data = t.data.cast::<u8>();
         let data = if data.is_null() { data } else { data.wrapping_add(t.byte_offset as usize) };
-        if data as usize % dtype.size() != 0 && numel > 0 {
-            return Err(err!(InvalidArgument, "{name} is not aligned to its elements of {} bytes", dtype.size()));
+        if data as i64 % size != 0 && bytes > 0 {
+            return Err(err!(InvalidArgument, "{name} is not aligned to its elements of {size} bytes"));
         }
-        Ok(HostTensor { data, dtype, shape: shape.to_vec() })
+        Ok(RawTensor { data, dtype: t.dtype, shape: shape.to_vec() })
+    }
+}
+
+/// What the crate needs of a tensor: checked, contiguous, on the host, of a type that it computes with.
+pub struct HostTensor {
+    pub data: *mut u8,
+    pub dtype: DType,
+    pub shape: Vec<i64>,
+}
+
+/// The error for a type that `name` may not have.
+pub fn unsupported(name: &str, dtype: fsdp_dtype_t) -> Error {
+    let fsdp_dtype_t { code, bits, lanes } = dtype;
+    err!(Unsupported, "{name} has the unsupported dtype (code {code}, bits {bits}, lanes {lanes})")
+}
+
+impl HostTensor {
+    /// Checks and converts; `name` is how errors call it.
+    ///
+    /// # Safety
+    /// `tensor` is NULL or points to a tensor whose shape (and strides) are readable.
+    pub unsafe fn read(tensor: *const fsdp_tensor_t, name: &str) -> Result<HostTensor> {
+        // SAFETY: the caller's promise.
+        let RawTensor { data, dtype, shape } = unsafe { RawTensor::read(tensor, name) }?;
+        let known = DType::from_dlpack(dtype.code, dtype.bits).ok_or_else(|| unsupported(name, dtype))?;
+        Ok(HostTensor { data, dtype: known, shape })
     }
 
     pub fn bytes(&self) -> usize {

@@ -2,6 +2,7 @@
 
 use super::damaged;
 use crate::error::{err, Result};
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
@@ -13,6 +14,9 @@ use xxhash_rust::xxh3::xxh3_64;
 pub const MANIFEST: &str = "manifest.json";
 const FORMAT: &str = "fsdp-checkpoint";
 const VERSION: u32 = 1;
+
+/// Bytes that one checksum covers: what is read at least of a piece, and the size of buffers.
+pub const BLOCK: usize = 4 << 20;
 
 /// The file: the content, and a checksum of its text.
 #[derive(Deserialize, Serialize)]
@@ -28,44 +32,81 @@ struct Envelope {
 pub struct Manifest {
     /// World size of the run that saved it.
     pub world_size: usize,
-    pub parameters: Vec<Parameter>,
+    /// [`BLOCK`] of the library that saved it.
+    pub block_bytes: usize,
+    pub tensors: Vec<Tensor>,
     pub files: Vec<File>,
     /// The caller's own texts.
     pub metadata: Metadata,
 }
 
-#[derive(Debug, Deserialize, Serialize)]
-pub struct Parameter {
+/// A whole tensor, by its original name.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Tensor {
     pub name: String,
-    pub shape: Vec<i64>,
-    pub dtype: String,
+    pub shape: Vec<usize>,
+    pub dtype: Dtype,
+    pub kind: Kind,
+}
+
+impl Tensor {
+    /// None if it is more than an address can hold.
+    pub fn bytes(&self) -> Option<usize> {
+        let numel = self.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d))?;
+        numel.checked_mul(self.dtype.bitsize() / 8)
+    }
+
+    /// Elements of a tensor that was checked to fit.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Cut over the ranks; float32.
+    Parameter,
+    /// Whole, the same on every rank; e.g. a module's buffer.
+    Extra,
 }
 
 /// Texts by key.
 pub type Metadata = BTreeMap<String, String>;
 
-/// One rank's file.
-#[derive(Debug, Deserialize, Serialize)]
+/// A safetensors file.
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct File {
     pub name: String,
     pub bytes: u64,
+    /// Bytes before the first tensor's, and their XXH3-64.
+    pub header_bytes: u64,
+    pub header_checksum: String,
     pub pieces: Vec<Piece>,
 }
 
-/// A range of a flattened parameter, or of its state.
-#[derive(Debug, Deserialize, Serialize)]
+/// A range of a flattened tensor, or of a parameter's state. In its file it is a box under [`key`].
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Piece {
-    /// Name in the safetensors file.
-    pub tensor: String,
-    /// Index into `parameters`.
-    pub parameter: usize,
-    /// None for the parameter itself.
+    /// Index into `tensors`.
+    pub tensor: usize,
+    /// None for the tensor itself.
     pub state: Option<String>,
-    /// First element in the flattened parameter.
+    /// First element in the flattened tensor.
     pub first: usize,
     pub len: usize,
-    /// XXH3-64 of the bytes, hexadecimal.
-    pub checksum: String,
+    /// First byte in the file.
+    pub offset: u64,
+    /// XXH3-64 of each `block_bytes` (the last may have fewer), hexadecimal. None where nothing checks them.
+    pub checksums: Vec<String>,
+}
+
+/// The name of a tensor or of a parameter's state in a safetensors file.
+pub fn key(name: &str, state: Option<&str>) -> String {
+    match state {
+        None => name.to_string(),
+        Some(state) => format!("optimizer.{state}:{name}"),
+    }
 }
 
 /// XXH3-64 of `bytes`, as the manifest writes it.
@@ -107,7 +148,34 @@ impl Manifest {
         if checksum(content.as_bytes()) != envelope.checksum {
             return Err(damaged(&path, "is damaged: its checksum does not fit its content"));
         }
-        serde_json::from_str(content).map_err(|e| damaged(&path, format_args!("has unexpected content: {e}")))
+        let manifest: Manifest =
+            serde_json::from_str(content).map_err(|e| damaged(&path, format_args!("has unexpected content: {e}")))?;
+        manifest.check().map_err(|why| damaged(&path, format_args!("has unexpected content: {why}")))?;
+        Ok(manifest)
+    }
+
+    /// What the rest of the library takes for granted.
+    fn check(&self) -> std::result::Result<(), String> {
+        if self.block_bytes == 0 {
+            return Err("blocks of no bytes".into());
+        }
+        for t in &self.tensors {
+            if t.bytes().is_none() || t.dtype.bitsize() % 8 != 0 {
+                return Err(format!("\"{}\" has the shape {:?} of {}", t.name, t.shape, t.dtype));
+            }
+        }
+        for f in &self.files {
+            for p in &f.pieces {
+                let tensor =
+                    self.tensors.get(p.tensor).ok_or_else(|| format!("\"{}\" has a piece of no tensor", f.name))?;
+                let end = p.first.checked_add(p.len).filter(|end| *end <= tensor.numel());
+                let bytes = p.len.saturating_mul(tensor.dtype.bitsize() / 8);
+                if end.is_none() || p.checksums.len() != bytes.div_ceil(self.block_bytes) {
+                    return Err(format!("a piece of \"{}\" in \"{}\"", tensor.name, f.name));
+                }
+            }
+        }
+        Ok(())
     }
 }
 

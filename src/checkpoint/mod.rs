@@ -1,87 +1,53 @@
 //! Checkpoints: every rank's shards and optimizer state in safetensors files, and a manifest that says what is where.
 //!
-//! A checkpoint is a folder: `manifest.json` and, for each rank, `shard-0000i-of-0000n.safetensors` with flat pieces of
-//! parameters (under the parameter's name) and of optimizer state (under `optimizer.STATE:NAME`). The manifest says for
-//! each piece which range of the flattened parameter it is, so a checkpoint loads at any world size and wrapping.
+//! A checkpoint is a folder: `manifest.json`, and for each rank `shard-0000i-of-0000n.safetensors`. A rank's pieces are
+//! flat ranges of parameters and of their states; each is written as boxes (`boxes`), under the parameter's name and
+//! under `optimizer.STATE:NAME`. A name can be in a file once, so second and later boxes, which are less than a row (a
+//! plane, ...) each, are in `shard-0000i-of-0000n-part-k.safetensors`. The headers say where each box belongs in the words of
+//! PyTorch's torch.distributed.checkpoint, whose HuggingFaceStorageReader therefore reads every such folder. The manifest
+//! says it for us, with checksums (XXH3-64) of all headers and of every 4 MiB: a checkpoint loads at any world size and
+//! wrapping, and a rank reads and checks just the blocks that it needs. Whole tensors besides (a module's buffers) are in
+//! rank 0's file.
 //!
 //! Complete or absent: everything is written into `.NAME.incomplete` beside the target, flushed to disk, the manifest
-//! last, and then renamed. An existing checkpoint is never overwritten. Loading checks sizes and checksums (XXH3-64) of
-//! all that it reads, and changes nothing before every rank has read all of its part.
+//! last, and then renamed. An existing checkpoint is never overwritten. Loading changes nothing before every rank has
+//! read and checked all of its part.
+//!
+//! `save` and `load` are what ranks do together; `job` saves in the background. `consolidate` makes a folder as Hugging
+//! Face has them (`huggingface`), which `load` reads, too; `inspect` says what is in either. `source` reads both.
 
+mod boxes;
+mod consolidate;
+mod contents;
+mod folder;
+mod huggingface;
+mod inspect;
+mod job;
 mod load;
 mod manifest;
 mod save;
+mod source;
+mod writer;
 
+pub use consolidate::{consolidate, ConsolidateOptions};
+pub use contents::{Contents, ExtraTensor, StateTensor};
+pub use inspect::{inspect, verify, Summary, TensorSummary};
+pub use job::{Job, Saves};
 pub use load::{load, metadata};
-pub use manifest::Metadata;
+pub use manifest::{Kind, Metadata};
 pub use save::save;
 
 use crate::comm::Communicator;
-use crate::engine::Engine;
 use crate::error::{err, Error, Result, Status};
-use crate::module::ParamId;
-use std::collections::HashSet;
+use contents::Listing;
 
-/// A tensor of optimizer state that is sharded like its parameter: `data` has as many floats as the parameter's piece
-/// on this rank.
-#[derive(Clone, Debug)]
-pub struct StateTensor {
-    pub param: ParamId,
-    /// The optimizer's name for it, e.g. `exp_avg`.
-    pub name: String,
-    pub data: *mut f32,
-}
-
-/// What is saved or filled on this rank: each parameter's piece (state `None`), then the given states.
-struct Entry {
-    param: ParamId,
-    state: Option<String>,
-    data: *mut f32,
-    /// First element in the flattened parameter.
-    first: usize,
-    len: usize,
-}
-
-impl Entry {
-    /// How messages call it.
-    fn label(&self, engine: &Engine) -> String {
-        label(&engine.plan().params[self.param as usize].fqn, self.state.as_deref())
+/// How messages call a tensor (`kind` None where it is not known) or a state of a parameter.
+fn label(kind: Option<Kind>, name: &str, state: Option<&str>) -> String {
+    match (kind, state) {
+        (_, Some(state)) => format!("state \"{state}\" of parameter \"{name}\""),
+        (Some(Kind::Parameter), None) => format!("parameter \"{name}\""),
+        (_, None) => format!("tensor \"{name}\""),
     }
-}
-
-/// How messages call a piece of a parameter or of its state.
-fn label(fqn: &str, state: Option<&str>) -> String {
-    match state {
-        None => format!("parameter \"{fqn}\""),
-        Some(state) => format!("state \"{state}\" of parameter \"{fqn}\""),
-    }
-}
-
-/// Checks the states and lists everything of this rank.
-fn entries(engine: &Engine, states: &[StateTensor]) -> Result<Vec<Entry>> {
-    let mut entries = Vec::new();
-    for (p, param) in engine.plan().params.iter().enumerate() {
-        let shard = engine.shard(p as ParamId)?;
-        let first = param.piece.param_offset;
-        entries.push(Entry { param: p as ParamId, state: None, data: shard.data, first, len: shard.len });
-    }
-    let mut seen = HashSet::new();
-    for s in states {
-        let param = engine.param(s.param)?;
-        if s.name.is_empty() || s.name.contains(':') {
-            return Err(err!(InvalidArgument, "\"{}\" is no name of a state: empty, or with a colon", s.name));
-        }
-        if !seen.insert((s.param, &s.name)) {
-            return Err(err!(InvalidArgument, "{} is given twice", label(&param.fqn, Some(&s.name))));
-        }
-        if s.data.is_null() && param.piece.len > 0 {
-            return Err(err!(InvalidArgument, "the data of {} is NULL", label(&param.fqn, Some(&s.name))));
-        }
-        let state = Some(s.name.clone());
-        let (first, len) = (param.piece.param_offset, param.piece.len);
-        entries.push(Entry { param: s.param, state, data: s.data, first, len });
-    }
-    Ok(entries)
 }
 
 /// Every rank's outcome of a local step: all values in rank order, or one error, the same on every rank. Collective.
@@ -103,7 +69,27 @@ fn gather(comm: &dyn Communicator, outcome: Result<String>) -> Result<Vec<String
     Ok(values)
 }
 
+/// Runs `write`, a collective of a shard group, in shard group `replica` 0 of the `replicas` that `world` is made of, and makes
+/// its outcome that of all: the others hold the same. Collective over `world`.
+fn in_one_replica(
+    world: &dyn Communicator,
+    replicas: usize,
+    replica: usize,
+    listing: Result<Listing>,
+    write: impl FnOnce(Result<Listing>) -> Result<()>,
+) -> Result<()> {
+    if replicas == 1 {
+        return write(listing);
+    }
+    gather(world, listing.as_ref().map(|_| String::new()).map_err(Error::clone))?;
+    let written = if replica == 0 { write(listing) } else { Ok(()) };
+    gather(world, written.map(|()| String::new())).map(drop)
+}
+
 /// The error for a file or folder that fails or is damaged.
 fn damaged(path: &std::path::Path, why: impl std::fmt::Display) -> Error {
     err!(Checkpoint, "\"{}\": {why}", path.display())
 }
+
+// Files are little-endian, and memory is written and read as it is.
+const _: () = assert!(cfg!(target_endian = "little"));

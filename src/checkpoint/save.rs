@@ -1,150 +1,162 @@
-//! Saving: each rank writes its own file; rank 0 prepares the folder, adds the manifest, and makes it visible.
+//! Saving: each rank writes its own files; rank 0 prepares the folder, adds the manifest, and makes it visible.
 
-use super::manifest::{checksum, File, Manifest, Metadata, Parameter, Piece, MANIFEST};
-use super::{damaged, entries, gather, Entry, StateTensor};
-use crate::dtype::DType;
+use super::boxes::{boxes, TensorBox};
+use super::contents::{Contents, Entry, Listing};
+use super::folder::{aside, Incomplete};
+use super::manifest::{checksum, key, File, Manifest, Metadata, Piece, BLOCK, MANIFEST};
+use super::writer::{write_text, Spec, Writer};
+use super::{gather, in_one_replica};
+use crate::comm::Communicator;
 use crate::engine::Engine;
 use crate::error::{err, Error, Result};
-use safetensors::tensor::{Dtype, TensorView};
-use std::collections::HashMap;
-use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use serde_json::{json, Map, Value};
+use std::path::Path;
 
-/// Saves the shards of `engine` and `states` into the new folder `dir`, with `metadata` (rank 0's is kept).
-/// Collective: same folder, on a file system that all ranks share, and states of the same parameters and names on
-/// every rank. Any rank's failure is the error of all, and leaves nothing under `dir`.
+/// Saves the shards of `engine` and `contents` into the new folder `dir`. Collective: same folder, on a file system that
+/// all ranks share, and states and extra tensors of the same names on every rank. Any rank's failure is the error of all,
+/// and leaves nothing under `dir`. Refused while the engine has a save in the background.
 ///
 /// # Safety
-/// Each state's data must be readable for the parameter's piece.
-pub unsafe fn save(engine: &Engine, dir: &Path, states: &[StateTensor], metadata: &Metadata) -> Result<()> {
+/// The data of states and extra tensors must be readable.
+pub unsafe fn save(engine: &Engine, dir: &Path, contents: &Contents) -> Result<()> {
     let comm = engine.comm().as_ref();
-    let entries = entries(engine, states);
-    let aside = aside(dir);
+    let listing = engine.saves().require_idle().and_then(|()| Listing::new(engine, contents, comm.rank() == 0));
+    let description = listing.as_ref().map(|l| l.description(contents)).unwrap_or_default();
+    in_one_replica(engine.world().as_ref(), engine.replicas(), engine.replica(), listing, |listing| {
+        // SAFETY: the caller's promise for states and extras; the shards belong to the engine.
+        unsafe { write(comm, dir, listing, &description, &contents.metadata) }
+    })
+}
 
+/// `save` of what was listed. Collective: `description` is compared.
+///
+/// # Safety
+/// The memory of the listing's entries is readable and not written meanwhile.
+pub unsafe fn write(
+    comm: &dyn Communicator,
+    dir: &Path,
+    listing: Result<Listing>,
+    description: &str,
+    metadata: &Metadata,
+) -> Result<()> {
     // Rank 0's; on every early return below it removes what was written.
     let mut folder = None;
-    let ready = entries.as_ref().map_err(Error::clone).and_then(|entries| {
+    let ready = listing.as_ref().map_err(Error::clone).and_then(|_| {
+        aside(dir)?;
         if comm.rank() == 0 {
-            folder = Some(Incomplete::create(dir, aside.as_ref().map_err(Error::clone)?)?);
+            folder = Some(Incomplete::create(dir)?);
         }
-        let names: Vec<String> = entries.iter().map(|e| e.label(engine)).collect();
-        Ok(format!("{}\n{}", dir.display(), checksum(names.join("\n").as_bytes())))
+        Ok(format!("{}\n{}", dir.display(), checksum(description.as_bytes())))
     });
     let agreed = gather(comm, ready)?;
     if let Some(rank) = agreed.iter().position(|a| *a != agreed[0]) {
         return Err(err!(
             Mismatch,
-            "rank 0 and rank {rank} save different checkpoints: another folder, or other states ({} against {})",
+            "rank 0 and rank {rank} save different checkpoints: another folder, or other states or tensors ({} against {})",
             agreed[0].replace('\n', " "),
             agreed[rank].replace('\n', " ")
         ));
     }
-    let (entries, aside) = (entries?, aside?);
+    let listing = listing?;
 
-    // SAFETY: the caller's promise for the states; the shards belong to the engine.
-    let mine = unsafe { write_shards(engine, &aside, &entries) };
-    let mine = mine.and_then(|file| serde_json::to_string(&file).map_err(|e| err!(Checkpoint, "{e}")));
+    // SAFETY: the caller's promise.
+    let mine = aside(dir).and_then(|aside| unsafe { write_files(comm, &aside, &listing) });
+    let mine = mine.and_then(|files| serde_json::to_string(&files).map_err(|e| err!(Checkpoint, "{e}")));
     let files = gather(comm, mine)?;
 
     let finished = match folder {
-        Some(folder) => {
-            let files: std::result::Result<Vec<File>, _> = files.iter().map(|f| serde_json::from_str(f)).collect();
-            let files = files.map_err(|e| err!(Checkpoint, "a rank's list of pieces cannot be read: {e}"));
-            files.and_then(|files| finish(engine, dir, &folder.0, files, metadata))
-        }
-        None => Ok(String::new()),
+        Some(folder) => finish(folder, comm.world_size(), &listing, &files, metadata),
+        None => Ok(()),
     };
-    gather(comm, finished).map(|_| ())
+    gather(comm, finished.map(|()| String::new())).map(|_| ())
 }
 
-/// A checkpoint being written; removed on drop. Once complete it has another name and there is nothing to remove.
-struct Incomplete(PathBuf);
+/// One box of an entry.
+struct Part<'a> {
+    entry: &'a Entry,
+    part: TensorBox,
+}
 
-impl Incomplete {
-    fn create(dir: &Path, aside: &Path) -> Result<Incomplete> {
-        if dir.exists() {
-            return Err(damaged(dir, "exists already: a checkpoint is never overwritten"));
+/// Writes this rank's files into `aside`: the largest box of every entry into the first, the next into the second, ...
+///
+/// # Safety
+/// As [`write`].
+unsafe fn write_files(comm: &dyn Communicator, aside: &Path, listing: &Listing) -> Result<Vec<File>> {
+    let mut files: Vec<Vec<Part>> = vec![Vec::new()];
+    for entry in &listing.entries {
+        let mut parts = boxes(&listing.tensors[entry.tensor].shape, entry.first, entry.len);
+        parts.sort_by_key(|b| std::cmp::Reverse(b.len));
+        for (k, part) in parts.into_iter().enumerate() {
+            if files.len() == k {
+                files.push(Vec::new());
+            }
+            files[k].push(Part { entry, part });
         }
-        if aside.exists() {
-            fs::remove_dir_all(aside).map_err(|e| Error::os(format!("removing \"{}\"", aside.display()), e))?;
-        }
-        fs::create_dir_all(aside).map_err(|e| Error::os(format!("creating \"{}\"", aside.display()), e))?;
-        Ok(Incomplete(aside.to_path_buf()))
     }
-}
-
-impl Drop for Incomplete {
-    fn drop(&mut self) {
-        // A failure here would hide the error that stopped the save; the next save removes it.
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Where the checkpoint is written before it is complete.
-fn aside(dir: &Path) -> Result<PathBuf> {
-    let name = dir.file_name().ok_or_else(|| err!(InvalidArgument, "\"{}\" names no folder", dir.display()))?;
-    Ok(dir.with_file_name(format!(".{}.incomplete", name.to_string_lossy())))
+    let name = format!("shard-{:05}-of-{:05}", comm.rank() + 1, comm.world_size());
+    let write = |(k, mut parts): (usize, Vec<Part>)| {
+        let name = match k {
+            0 => format!("{name}.safetensors"),
+            k => format!("{name}-part-{}.safetensors", k + 1),
+        };
+        parts.sort_by_key(|p| std::cmp::Reverse(listing.tensors[p.entry.tensor].dtype.bitsize()));
+        // SAFETY: the caller's promise.
+        unsafe { write_file(aside, name, listing, &parts) }
+    };
+    files.into_iter().enumerate().map(write).collect()
 }
 
 /// # Safety
-/// As [`save`].
-unsafe fn write_shards(engine: &Engine, aside: &Path, entries: &[Entry]) -> Result<File> {
-    let (rank, world) = (engine.comm().rank(), engine.comm().world_size());
-    let name = format!("shard-{:05}-of-{world:05}.safetensors", rank + 1);
-    let path = aside.join(&name);
-    let mut tensors = Vec::new();
-    let mut pieces = Vec::new();
-    for e in entries.iter().filter(|e| e.len > 0) {
-        // SAFETY: a piece of the engine's, or the caller's promise; nobody writes it during the save.
-        let bytes = unsafe { std::slice::from_raw_parts(e.data.cast::<u8>(), e.len * DType::F32.size()) };
-        let fqn = &engine.plan().params[e.param as usize].fqn;
-        let tensor = match &e.state {
-            None => fqn.clone(),
-            Some(state) => format!("optimizer.{state}:{fqn}"),
-        };
-        let view = TensorView::new(Dtype::F32, vec![e.len], bytes).map_err(|e| damaged(&path, e))?;
-        tensors.push((tensor.clone(), view));
-        pieces.push(Piece {
-            tensor,
-            parameter: e.param as usize,
-            state: e.state.clone(),
-            first: e.first,
-            len: e.len,
-            checksum: checksum(bytes),
-        });
+/// As [`write`].
+unsafe fn write_file(aside: &Path, name: String, listing: &Listing, parts: &[Part]) -> Result<File> {
+    let tensor = |p: &Part| &listing.tensors[p.entry.tensor];
+    let specs: Vec<Spec> = parts
+        .iter()
+        .map(|p| Spec {
+            key: key(&tensor(p).name, p.entry.state.as_deref()),
+            dtype: tensor(p).dtype,
+            shape: p.part.sizes.clone(),
+        })
+        .collect();
+    // Where each box belongs, as torch.distributed.checkpoint's HuggingFaceStorageReader looks for it.
+    let places: Map<String, Value> =
+        specs.iter().zip(parts).map(|(s, p)| (s.key.clone(), json!({ "saved_offsets": p.part.offsets }))).collect();
+    let about = Metadata::from([
+        ("format".to_string(), "pt".to_string()),
+        ("DCP_VERSION".to_string(), "1.0".to_string()),
+        ("DCP_SHARDING_INFO".to_string(), Value::Object(places).to_string()),
+    ]);
+    let mut writer = Writer::create(&aside.join(&name), &specs, &about)?;
+    let mut pieces = Vec::with_capacity(parts.len());
+    for Part { entry, part } in parts {
+        // SAFETY: the caller's promise.
+        let bytes = unsafe { listing.slice(entry) };
+        let size = listing.tensors[entry.tensor].dtype.bitsize() / 8;
+        let bytes = &bytes[(part.first - entry.first) * size..][..part.len * size];
+        let (offset, checksums) = writer.write_piece(bytes)?;
+        let (tensor, state) = (entry.tensor, entry.state.clone());
+        pieces.push(Piece { tensor, state, first: part.first, len: part.len, offset, checksums });
     }
-    let info = HashMap::from([("format".to_string(), "fsdp-shard".to_string())]);
-    let os = |e| Error::os(format!("writing \"{}\"", path.display()), e);
-    // The library writes a private temporary file; what a plain new file here may be read by is asked of one.
-    let mode = fs::File::create(&path).and_then(|f| f.metadata()).map_err(os)?.permissions();
-    safetensors::serialize_to_file(tensors, Some(info), &path)
-        .map_err(|e| err!(Io, "writing \"{}\": {e}", path.display()))?;
-    fs::set_permissions(&path, mode).map_err(os)?;
-    let file = fs::File::open(&path).and_then(|f| f.sync_all().map(|()| f)).and_then(|f| f.metadata());
-    let bytes = file.map_err(os)?.len();
-    Ok(File { name, bytes, pieces })
+    let written = writer.finish()?;
+    Ok(File {
+        name,
+        bytes: written.bytes,
+        header_bytes: written.header_bytes,
+        header_checksum: written.header_checksum,
+        pieces,
+    })
 }
 
-fn finish(engine: &Engine, dir: &Path, aside: &Path, files: Vec<File>, metadata: &Metadata) -> Result<String> {
-    let parameters = engine.plan().params.iter();
-    let parameters = parameters
-        .map(|p| Parameter { name: p.fqn.clone(), shape: p.shape.clone(), dtype: DType::F32.name().into() })
-        .collect();
-    let manifest =
-        Manifest { world_size: engine.comm().world_size(), parameters, files, metadata: metadata.clone() }.to_text()?;
-    let path = aside.join(MANIFEST);
-    let write = || -> std::io::Result<()> {
-        let mut file = fs::File::create(&path)?;
-        file.write_all(manifest.as_bytes())?;
-        file.sync_all()?;
-        fs::File::open(aside)?.sync_all()?;
-        fs::rename(aside, dir)?;
-        match dir.parent() {
-            Some(parent) if parent != Path::new("") => fs::File::open(parent)?.sync_all(),
-            _ => fs::File::open(".")?.sync_all(),
-        }
+fn finish(folder: Incomplete, world: usize, listing: &Listing, files: &[String], metadata: &Metadata) -> Result<()> {
+    let files: std::result::Result<Vec<Vec<File>>, _> = files.iter().map(|f| serde_json::from_str(f)).collect();
+    let files = files.map_err(|e| err!(Checkpoint, "a rank's list of pieces cannot be read: {e}"))?;
+    let manifest = Manifest {
+        world_size: world,
+        block_bytes: BLOCK,
+        tensors: listing.tensors.clone(),
+        files: files.into_iter().flatten().collect(),
+        metadata: metadata.clone(),
     };
-    write().map_err(|e| Error::os(format!("completing the checkpoint \"{}\"", dir.display()), e))?;
-    Ok(String::new())
+    write_text(&folder.path().join(MANIFEST), &manifest.to_text()?)?;
+    folder.publish()
 }

@@ -4,7 +4,7 @@
 
 use super::Optimizer;
 use crate::agree;
-use crate::checkpoint::{self, Metadata, StateTensor};
+use crate::checkpoint::{self, Contents, Job, StateTensor};
 use crate::error::{err, Error, Result};
 use crate::module::ParamId;
 use serde::{Deserialize, Serialize};
@@ -22,18 +22,33 @@ struct Saved {
 }
 
 impl Optimizer {
-    /// Saves the engine's shards, the states of this optimizer and `more` states into the new folder `dir`, as
+    /// Saves the engine's shards, the states of this optimizer and `more` into the new folder `dir`, as
     /// [`checkpoint::save`] does. Collective.
     ///
     /// # Safety
     /// As [`checkpoint::save`], for `more`.
-    pub unsafe fn save(&self, dir: &Path, more: &[StateTensor], metadata: &Metadata) -> Result<()> {
+    pub unsafe fn save(&self, dir: &Path, more: &Contents) -> Result<()> {
+        // SAFETY: the contents' memory is this optimizer's, locked meanwhile, and the caller's.
+        self.with_contents(more, |contents| unsafe { checkpoint::save(&self.engine, dir, contents) })
+    }
+
+    /// The same in the background, as [`Job::start`] does. Collective.
+    ///
+    /// # Safety
+    /// As [`Job::start`], for `more`.
+    pub unsafe fn save_async(&self, dir: &Path, more: &Contents) -> Result<Job> {
+        // SAFETY: as in `save`.
+        self.with_contents(more, |contents| unsafe { Job::start(&self.engine, dir, contents) })
+    }
+
+    /// Runs `save` with `more` and with what a checkpoint has of this optimizer. Collective.
+    fn with_contents<T>(&self, more: &Contents, save: impl FnOnce(&Contents) -> Result<T>) -> Result<T> {
         let state = self.lock()?;
         let comm = self.engine.comm().as_ref();
         let params = self.engine.plan().params.iter().zip(&state.params);
         let steps: BTreeMap<String, u64> =
             params.filter(|(_, p)| p.steps > 0).map(|(plan, p)| (plan.fqn.clone(), p.steps)).collect();
-        let text = match metadata.contains_key(METADATA_KEY) {
+        let text = match more.metadata.contains_key(METADATA_KEY) {
             true => Err(err!(InvalidArgument, "the metadata's key \"{METADATA_KEY}\" is kept for the optimizer")),
             false => serde_json::to_string(&Saved { optimizer: state.rule.name().into(), steps: steps.clone() })
                 .map_err(|e| err!(Checkpoint, "the optimizer's counts cannot be written as JSON: {e}")),
@@ -42,15 +57,12 @@ impl Optimizer {
         let counts: Vec<String> = steps.iter().map(|(name, n)| format!("{n} steps of parameter \"{name}\"")).collect();
         agree::on_lines(&counts, |_| "optimizer states", comm)?;
 
-        let mut metadata = metadata.clone();
-        metadata.insert(METADATA_KEY.into(), text?);
-        let mut states = match &state.memory {
-            Some(_) => self.tensors(&state, |p| state.params[p].steps > 0),
-            None => Vec::new(),
-        };
-        states.extend_from_slice(more);
-        // SAFETY: this optimizer's states have the pieces' lengths and stay locked; else the caller's promise.
-        unsafe { checkpoint::save(&self.engine, dir, &states, &metadata) }
+        let mut contents = more.clone();
+        contents.metadata.insert(METADATA_KEY.into(), text?);
+        if state.memory.is_some() {
+            contents.states.extend(self.tensors(&state, |p| state.params[p].steps > 0));
+        }
+        save(&contents)
     }
 
     /// Loads what `save` has saved, at any world size: shards, states, counts of steps, and the data of `more`, as
@@ -58,15 +70,15 @@ impl Optimizer {
     ///
     /// # Safety
     /// As [`checkpoint::load`], for `more`.
-    pub unsafe fn load(&self, dir: &Path, more: &[StateTensor]) -> Result<()> {
+    pub unsafe fn load(&self, dir: &Path, more: &Contents) -> Result<()> {
         let mut state = self.lock()?;
         let steps = self.reserve(&mut state).and_then(|()| self.read_steps(state.rule.name(), dir));
         agree::on_result(steps.as_ref().map(|_| 0).map_err(Error::clone), self.engine.comm().as_ref())?;
         let steps = steps?;
-        let mut states = self.tensors(&state, |p| steps[p] > 0);
-        states.extend_from_slice(more);
+        let mut contents = more.clone();
+        contents.states.extend(self.tensors(&state, |p| steps[p] > 0));
         // SAFETY: as in `save`.
-        unsafe { checkpoint::load(&self.engine, dir, &states) }?;
+        unsafe { checkpoint::load(&self.engine, dir, &contents) }?;
         // A parameter that has not begun there begins anew.
         for old in self.tensors(&state, |p| steps[p] == 0 && state.params[p].steps > 0) {
             let len = self.engine.param(old.param)?.piece.len;

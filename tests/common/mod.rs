@@ -5,6 +5,8 @@ use fsdp::config::EngineConfig;
 use fsdp::dtype::DType;
 use fsdp::engine::Engine;
 use fsdp::module::{ModuleTree, ROOT};
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,4 +79,28 @@ pub fn piece(engine: &Engine, param: usize) -> &mut [f32] {
     }
     // SAFETY: the shard lives as long as the engine; tests write it only between backward and forward.
     unsafe { std::slice::from_raw_parts_mut(shard.data, shard.len) }
+}
+
+/// A folder of the test, removed when it ends.
+#[allow(dead_code)]
+pub struct Folder(pub PathBuf);
+
+#[allow(dead_code)]
+impl Folder {
+    pub fn new(name: &str) -> Folder {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }

@@ -148,6 +148,25 @@ void training(const fsdp::Communicator& comm) {
   for (std::size_t i = 0; i < size; ++i) REQUIRE(back[i] == 7.5F);
   const fsdp::Shard scale = loaded.shard(1);
   if (scale.numel == 1) REQUIRE(*scale.data == reference.b);
+
+  // The same with a whole tensor, in the background; and consolidated.
+  double seconds = 2.5;
+  fsdp::CheckpointContents contents;
+  contents.tensors.emplace_back("seconds", fsdp::TensorView(&seconds, {}));
+  contents.metadata["step"] = "4";
+  fsdp::CheckpointJob job = fsdp::save_checkpoint_async(engine, dir + "/a", contents);
+  seconds = 0;
+  job.wait();
+  REQUIRE(job.done());
+  fsdp::save_checkpoint(engine, dir + "/b", contents);
+  fsdp::load_checkpoint(loaded, dir + "/a", contents);
+  REQUIRE(seconds == 2.5);
+  if (comm.rank() == 0) fsdp::consolidate_checkpoint(dir + "/b", dir + "/whole");
+  comm.barrier();
+  fsdp::load_checkpoint(loaded, dir + "/whole", contents);
+  REQUIRE(seconds == 0);
+  REQUIRE(status_of([&] { fsdp::save_checkpoint(engine, dir + "/b", contents); }, dir) ==
+          FSDP_ERR_CHECKPOINT);
   comm.barrier();
   if (comm.rank() == 0) std::filesystem::remove_all(dir);
   status_of([&] { fsdp::checkpoint_metadata(dir + "-none"); }, dir);

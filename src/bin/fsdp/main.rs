@@ -1,10 +1,12 @@
 //! The `fsdp` command-line tool: reads the arguments and calls the command's file.
 
+mod checkpoint;
 mod launch;
 mod output;
 mod plan;
 mod run;
 mod signals;
+mod text;
 
 use clap::{Parser, Subcommand};
 
@@ -49,12 +51,17 @@ enum Command {
     /// planned, or 2 for bad arguments.
     #[command(verbatim_doc_comment)]
     Plan(plan::PlanArgs),
+
+    /// Look at a checkpoint, or write it as Hugging Face's libraries read it.
+    #[command(subcommand)]
+    Checkpoint(checkpoint::CheckpointCommand),
 }
 
 fn main() {
     let code = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::plan(&args),
+        Command::Checkpoint(command) => checkpoint::run(&command),
     };
     std::process::exit(code);
 }

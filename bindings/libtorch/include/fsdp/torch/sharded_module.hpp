@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "fsdp/torch/build.hpp"
+#include "fsdp/torch/checkpoint_parts.hpp"
 #include "fsdp/torch/optimizer_state.hpp"
 #include "fsdp/torch/outputs.hpp"
 
@@ -172,33 +173,46 @@ class ShardedModule {
     return norm;
   }
 
-  /// Writes the parameters to directory `dir`, complete or not at all. `metadata` is any text of
-  /// the caller's, which checkpoint_metadata(dir) returns. Buffers are not saved. Collective.
+  /// Writes parameters and buffers (rank 0's) to directory `dir`, complete or not at all.
+  /// `metadata` is any text of the caller's, which checkpoint_metadata(dir) returns. Collective.
   void save_checkpoint(const std::string& dir, const std::string& metadata = "") {
-    state_->require_current();
-    state_->settle();
-    state_->engine().save_checkpoint(dir, {}, {{kUserMetadata, metadata}});
+    const detail::CheckpointParts parts(*module_, *state_, metadata);
+    fsdp::save_checkpoint(engine(), dir, parts.contents);
   }
 
   /// As above with the state of an AdamW, Adam or SGD built on parameters(), its step counts
   /// included; learning rates and other options are the caller's to save. Collective.
   void save_checkpoint(const std::string& dir, torch::optim::Optimizer& optimizer,
                        const std::string& metadata = "") {
-    state_->require_current();
-    state_->settle();
-    const auto snapshot = detail::snapshot_optimizer(optimizer, *state_);
-    state_->engine().save_checkpoint(
-        dir, snapshot.states,
-        {{kUserMetadata, metadata}, {detail::kOptimizerMetadata, snapshot.description}});
+    const detail::CheckpointParts parts(*module_, *state_, metadata, &optimizer);
+    fsdp::save_checkpoint(engine(), dir, parts.contents);
   }
 
-  /// Reads the parameters from a checkpoint of the same parameters, at any world size and
-  /// wrapping. On error nothing has changed. Collective.
+  /// save_checkpoint in the background: returns when this rank's part is copied; wait() on the
+  /// result says how it ended. While one runs, further saves throw INVALID_STATE on every rank.
+  /// Collective.
+  CheckpointJob save_checkpoint_async(const std::string& dir, const std::string& metadata = "") {
+    const detail::CheckpointParts parts(*module_, *state_, metadata);
+    return fsdp::save_checkpoint_async(engine(), dir, parts.contents);
+  }
+
+  /// As above with the state of the optimizer. Collective.
+  CheckpointJob save_checkpoint_async(const std::string& dir, torch::optim::Optimizer& optimizer,
+                                      const std::string& metadata = "") {
+    const detail::CheckpointParts parts(*module_, *state_, metadata, &optimizer);
+    return fsdp::save_checkpoint_async(engine(), dir, parts.contents);
+  }
+
+  /// Reads parameters and buffers from a checkpoint of the same model, at any world size and
+  /// wrapping, or from a folder in Hugging Face's layout (which may have more in it). On error
+  /// nothing has changed. Collective.
   void load_checkpoint(const std::string& dir) {
     state_->require_current();
     state_->settle();
+    detail::BuffersToLoad buffers(*module_);
     state_->writes->before_write();
-    state_->engine().load_checkpoint(dir);
+    fsdp::load_checkpoint(engine(), dir, buffers.contents);
+    buffers.install();
   }
 
   /// As above with the state of the optimizer, which must be of the kind that was saved.
@@ -208,8 +222,11 @@ class ShardedModule {
     state_->settle();
     auto target = detail::prepare_optimizer_load(
         checkpoint_metadata(dir, detail::kOptimizerMetadata), optimizer, *state_);
+    detail::BuffersToLoad buffers(*module_);
+    buffers.contents.states = target.states;
     state_->writes->before_write();
-    state_->engine().load_checkpoint(dir, target.states);
+    fsdp::load_checkpoint(engine(), dir, buffers.contents);
+    buffers.install();
     detail::install_optimizer_state(target, optimizer, *state_);
   }
 

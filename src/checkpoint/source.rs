@@ -1,0 +1,193 @@
+//! A checkpoint to read from, of either kind: our shards with a manifest, or a folder as Hugging Face has them.
+//!
+//! Reads ranges of tensors, in blocks: memory is bounded, and what has checksums is compared before it is handed out. A
+//! file is checked (its size, its header) when it is first opened. Ordinary reads, not maps: a file that is cut short while
+//! it is read is an error, not the end of the process.
+
+use super::huggingface;
+use super::manifest::{checksum, File, Kind, Manifest, Metadata, Piece, Tensor, BLOCK, MANIFEST};
+use super::{damaged, label};
+use crate::error::Result;
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Files kept open at once.
+const OPEN: usize = 16;
+
+/// See the module's text.
+pub struct Source {
+    pub dir: PathBuf,
+    pub tensors: Vec<Tensor>,
+    pub files: Vec<File>,
+    /// What a sharded checkpoint has besides; None for Hugging Face's layout, which has no checksums either.
+    pub sharded: Option<Sharded>,
+    block: usize,
+    /// By name of tensor, its number.
+    by_name: HashMap<String, usize>,
+    /// By tensor and state: (file, piece), in order of first elements.
+    places: HashMap<(usize, Option<String>), Vec<(usize, usize)>>,
+    open: RefCell<VecDeque<(usize, fs::File)>>,
+    checked: RefCell<Vec<bool>>,
+}
+
+/// See [`Source::sharded`].
+pub struct Sharded {
+    pub world_size: usize,
+    pub metadata: Metadata,
+}
+
+impl Source {
+    /// Opens the checkpoint in `dir` and reads what it has, no tensor. `dir` may also be one safetensors file, or an index
+    /// of several, in Hugging Face's layout.
+    pub fn open(dir: &Path) -> Result<Source> {
+        if !dir.join(MANIFEST).exists() {
+            if let Some((folder, tensors, files)) = huggingface::open(dir)? {
+                return Ok(Source::new(folder, tensors, files, None, BLOCK));
+            }
+        }
+        let m = Manifest::read(dir)?;
+        let sharded = Sharded { world_size: m.world_size, metadata: m.metadata };
+        Ok(Source::new(dir.to_path_buf(), m.tensors, m.files, Some(sharded), m.block_bytes))
+    }
+
+    fn new(dir: PathBuf, tensors: Vec<Tensor>, files: Vec<File>, sharded: Option<Sharded>, block: usize) -> Source {
+        let by_name = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        let mut places: HashMap<_, Vec<(usize, usize)>> = HashMap::new();
+        for (f, file) in files.iter().enumerate() {
+            for (p, piece) in file.pieces.iter().enumerate() {
+                places.entry((piece.tensor, piece.state.clone())).or_default().push((f, p));
+            }
+        }
+        places.values_mut().for_each(|list| list.sort_by_key(|(f, p)| files[*f].pieces[*p].first));
+        let checked = RefCell::new(vec![false; files.len()]);
+        Source { dir, tensors, files, sharded, block, by_name, places, open: RefCell::default(), checked }
+    }
+
+    /// The number of the tensor `name`.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The states of each parameter, by number.
+    pub fn states(&self) -> Vec<(usize, String)> {
+        let mut states: Vec<_> = self.places.keys().filter_map(|(t, s)| Some((*t, s.clone()?))).collect();
+        states.sort();
+        states
+    }
+
+    /// How messages call a tensor or a state.
+    pub fn label(&self, tensor: usize, state: Option<&str>) -> String {
+        let t = &self.tensors[tensor];
+        label(self.sharded.is_some().then_some(t.kind), &t.name, state)
+    }
+
+    /// Hands the elements `first..first + len` of a tensor or state to `take`, as bytes in their order. An error names file
+    /// and tensor, and says whether the checkpoint lacks a part.
+    pub fn read(
+        &self,
+        tensor: usize,
+        state: Option<&str>,
+        first: usize,
+        len: usize,
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let size = self.tensors[tensor].dtype.bitsize() / 8;
+        let (mut at, end) = (first, first + len);
+        let places = self.places.get(&(tensor, state.map(str::to_string)));
+        for (f, p) in places.into_iter().flatten() {
+            let piece = &self.files[*f].pieces[*p];
+            // Pieces are in order: one that begins after `at` leaves a gap.
+            if at < end && piece.first <= at && at < piece.first + piece.len {
+                let last = end.min(piece.first + piece.len);
+                let bytes = (at - piece.first) * size..(last - piece.first) * size;
+                self.read_piece(*f, piece, bytes, take)?;
+                at = last;
+            }
+        }
+        match at < end {
+            true => Err(damaged(&self.dir, format_args!("{} is not (all) in it", self.label(tensor, state)))),
+            false => Ok(()),
+        }
+    }
+
+    /// The bytes `range` of a piece.
+    fn read_piece(
+        &self,
+        f: usize,
+        piece: &Piece,
+        range: std::ops::Range<usize>,
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let path = self.dir.join(&self.files[f].name);
+        let label = || self.label(piece.tensor, piece.state.as_deref());
+        let bytes = piece.len * (self.tensors[piece.tensor].dtype.bitsize() / 8);
+        let mut buffer = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            // With checksums the whole block is read, else no more than is wanted.
+            let (begin, end) = match piece.checksums.is_empty() {
+                true => (at, range.end.min(at + self.block)),
+                false => (at / self.block * self.block, bytes.min((at / self.block + 1) * self.block)),
+            };
+            buffer.resize(end - begin, 0);
+            self.read_at(f, &mut buffer, piece.offset + begin as u64).map_err(|e| e.context(label()))?;
+            if piece.checksums.get(begin / self.block).is_some_and(|sum| *sum != checksum(&buffer)) {
+                let why = format!("{} is damaged: its checksum does not fit", label());
+                return Err(damaged(&path, why));
+            }
+            let end = end.min(range.end);
+            take(&buffer[at - begin..end - begin])?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Reads from a file, which is opened and checked before.
+    fn read_at(&self, f: usize, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let path = self.dir.join(&self.files[f].name);
+        let mut open = self.open.borrow_mut();
+        if !open.iter().any(|(number, _)| *number == f) {
+            let file = self.check_file(f)?;
+            if open.len() == OPEN {
+                open.pop_front();
+            }
+            open.push_back((f, file));
+        }
+        let file = open.iter().find(|(number, _)| *number == f).map(|(_, file)| file);
+        file.map_or(Ok(()), |file| file.read_exact_at(buffer, offset)).map_err(|e| damaged(&path, e))
+    }
+
+    /// Opens a file; the first time, its size and its header are compared with what the checkpoint says.
+    pub fn check_file(&self, f: usize) -> Result<fs::File> {
+        let file = &self.files[f];
+        let path = self.dir.join(&file.name);
+        let opened = fs::File::open(&path).map_err(|e| damaged(&path, e))?;
+        if self.checked.borrow()[f] {
+            return Ok(opened);
+        }
+        let bytes = opened.metadata().map_err(|e| damaged(&path, e))?.len();
+        if bytes != file.bytes {
+            return Err(damaged(&path, format_args!("has {bytes} bytes, but was saved with {}", file.bytes)));
+        }
+        if self.sharded.is_some() {
+            if file.header_bytes > bytes {
+                return Err(damaged(&path, "has a header longer than itself"));
+            }
+            let mut header = vec![0; file.header_bytes as usize];
+            opened.read_exact_at(&mut header, 0).map_err(|e| damaged(&path, e))?;
+            if checksum(&header) != file.header_checksum {
+                return Err(damaged(&path, "is damaged: the checksum of its header does not fit"));
+            }
+        }
+        self.checked.borrow_mut()[f] = true;
+        Ok(opened)
+    }
+
+    /// Whether a tensor is cut over the ranks; unknown in Hugging Face's layout.
+    pub fn is_parameter(&self, tensor: usize) -> bool {
+        self.tensors[tensor].kind == Kind::Parameter
+    }
+}
