@@ -1750,6 +1750,19 @@ fsdp_status_t fsdp_optimizer_full_state(fsdp_optimizer_t *optimizer,
                                         void *user_data);
 
 /**
+ * Gathers a float32 tensor of the host's that is sharded like a parameter (an optimizer's state): each rank gives its piece of
+ * fsdp_shard_t.numel floats and gets the whole, the parameter's numel floats, row-major. Collective over the shard group.
+ * FSDP_ERR_INVALID_STATE on every rank if one has no piece (NULL) where it has elements. Since 0.1.
+ *
+ * # Safety
+ * `piece` is NULL or readable, `out` writable for so many floats.
+ */
+fsdp_status_t fsdp_engine_gather(fsdp_engine_t *engine,
+                                 uint32_t param,
+                                 const float *piece,
+                                 float *out);
+
+/**
  * What happens to a unit after a forward that a backward follows: FSDP_RESHARD_DEFAULT, _NEVER, _ALWAYS, or a number of
  * ranks from 2 on: the unit is resharded over groups of so many consecutive ranks, so that its all-gather in backward
  * stays within a group (on shm it moves nothing in any case). The number divides that of the shard group; all of them is

@@ -178,6 +178,34 @@ pub unsafe extern "C" fn fsdp_optimizer_full_state(
     })
 }
 
+/// Gathers a float32 tensor of the host's that is sharded like a parameter (an optimizer's state): each rank gives its piece of
+/// fsdp_shard_t.numel floats and gets the whole, the parameter's numel floats, row-major. Collective over the shard group.
+/// FSDP_ERR_INVALID_STATE on every rank if one has no piece (NULL) where it has elements. Since 0.1.
+///
+/// # Safety
+/// `piece` is NULL or readable, `out` writable for so many floats.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_gather(
+    engine: *mut fsdp_engine_t,
+    param: u32,
+    piece: *const f32,
+    out: *mut f32,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine as *const fsdp_engine_t)?;
+        let full = object.engine.gather_flat(param, piece)?;
+        if full.is_empty() {
+            return Ok(());
+        }
+        if out.is_null() {
+            return Err(err!(InvalidArgument, "out is NULL"));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(full.as_ptr(), out, full.len()) };
+        Ok(())
+    })
+}
+
 /// What calls `f` with a full tensor.
 ///
 /// # Safety

@@ -251,6 +251,12 @@ class Engine {
     return shard;
   }
 
+  /// Gathers into `out` (the parameter's numel floats) a tensor of which each rank gives its `piece`,
+  /// as long as its shard. Collective.
+  void gather(std::uint32_t param, const float* piece, float* out) {
+    check(fsdp_engine_gather(get(), param, piece, out), "cannot gather");
+  }
+
   /// Forgets a parameter's gradient shard. Local.
   void clear_grad(std::uint32_t param) { check(fsdp_engine_clear_grad(get(), param)); }
   /// Forgets every gradient shard. Local.

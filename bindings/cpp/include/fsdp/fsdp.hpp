@@ -1,5 +1,5 @@
 // The whole C++ layer over fsdp.h: exceptions, communicator, model description, plans, traces,
-// engine, optimizer, checkpoints, log.
+// engine, optimizer, full parameters, checkpoints, log.
 //
 // Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace, Engine,
 // Optimizer or CheckpointJob copies a reference, and the last copy destroys the C handle. Every
@@ -11,6 +11,7 @@
 #include "fsdp/communicator.hpp"
 #include "fsdp/engine.hpp"
 #include "fsdp/error.hpp"
+#include "fsdp/full_params.hpp"
 #include "fsdp/log.hpp"
 #include "fsdp/model.hpp"
 #include "fsdp/optimizer.hpp"
