@@ -116,8 +116,8 @@ void mixed_precision(const fsdp::Communicator& comm) {
   fsdp::ShardOptions options;
   options.comm = comm;
   options.param_init_fn = init_mixed;
-  options.mixed_precision.param_dtype = at::kHalf;
-  REQUIRE_THROWS(fsdp::fully_shard(Mixed(), options), "param_dtype", "Half", "not supported");
+  options.mixed_precision.param_dtype = at::kDouble;
+  REQUIRE_THROWS(fsdp::fully_shard(Mixed(), options), "param_dtype", "Double", "not supported");
   options.mixed_precision = {at::kFloat, at::kDouble};
   REQUIRE_THROWS(fsdp::fully_shard(Mixed(), options), "reduce_dtype", "Double", "not supported");
 }

@@ -228,8 +228,8 @@ class Engine {
     return tensor;
   }
 
-  /// The full-size float32 gradient region of a parameter, and whether to add to it (true) or to write it
-  /// (false: its contents are undefined). Marks the gradient present.
+  /// The full-size float32 gradient region of a parameter, and whether to add to it (true) or to
+  /// write it (false: its contents are undefined). Marks the gradient present.
   std::pair<fsdp_tensor_t, bool> param_grad(std::uint32_t param) {
     fsdp_tensor_t tensor{};
     std::int32_t accumulate = 0;

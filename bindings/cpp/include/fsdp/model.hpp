@@ -62,8 +62,9 @@ class Model {
   }
 
   /// Adds a parameter of `module` and returns its number. The elements are read when an engine is
-  /// created and must stay alive and unchanged until then. float32, float16 or bfloat16 on the CPU. With null data the
-  /// parameter has no storage and gets its values when an engine is created; see set_reset().
+  /// created and must stay alive and unchanged until then. float32, float16 or bfloat16 on the CPU.
+  /// With null data the parameter has no storage and gets its values when an engine is created; see
+  /// set_reset().
   std::uint32_t add_parameter(std::uint32_t module, const std::string& name,
                               const TensorView& tensor, bool requires_grad = true) {
     const fsdp_tensor_t c_tensor = tensor.c_tensor();

@@ -14,26 +14,37 @@
 #include "fsdp/torch/materialize.hpp"
 #include "fsdp/torch/model_state.hpp"
 #include "fsdp/torch/options.hpp"
+#include "fsdp/torch/precision.hpp"
 #include "fsdp/torch/shard_walk.hpp"
 
 namespace fsdp::detail {
 
 inline std::vector<std::shared_ptr<UnitStorage>> make_units(
-    ModelState& state, const std::shared_ptr<ShardedRoot>& root, const ShardWalk& walk) {
+    ModelState& state, const std::shared_ptr<ShardedRoot>& root, const ShardWalk& walk,
+    const PrecisionPlan& precision) {
   std::vector<std::shared_ptr<UnitStorage>> units;
   Engine& engine = state.engine();
   for (std::uint32_t index = 0; index < engine.unit_count(); ++index) {
     const UnitInfo info = engine.unit_info(index);
-    std::vector<UnitParam> params;
+    UnitFace buffer{info.unit_bytes, {}, {}}, copies{info.compute_bytes, {}, {}};
     std::vector<std::uint32_t> ids(info.params, info.params + info.param_count);
     for (std::uint32_t id : ids) {
       const ParamInfo param = engine.param_info(id);
-      params.push_back({walk.leaf_names[id], param.unit_offset, param.numel});
+      const bool copied = param.dtype.bits != 32;
+      const std::int64_t offset =
+          copied ? param.compute_offset / UnitStorage::kCopySize : param.unit_offset;
+      (copied ? copies : buffer).params.push_back({walk.leaf_names[id], id, offset, param.numel});
     }
-    std::sort(params.begin(), params.end(),
-              [](const UnitParam& a, const UnitParam& b) { return a.offset < b.offset; });
+    for (UnitFace* face : {&buffer, &copies}) {
+      std::sort(face->params.begin(), face->params.end(),
+                [](const UnitParam& a, const UnitParam& b) { return a.offset < b.offset; });
+    }
     auto* unit =
-        new UnitStorage(&state, root, index, info.name, info.unit_bytes, std::move(params));
+        new UnitStorage(&state, root, index, info.name, std::move(buffer), std::move(copies));
+    if (const auto type = precision.input_type(info.module)) {
+      unit->set_input_cast({*type, &state.buffers});
+      root->input_types[info.module] = *type;
+    }
     unit->retain();
     unit->tree_begin = info.module;
     unit->tree_end = walk.tree_end.at(info.module);
@@ -66,7 +77,7 @@ inline void install_parameters(const std::shared_ptr<ModelState>& state,
     param.shard = shard_leaf_of(*state, walk, id);
     param.shard.set_requires_grad(param.requires_grad);
     engine.set_requires_grad(id, param.requires_grad);
-    param.poison = make_poison_grad(param.name, param.leaf.sizes());
+    param.poison = make_poison_grad(param.name, param.unit->tensor_of(info));
     root->params.push_back({param.name, param.leaf.unsafeGetTensorImpl(), param.shard});
     state->params.push_back(std::move(param));
   }
@@ -81,8 +92,7 @@ inline void install_parameters(const std::shared_ptr<ModelState>& state,
   for (std::uint32_t id = 0; id < state->params.size(); ++id) {
     ParamState& param = state->params[id];
     const ParamInfo info = engine.param_info(id);
-    point_at(param.leaf,
-             tagged_tensor(param.unit->storage(), info.unit_offset, param.leaf.sizes()));
+    point_at(param.leaf, param.unit->tensor_of(info));
     param.node =
         install_gradient_node(param.leaf, param.name, id, std::weak_ptr<GradientSink>(state));
     param.leaf.mutable_grad() = param.poison;
@@ -105,6 +115,7 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
   const EngineConfig config = engine_config(options);
   ShardWalk walk(module);
   options.wrap.apply(walk.model, walk.modules);
+  const PrecisionPlan precision(options, walk);
   Materializer materializer(walk, options);
   for (const ShardWalk::Adopted& adopted : walk.adopted) {
     ShardWrites& writes = *adopted.root->writes;
@@ -125,9 +136,10 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
   root->module_count = static_cast<std::uint32_t>(walk.parents.size());
   root->writes = state->writes;
   root->state = state;
-  state->units = make_units(*state, root, walk);
+  state->units = make_units(*state, root, walk, precision);
   install_parameters(state, root, walk);
   materializer.keep_buffers();
+  precision.finish(*state);
   return state;
 }
 

@@ -23,10 +23,9 @@
 #include <thread>
 
 #include "fsdp/fsdp.hpp"
+#include "fsdp/torch/input_cast.hpp"
 
 namespace fsdp::detail {
-
-inline constexpr c10::DispatchKey kTagKey = c10::DispatchKey::DeferredInit;
 
 class DeferredScope;  // deferred.hpp
 
@@ -50,6 +49,9 @@ class StorageTag {
                                bool writes) = 0;
   /// Called once for every before_operator that returned, when the operator is done.
   virtual void after_operator() noexcept {}
+
+  /// What the operator's other arguments are cast to, called after before_operator; null: nothing.
+  virtual const InputCast* input_cast() const noexcept { return nullptr; }
 
   /// Who gets the operators on this storage; null for a sharded one, whose operators run.
   OperatorRecorder* recorder() const noexcept { return recorder_; }
@@ -82,7 +84,7 @@ struct DispatchTable {
 };
 
 inline constexpr const char* kTableOperator = "fsdp::dispatch_table";
-inline constexpr const char* kTableOverload = "v2";
+inline constexpr const char* kTableOverload = "v3";
 
 inline void release_storage_tag(void* context) { static_cast<StorageTag*>(context)->release(); }
 
@@ -128,7 +130,11 @@ class TouchedTags {
     tag->before_operator(op, *impl, writes);
     tag->retain();
     tags_.push_back(tag);
+    if (input_cast_ == nullptr) input_cast_ = tag->input_cast();
   }
+
+  /// What the first tag that casts inputs casts them to; null if none does.
+  const InputCast* input_cast() const noexcept { return input_cast_; }
 
   /// Who takes the operator over, if anybody does. Throws when it touches both kinds of tensors.
   OperatorRecorder* recorder(const c10::OperatorHandle& op) const {
@@ -145,17 +151,8 @@ class TouchedTags {
  private:
   c10::SmallVector<StorageTag*, 8> tags_;
   OperatorRecorder* recorder_ = nullptr;
+  const InputCast* input_cast_ = nullptr;
 };
-
-inline bool is_written(const c10::Argument& argument) {
-  const c10::AliasInfo* alias = argument.alias_info();
-  if (alias == nullptr) return false;
-  if (alias->isWrite()) return true;
-  for (const c10::AliasInfo& contained : alias->containedTypes()) {
-    if (contained.isWrite()) return true;
-  }
-  return false;
-}
 
 /// Whether the operators inside `op` may be left alone. True for ATen's own, whose kernels only
 /// touch what they were given; not for _backward, which runs a whole backward pass, nor for
@@ -188,6 +185,7 @@ inline void tag_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys
     recorder->record(op, stack);
     return;
   }
+  if (const InputCast* cast = touched.input_cast()) cast_inputs(*cast, op, stack);
   const c10::DispatchKeySet below =
       keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kTagKey);
   if (is_closed(op)) {
@@ -260,13 +258,14 @@ inline c10::intrusive_ptr<c10::StorageImpl> tagged_storage(void* data, std::size
       tagged_pointer(data, tag), /*allocator=*/nullptr, /*resizable=*/false);
 }
 
-/// A contiguous float tensor over a tagged storage, `offset` elements from its start, whose
-/// operators go through the fallback.
+/// A contiguous tensor over a tagged storage, `offset` elements from its start, whose operators go
+/// through the fallback.
 inline at::Tensor tagged_tensor(const c10::intrusive_ptr<c10::StorageImpl>& storage,
-                                std::int64_t offset, at::IntArrayRef shape) {
+                                std::int64_t offset, at::IntArrayRef shape,
+                                at::ScalarType type = at::kFloat) {
   at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
       c10::Storage(storage), c10::DispatchKeySet({c10::DispatchKey::CPU, kTagKey}),
-      caffe2::TypeMeta::Make<float>());
+      c10::scalarTypeToTypeMeta(type));
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   impl->set_sizes_contiguous(shape);
   impl->set_storage_offset(offset);

@@ -24,6 +24,7 @@
 #include "fsdp/torch/options.hpp"
 #include "fsdp/torch/reset.hpp"
 #include "fsdp/torch/tensor_backup.hpp"
+#include "fsdp/torch/tensors.hpp"
 #include "fsdp/torch/untouched.hpp"
 
 namespace fsdp::detail {
@@ -205,7 +206,8 @@ class Materializer {
       }
       for (Place& param : other.params) {
         if (!other.done && !param.backup) {
-          param.memory = at::empty(param.tensor.sizes(), at::kFloat);
+          param.memory = at::empty(param.tensor.sizes(),
+                                    at::TensorOptions(param.tensor.scalar_type()));
           put(param);
         }
         if (param.backup && param.record) deferred.add(param.tensor, param.record);
@@ -216,7 +218,7 @@ class Materializer {
   static at::Tensor blob_of(const fsdp_tensor_t& memory) {
     return at::from_blob(static_cast<char*>(memory.data) + memory.byte_offset,
                          at::IntArrayRef(memory.shape, static_cast<std::size_t>(memory.ndim)),
-                         at::kFloat);
+                         scalar_type_of(memory.dtype));
   }
 
   static std::uint32_t version_of(const at::Tensor& tensor) {
@@ -274,12 +276,13 @@ class Materializer {
   /// Brings what was written to `param` into `memory`, if it is not there.
   static void take(const Place& param, const at::Tensor& memory, const std::string& what) {
     const at::Tensor& tensor = param.tensor;
-    if (!tensor.device().is_cpu() || tensor.scalar_type() != at::kFloat ||
+    if (!tensor.device().is_cpu() || tensor.scalar_type() != memory.scalar_type() ||
         tensor.layout() != at::kStrided || tensor.sizes() != memory.sizes()) {
       throw Error(FSDP_ERR_INVALID_STATE,
                   what + " made parameter '" + param.name + "' a tensor of another kind: " +
-                      tensor.toString() + " " + c10::str(tensor.sizes()) + " instead of Float " +
-                      c10::str(memory.sizes()) + " on the CPU");
+                      tensor.toString() + " " + c10::str(tensor.sizes()) + " instead of " +
+                      c10::toString(memory.scalar_type()) + " " + c10::str(memory.sizes()) +
+                      " on the CPU");
     }
     if (has(param, memory)) return;
     const bool untouched = has(param, param.memory) && version_of(tensor) == param.version;

@@ -17,8 +17,10 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -61,6 +63,9 @@ class ModelState final : public UnitHost,
   const std::shared_ptr<ShardWrites> writes;
   std::vector<std::shared_ptr<UnitStorage>> units;  ///< by unit number
   std::vector<ParamState> params;                   ///< by parameter number
+  std::unordered_set<const c10::TensorImpl*> buffers;  ///< the module's
+  std::optional<at::ScalarType> input_type;            ///< what forward casts its arguments to
+  std::optional<at::ScalarType> output_type;           ///< and its results
 
   Engine& engine() { return writes->engine(); }
 
@@ -158,6 +163,12 @@ class ModelState final : public UnitHost,
       }
     }
     if (&unit != active_) activate(unit);
+  }
+
+  bool computes_forward() const noexcept override {
+    // In a backward it is one that is computed again.
+    return forward_thread_.load(std::memory_order_relaxed) == std::this_thread::get_id() ||
+           (in_backward() && at::GradMode::is_enabled());
   }
 
   // ---- backward ----
@@ -295,7 +306,7 @@ class ModelState final : public UnitHost,
     }
     if (!unit.unsharded()) {
       writes->on_unshard();
-      unit.mark_unsharded(engine().unshard(unit.index));
+      unit.unshard(engine());
       unsharded_.push_back(&unit);
     }
     active_ = &unit;

@@ -6,21 +6,46 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 
+#include "fsdp/torch/input_cast.hpp"
+#include "fsdp/torch/tensors.hpp"
 #include "fsdp/torch/trace.hpp"
 #include "fsdp/torch/wrap.hpp"
 
 namespace fsdp {
 
-/// The types of what ranks exchange. Parameters, their shards and gradient shards are float32.
+/// The types that a module computes and communicates in. The shards that optimizers see, and their
+/// gradients, are float32 in every case.
+///
+/// Parameters, inputs and outputs can be Float, Half and BFloat16; outputs and buffers Double too.
 struct MixedPrecision {
-  /// What units are unsharded to: kFloat; others throw UNSUPPORTED.
-  at::ScalarType param_dtype = at::kFloat;
-  /// What each rank rounds its gradients to (to nearest even) before they are summed in float32:
-  /// kFloat, kHalf or kBFloat16.
-  at::ScalarType reduce_dtype = at::kFloat;
+  /// What parameters are unsharded to; the module's own parameters are tensors of this type. Unset:
+  /// the type each was registered with.
+  std::optional<at::ScalarType> param_dtype = {};
+  /// What each rank rounds its gradients to (to nearest even) before they are summed in float32, in
+  /// rank order. Unset: as param_dtype; float32 if that is unset too.
+  std::optional<at::ScalarType> reduce_dtype = {};
+  /// What floating tensors that the handle's forward returns are cast to. Unset: they stay.
+  std::optional<at::ScalarType> output_dtype = {};
+  /// What the module's floating buffers are cast to by fully_shard. Unset: they stay.
+  std::optional<at::ScalarType> buffer_dtype = {};
+  /// Whether floating tensors among the arguments of the handle's forward are cast to param_dtype,
+  /// and, at an operator of the forward that gets a unit's parameter, its other floating arguments
+  /// to that unit's param_dtype (so that units of different types can follow each other).
+  /// Arguments that it writes, the module's parameters and its buffers stay as they are.
+  bool cast_forward_inputs = true;
+};
+
+/// The same for one unit; what is unset is as in ShardOptions::mixed_precision (an unset
+/// reduce_dtype that is unset there too: as the unit's param_dtype).
+struct UnitMixedPrecision {
+  std::optional<at::ScalarType> param_dtype = {};
+  std::optional<at::ScalarType> reduce_dtype = {};
+  std::optional<at::ScalarType> buffer_dtype = {};
+  std::optional<bool> cast_forward_inputs = {};
 };
 
 /// The options of fully_shard; the same on every rank.
@@ -42,6 +67,12 @@ struct ShardOptions {
   /// (train()) with gradients enabled are compared with the first iteration.
   OrderCheck order_check = OrderCheck::error;
   MixedPrecision mixed_precision = {};
+  /// Types of single units, by the dotted names of their modules. A part that was sharded before
+  /// keeps the types it computes in.
+  std::map<std::string, UnitMixedPrecision> unit_mixed_precision = {};
+  /// What single parameters are unsharded to, by dotted name (a tied one by its first), whatever
+  /// their unit's param_dtype; e.g. Float for the weights of normalizations. Inputs go by the unit.
+  std::map<std::string, at::ScalarType> param_dtypes = {};
   /// Initializes what has no storage (meta or deferred), instead of reset_parameters() and of the
   /// records of deferred_init. Called once on every rank for each module that itself registered
   /// such a parameter or buffer: unit by unit, the root first; within a unit in the order of
@@ -58,6 +89,21 @@ struct ShardOptions {
 
 namespace detail {
 
+/// A type as the C ABI calls it; all zero for unset. Throws for one that parameters cannot have.
+inline fsdp_dtype_t c_dtype(std::optional<at::ScalarType> type, const std::string& option) {
+  if (!type) return {};
+  if (const auto dtype = param_dtype_of(*type)) return *dtype;
+  throw Error(FSDP_ERR_UNSUPPORTED, option + " = " + c10::toString(*type) +
+                                        " is not supported: Float, Half and BFloat16 are");
+}
+
+/// Throws for a type that floating tensors are not cast to.
+inline void require_castable(std::optional<at::ScalarType> type, const std::string& option) {
+  if (!type || is_castable(*type)) return;
+  throw Error(FSDP_ERR_UNSUPPORTED, option + " = " + c10::toString(*type) +
+                                        " is not supported: Float, Half, BFloat16 and Double are");
+}
+
 /// The engine's part of the options. Throws for what cannot be done.
 inline EngineConfig engine_config(const ShardOptions& options) {
   EngineConfig config;
@@ -65,27 +111,12 @@ inline EngineConfig engine_config(const ShardOptions& options) {
   config.strategy = options.strategy;
   config.shard_size = options.shard_size;
   config.order_check = options.order_check;
-  if (options.mixed_precision.param_dtype != at::kFloat) {
-    throw Error(FSDP_ERR_UNSUPPORTED,
-                std::string("MixedPrecision::param_dtype = ") +
-                    c10::toString(options.mixed_precision.param_dtype) +
-                    " is not supported: only Float is");
-  }
-  switch (options.mixed_precision.reduce_dtype) {
-    case at::kFloat:
-      break;
-    case at::kHalf:
-      config.reduce_dtype = {FSDP_DTYPE_FLOAT, 16, 1};
-      break;
-    case at::kBFloat16:
-      config.reduce_dtype = {FSDP_DTYPE_BFLOAT, 16, 1};
-      break;
-    default:
-      throw Error(FSDP_ERR_UNSUPPORTED,
-                  std::string("MixedPrecision::reduce_dtype = ") +
-                      c10::toString(options.mixed_precision.reduce_dtype) +
-                      " is not supported: Float, Half and BFloat16 are");
-  }
+  const MixedPrecision& types = options.mixed_precision;
+  config.param_dtype = c_dtype(types.param_dtype, "MixedPrecision::param_dtype");
+  config.reduce_dtype = c_dtype(types.reduce_dtype, "MixedPrecision::reduce_dtype");
+  if (!types.reduce_dtype) config.reduce_dtype = config.param_dtype;
+  require_castable(types.output_dtype, "MixedPrecision::output_dtype");
+  require_castable(types.buffer_dtype, "MixedPrecision::buffer_dtype");
   return config;
 }
 

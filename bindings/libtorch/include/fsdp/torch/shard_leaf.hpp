@@ -144,14 +144,15 @@ class PoisonTag final : public StorageTag {
   std::string name_;
 };
 
-/// A tensor of `shape` without data, any operator on which throws, naming parameter `name`.
-inline at::Tensor make_poison_grad(const std::string& name, at::IntArrayRef shape) {
+/// A tensor of the sizes and type of `leaf` without data, any operator on which throws, naming
+/// parameter `name`.
+inline at::Tensor make_poison_grad(const std::string& name, const at::Tensor& leaf) {
   auto storage = tagged_storage(nullptr, 0, new PoisonTag(name));
   storage->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "the gradient of the sharded parameter '" + name +
       "' is not here: read gradients from the parameters() of the handle that "
       "fsdp::fully_shard returned");
-  return tagged_tensor(storage, 0, shape);
+  return tagged_tensor(storage, 0, leaf.sizes(), leaf.scalar_type());
 }
 
 }  // namespace fsdp::detail

@@ -14,6 +14,7 @@
 
 #include "fsdp/torch/model_state.hpp"
 #include "fsdp/torch/module_walk.hpp"
+#include "fsdp/torch/tensors.hpp"
 
 namespace fsdp::detail {
 
@@ -21,9 +22,10 @@ namespace fsdp::detail {
 /// naming it.
 class ShardWalk final : public ModuleWalk {
  public:
-  /// A model that was sharded before, and the number of its first parameter here.
+  /// A model that was sharded before, and the numbers of its first module and parameter here.
   struct Adopted {
     std::shared_ptr<ShardedRoot> root;
+    std::uint32_t module;
     std::uint32_t param;
   };
 
@@ -67,7 +69,7 @@ class ShardWalk final : public ModuleWalk {
       }
     }
     const auto [first_module, first_param] = model.add_sharded(parent, key, root->writes->engine());
-    adopted.push_back({root, first_param});
+    adopted.push_back({root, first_module, first_param});
     std::vector<bool> units(root->module_count, false);
     const Engine& engine = root->writes->engine();
     for (std::uint32_t unit = 0; unit < engine.unit_count(); ++unit) {
@@ -139,7 +141,9 @@ class ShardWalk final : public ModuleWalk {
     const bool meta = tensor.is_meta();
     const at::Tensor data = meta ? tensor : tensor.detach().contiguous();
     const std::uint32_t param = model.add_parameter(
-        module, key, TensorView(meta ? nullptr : data.data_ptr<float>(), tensor.sizes().vec()),
+        module, key,
+        TensorView(meta ? nullptr : data.data_ptr(), *param_dtype_of(tensor.scalar_type()),
+                   tensor.sizes().vec()),
         tensor.requires_grad());
     if (tensor.numel() > 0) {
       storages_.emplace(tensor.storage().unsafeGetStorageImpl(), name);
@@ -164,10 +168,10 @@ class ShardWalk final : public ModuleWalk {
       refuse(FSDP_ERR_UNSUPPORTED,
              "it is on device " + tensor.device().str() + "; only the CPU is supported");
     }
-    if (tensor.scalar_type() != at::kFloat) {
+    if (!param_dtype_of(tensor.scalar_type())) {
       refuse(FSDP_ERR_UNSUPPORTED, std::string("its type is ") +
                                        c10::toString(tensor.scalar_type()) +
-                                       "; only Float is supported");
+                                       "; only Float, Half and BFloat16 are supported");
     }
     if (!tensor.is_leaf()) {
       refuse(FSDP_ERR_INVALID_ARGUMENT, "it is the result of a computation, not a leaf");

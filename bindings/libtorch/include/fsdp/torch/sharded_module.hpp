@@ -15,6 +15,7 @@
 #include "fsdp/torch/checkpoint_parts.hpp"
 #include "fsdp/torch/optimizer_state.hpp"
 #include "fsdp/torch/outputs.hpp"
+#include "fsdp/torch/precision.hpp"
 
 namespace fsdp {
 
@@ -91,20 +92,7 @@ class ShardedModule {
   /// in itself. Collective.
   template <class... Args>
   decltype(auto) forward(Args&&... args) {
-    detail::ForwardScope scope(*state_, module_->is_training());
-    using Output = decltype(module_->forward(std::forward<Args>(args)...));
-    if constexpr (std::is_void_v<Output>) {
-      module_->forward(std::forward<Args>(args)...);
-      scope.finish(at::GradMode::is_enabled());
-    } else if constexpr (std::is_reference_v<Output>) {
-      Output output = module_->forward(std::forward<Args>(args)...);
-      scope.finish(watch(output));
-      return static_cast<Output>(output);
-    } else {
-      Output output = module_->forward(std::forward<Args>(args)...);
-      scope.finish(watch(output));
-      return output;
-    }
+    return call(detail::CastArgument<Args>(args, state_->input_type)...);
   }
 
   /// The same as forward(). Collective.
@@ -248,6 +236,26 @@ class ShardedModule {
   }
 
  private:
+  template <class... Args>
+  decltype(auto) call(detail::CastArgument<Args>&&... args) {
+    detail::ForwardScope scope(*state_, module_->is_training());
+    using Output = decltype(module_->forward(args.get()...));
+    detail::require_castable_output<Output>(state_->output_type);
+    if constexpr (std::is_void_v<Output>) {
+      module_->forward(args.get()...);
+      scope.finish(at::GradMode::is_enabled());
+    } else if constexpr (std::is_reference_v<Output>) {
+      Output output = module_->forward(args.get()...);
+      scope.finish(watch(output));
+      return static_cast<Output>(output);
+    } else {
+      Output output = module_->forward(args.get()...);
+      detail::cast_output(output, state_->output_type);
+      scope.finish(watch(output));
+      return output;
+    }
+  }
+
   /// Arranges that a backward from `output` is recognized from its start; whether one may come.
   template <class Output>
   bool watch(const Output& output) {
@@ -286,8 +294,10 @@ class ShardedModule {
 /// A module that is sharded already, or contains one that is, is taken over as it is (see
 /// ShardedModule); a part of a sharded module alone cannot be sharded again.
 ///
-/// Parameters must be float32, on the CPU or meta; any wrong one is an error that names it. On
-/// error the module is unchanged. Collective.
+/// Parameters must be Float, Half or BFloat16, on the CPU or meta; any wrong one is an error that
+/// names it. Their shards are float32; the module's own tensors become what
+/// ShardOptions::mixed_precision says, or stay what they are. On error the module is unchanged.
+/// Collective.
 template <class Impl>
 ShardedModule<Impl> fully_shard(std::shared_ptr<Impl> module, const ShardOptions& options) {
   if (module == nullptr) throw Error(FSDP_ERR_INVALID_ARGUMENT, "fully_shard: the module is null");

@@ -1,17 +1,21 @@
 // The storage behind one unit's parameters: an address while unsharded, an error while sharded.
 //
-// All parameters of a unit, and every view of them that autograd saves, share this one storage
-// object, so swapping its pointer unshards and reshards them all.
+// All parameters of a unit that are computed in float32, and every view of them that autograd saves,
+// share one storage object over the unit buffer, and those computed in 16 bits another one over
+// their copies: swapping the two pointers unshards and reshards them all.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "fsdp/torch/shard_leaf.hpp"
+#include "fsdp/torch/tensors.hpp"
 
 namespace fsdp::detail {
 
@@ -32,6 +36,8 @@ struct ShardedRoot {
   std::uint32_t module_count;       ///< modules of the engine's model
   std::shared_ptr<ShardWrites> writes;
   std::vector<Param> params;        ///< by parameter number
+  /// What operators on a unit's parameters cast their inputs to, by the unit's module.
+  std::map<std::uint32_t, at::ScalarType> input_types;
   std::weak_ptr<ModelState> state;  ///< the handle's, if it lives
 };
 
@@ -41,6 +47,8 @@ class UnitHost {
   /// Makes `unit` readable, or throws. `op` and `tensor` are what touched it.
   virtual void touch(UnitStorage& unit, const c10::OperatorHandle& op,
                      const c10::TensorImpl& tensor) = 0;
+  /// Whether the calling thread is in a forward, whose operators cast their inputs.
+  virtual bool computes_forward() const noexcept = 0;
 
  protected:
   ~UnitHost() = default;
@@ -49,8 +57,17 @@ class UnitHost {
 /// A parameter's place in its unit.
 struct UnitParam {
   std::string name;     ///< dotted name from the root
-  std::int64_t offset;  ///< elements from the start of the unit buffer
+  std::uint32_t id;     ///< its number
+  std::int64_t offset;  ///< elements from the start of its storage
   std::int64_t numel;
+};
+
+/// Parameters of a unit that share a storage: a pointer that is there while they are unsharded.
+struct UnitFace {
+  std::size_t bytes = 0;
+  std::vector<UnitParam> params;  ///< by offset
+  c10::intrusive_ptr<c10::StorageImpl> storage;
+  const c10::StorageImpl* address = nullptr;  ///< its, also after it was given up
 };
 
 inline std::string operator_name(const c10::OperatorHandle& op) { return op.operator_name().name; }
@@ -60,15 +77,20 @@ inline std::string operator_name(const c10::OperatorHandle& op) { return op.oper
 /// values stay, for fully_shard to go on from.
 class UnitStorage final : public StorageTag {
  public:
-  /// A sharded unit of `bytes` bytes of the model `root`. `params` are sorted by offset.
+  /// A sharded unit of the model `root`. `buffer`: the parameters that are computed in float32, in
+  /// the unit buffer; `copies`: the others, in their 16-bit copies. Both without storages yet.
   UnitStorage(UnitHost* host, std::shared_ptr<ShardedRoot> root, std::uint32_t index,
-              const std::string& name, std::size_t bytes, std::vector<UnitParam> params)
+              const std::string& name, UnitFace buffer, UnitFace copies)
       : index(index),
         name(name.empty() ? "(root)" : name),
         host_(host),
         root_(std::move(root)),
-        params_(std::move(params)),
-        storage_(tagged_storage(nullptr, bytes, this)) {
+        buffer_(std::move(buffer)),
+        copies_(std::move(copies)) {
+    for (UnitFace* face : {&buffer_, &copies_}) {
+      face->storage = tagged_storage(nullptr, face->bytes, this);
+      face->address = face->storage.get();
+    }
     mark_sharded();
   }
 
@@ -88,6 +110,13 @@ class UnitStorage final : public StorageTag {
     pins_.fetch_add(1, std::memory_order_relaxed);
   }
 
+  const InputCast* input_cast() const noexcept override {
+    return input_cast_ && host_ != nullptr && host_->computes_forward() ? &*input_cast_ : nullptr;
+  }
+
+  /// Operators of a forward that get a parameter of the unit cast their other inputs from here on.
+  void set_input_cast(InputCast cast) { input_cast_ = cast; }
+
   void after_operator() noexcept override { pins_.fetch_sub(1, std::memory_order_relaxed); }
 
   /// Whether an operator that got a tensor of this unit is running.
@@ -95,10 +124,19 @@ class UnitStorage final : public StorageTag {
 
   bool unsharded() const noexcept { return unsharded_; }
 
-  /// From here on tensors of the unit read `data`.
-  void mark_unsharded(void* data) {
-    storage_->clear_data_ptr_access_error_msg_();
-    storage_->set_data_ptr_noswap(tagged_pointer(data, this));
+  /// Unshards the unit: from here on its tensors can be read. Collective.
+  void unshard(Engine& engine) {
+    void* const buffer = engine.unshard(index);
+    void* copies = nullptr;
+    if (copies_.bytes > 0) {
+      const std::uint32_t first = copies_.params.front().id;
+      copies = static_cast<char*>(engine.param_data(first).data) -
+               engine.param_info(first).compute_offset;
+    }
+    for (const auto& [face, data] : {std::pair(&buffer_, buffer), std::pair(&copies_, copies)}) {
+      face->storage->clear_data_ptr_access_error_msg_();
+      face->storage->set_data_ptr_noswap(tagged_pointer(data, this));
+    }
     unsharded_ = true;
   }
 
@@ -130,7 +168,9 @@ class UnitStorage final : public StorageTag {
   const std::string& param_at(const c10::TensorImpl& tensor) const {
     const std::int64_t offset = tensor.storage_offset();
     const UnitParam* best = nullptr;
-    for (const UnitParam& param : params_) {
+    const bool copied = tensor.has_storage() &&
+                        tensor.unsafe_storage().unsafeGetStorageImpl() == copies_.address;
+    for (const UnitParam& param : (copied ? copies_ : buffer_).params) {
       if (best == nullptr || (param.offset <= offset && (param.numel > 0 || offset == 0))) {
         best = &param;
       }
@@ -138,7 +178,15 @@ class UnitStorage final : public StorageTag {
     return best == nullptr ? name : best->name;
   }
 
-  const c10::intrusive_ptr<c10::StorageImpl>& storage() const noexcept { return storage_; }
+  /// The tensor that a parameter of the unit is: not to be read while the unit is sharded.
+  at::Tensor tensor_of(const ParamInfo& param) const {
+    const at::ScalarType type = scalar_type_of(param.dtype);
+    const at::IntArrayRef sizes(param.shape, static_cast<std::size_t>(param.ndim));
+    if (type == at::kFloat) return tagged_tensor(buffer_.storage, param.unit_offset, sizes);
+    return tagged_tensor(copies_.storage, param.compute_offset / kCopySize, sizes, type);
+  }
+
+  static constexpr std::int64_t kCopySize = 2;  ///< bytes of an element of a 16-bit copy
 
   const std::uint32_t index;  ///< the unit's number in the engine
   const std::string name;     ///< the dotted name of its module, "(root)" for the root
@@ -159,20 +207,24 @@ class UnitStorage final : public StorageTag {
     host_ = nullptr;
     ended_ = why;
     forbid_access("the parameters of unit '" + name + "' cannot be read here after " + why);
-    storage_.reset();
+    buffer_.storage.reset();
+    copies_.storage.reset();
   }
 
-  void forbid_access(std::string message) {
-    storage_->set_data_ptr_noswap(tagged_pointer(nullptr, this));
-    storage_->release_data_and_set_meta_custom_data_ptr_error_msg_(std::move(message));
+  void forbid_access(const std::string& message) {
+    for (UnitFace* face : {&buffer_, &copies_}) {
+      face->storage->set_data_ptr_noswap(tagged_pointer(nullptr, this));
+      face->storage->release_data_and_set_meta_custom_data_ptr_error_msg_(message);
+    }
     unsharded_ = false;
   }
 
   UnitHost* host_;
   const char* ended_ = nullptr;  // why host_ is gone
   std::shared_ptr<ShardedRoot> root_;
-  std::vector<UnitParam> params_;
-  c10::intrusive_ptr<c10::StorageImpl> storage_;
+  UnitFace buffer_;
+  UnitFace copies_;
+  std::optional<InputCast> input_cast_;
   std::atomic<int> pins_{0};
   bool unsharded_ = false;
 };
