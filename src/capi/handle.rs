@@ -6,6 +6,7 @@ use crate::engine::FullParams;
 use crate::error::{err, Result};
 use crate::module::ModuleTree;
 use crate::optim::Optimizer;
+use crate::scaler::GradScaler;
 use crate::trace::Trace;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
@@ -40,6 +41,11 @@ pub struct fsdp_full_params_t {
     _opaque: [u8; 0],
 }
 
+/// A scaler of float16 gradients.
+pub struct fsdp_grad_scaler_t {
+    _opaque: [u8; 0],
+}
+
 #[derive(Clone)]
 enum Object {
     Comm(Arc<dyn Communicator>),
@@ -48,6 +54,7 @@ enum Object {
     Engine(Arc<EngineObject>),
     Optimizer(Arc<Optimizer>),
     FullParams(Arc<Mutex<FullParams>>),
+    GradScaler(Arc<GradScaler>),
 }
 
 impl Object {
@@ -59,6 +66,7 @@ impl Object {
             Object::Engine(_) => "an engine",
             Object::Optimizer(_) => "an optimizer",
             Object::FullParams(_) => "full parameters",
+            Object::GradScaler(_) => "a gradient scaler",
         }
     }
 }
@@ -111,6 +119,7 @@ handle!(fsdp_trace_t, Trace, Arc<Mutex<Trace>>, "a trace");
 handle!(fsdp_engine_t, Engine, Arc<EngineObject>, "an engine");
 handle!(fsdp_optimizer_t, Optimizer, Arc<Optimizer>, "an optimizer");
 handle!(fsdp_full_params_t, FullParams, Arc<Mutex<FullParams>>, "full parameters");
+handle!(fsdp_grad_scaler_t, GradScaler, Arc<GradScaler>, "a gradient scaler");
 
 /// Puts an object into the table. Numbers are never used again.
 pub fn insert<H: Handle>(object: H::Object) -> *mut H {

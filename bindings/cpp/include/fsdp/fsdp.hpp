@@ -1,14 +1,16 @@
 // The whole C++ layer over fsdp.h: exceptions, communicator, model description, plans, traces,
-// engine, optimizer, log.
+// engine, optimizer, gradient scaler, log.
 //
-// Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace, Engine
-// or Optimizer copies a reference, and the last copy destroys the C handle. Every function throws
+// Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace, Engine,
+// Optimizer or GradScaler copies a reference, and the last copy destroys the C handle. Every function throws
 // fsdp::Error when the C call behind it fails, and is otherwise as documented in fsdp.h.
 #pragma once
 
+#include "fsdp/comm_hook.hpp"
 #include "fsdp/communicator.hpp"
 #include "fsdp/engine.hpp"
 #include "fsdp/error.hpp"
+#include "fsdp/grad_scaler.hpp"
 #include "fsdp/log.hpp"
 #include "fsdp/model.hpp"
 #include "fsdp/optimizer.hpp"
