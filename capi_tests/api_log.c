@@ -75,6 +75,34 @@ static void callback(void) {
   fsdp_set_log_callback(NULL, NULL);
 }
 
+static void count(int32_t level, const char *message, void *user_data) {
+  int *counts = (int *)user_data;
+  CHECK(level >= FSDP_LOG_DEBUG && level <= FSDP_LOG_WARNING);
+  CHECK(message[0] != '\0' && strchr(message, '\n') == NULL);
+  counts[level]++;
+}
+
+/* Levels below the one that is set are not heard. */
+static void levels(void) {
+  for (int32_t level = FSDP_LOG_DEBUG; level <= FSDP_LOG_OFF; level++) {
+    int counts[FSDP_LOG_OFF] = {0};
+    CHECK_OK(fsdp_set_log_level(level));
+    fsdp_set_log_callback(count, counts);
+    toy_t toy = warning_toy();
+    toy_forward(toy.engine);
+    toy_backward(toy.engine, 1);
+    swapped(toy.engine);
+    toy_destroy(toy);
+    fsdp_set_log_callback(NULL, NULL);
+    CHECK((counts[FSDP_LOG_DEBUG] > 2) == (level == FSDP_LOG_DEBUG));
+    CHECK_EQ(counts[FSDP_LOG_INFO], level <= FSDP_LOG_INFO);
+    CHECK_EQ(counts[FSDP_LOG_WARNING], level <= FSDP_LOG_WARNING);
+  }
+  CHECK_ERR(fsdp_set_log_level(4), FSDP_ERR_INVALID_ARGUMENT, "4");
+  CHECK_ERR(fsdp_set_log_level(-1), FSDP_ERR_INVALID_ARGUMENT, "-1");
+  CHECK_OK(fsdp_set_log_level(FSDP_LOG_WARNING));
+}
+
 /* What a process says on standard error while it warns; `with_callback`: and while somebody listens. */
 static void standard_error(int with_callback, char *text, size_t size) {
   int pipe_[2];
@@ -119,9 +147,38 @@ static void default_is_a_line_on_standard_error(void) {
   CHECK_STR(text, "");
 }
 
-int main(void) {
+/* FSDP_LOG, read by a process that has not set a level: this one runs itself. */
+static const char *self;
+static void environment(void) {
+  const char *const values[] = {"debug", "info", "warning", "off", "loud"};
+  const char *const heard[] = {"fsdp: debug:", "fsdp: info:", NULL, NULL, "fsdp: warning: FSDP_LOG"};
+  const char *const not_heard[] = {NULL, "fsdp: debug:", "fsdp:", "fsdp:", "fsdp: info:"};
+  for (int i = 0; i < 5; i++) {
+    char command[600], text[8192];
+    snprintf(command, sizeof command, "FSDP_LOG=%s '%s' quiet 2>&1", values[i], self);
+    FILE *out = popen(command, "r");
+    CHECK(out != NULL);
+    const size_t size = fread(text, 1, sizeof text - 1, out);
+    text[size] = '\0';
+    CHECK(pclose(out) == 0);
+    CHECK(heard[i] == NULL || strstr(text, heard[i]) != NULL);
+    CHECK(not_heard[i] == NULL || strstr(text, not_heard[i]) == NULL);
+  }
+}
+
+int main(int argc, char **argv) {
+  self = argv[0];
+  if (argc == 2) {
+    toy_t toy = warning_toy();
+    toy_forward(toy.engine);
+    toy_backward(toy.engine, 1);
+    toy_destroy(toy);
+    return 0;
+  }
   alarm(60);
   callback();
+  levels();
+  environment();
   default_is_a_line_on_standard_error();
   return 0;
 }

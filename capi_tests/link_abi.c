@@ -52,6 +52,26 @@ FIELD(fsdp_shm_config_t, world_size, 20);
 FIELD(fsdp_shm_config_t, rendezvous_timeout_ms, 24);
 FIELD(fsdp_shm_config_t, timeout_ms, 32);
 
+SIZE(fsdp_full_gradient_t, 24);
+FIELD(fsdp_full_gradient_t, param, 0);
+FIELD(fsdp_full_gradient_t, data, 8);
+FIELD(fsdp_full_gradient_t, numel, 16);
+SIZE(fsdp_unit_gradients_t, 32);
+FIELD(fsdp_unit_gradients_t, struct_size, 0);
+FIELD(fsdp_unit_gradients_t, unit, 8);
+FIELD(fsdp_unit_gradients_t, count, 12);
+FIELD(fsdp_unit_gradients_t, name, 16);
+FIELD(fsdp_unit_gradients_t, gradients, 24);
+
+SIZE(fsdp_grad_scaler_config_t, 56);
+FIELD(fsdp_grad_scaler_config_t, struct_size, 0);
+FIELD(fsdp_grad_scaler_config_t, scale, 8);
+FIELD(fsdp_grad_scaler_config_t, growth_factor, 16);
+FIELD(fsdp_grad_scaler_config_t, backoff_factor, 24);
+FIELD(fsdp_grad_scaler_config_t, growth_interval, 32);
+FIELD(fsdp_grad_scaler_config_t, growth_tracker, 40);
+FIELD(fsdp_grad_scaler_config_t, enabled, 48);
+
 SIZE(fsdp_device_t, 8);
 FIELD(fsdp_device_t, device_type, 0);
 FIELD(fsdp_device_t, device_id, 4);
@@ -115,7 +135,7 @@ typedef int32_t (*fsdp_module_init_fn)(const fsdp_module_init_t *, void *);
 typedef int32_t (*fsdp_param_init_fn)(uint32_t, const fsdp_tensor_t *, void *);
 typedef void (*fsdp_log_fn)(int32_t, const char *, void *);
 
-SIZE(fsdp_unit_info_t, 72);
+SIZE(fsdp_unit_info_t, 88);
 FIELD(fsdp_unit_info_t, struct_size, 0);
 FIELD(fsdp_unit_info_t, name, 8);
 FIELD(fsdp_unit_info_t, module, 16);
@@ -127,6 +147,8 @@ FIELD(fsdp_unit_info_t, padding_bytes, 48);
 FIELD(fsdp_unit_info_t, state, 56);
 FIELD(fsdp_unit_info_t, reduce_dtype, 60);
 FIELD(fsdp_unit_info_t, compute_bytes, 64);
+FIELD(fsdp_unit_info_t, all_gathers, 72);
+FIELD(fsdp_unit_info_t, reduce_scatters, 80);
 
 SIZE(fsdp_param_info_t, 80);
 FIELD(fsdp_param_info_t, struct_size, 0);
@@ -258,13 +280,17 @@ VALUE(FSDP_ERR_ABORTED, 11);
 VALUE(FSDP_ERR_CHECKPOINT, 12);
 VALUE(FSDP_ERR_CALLBACK, 13);
 VALUE(FSDP_ERR_PANIC, 14);
+VALUE(FSDP_ERR_NONFINITE, 15);
 VALUE(FSDP_DEVICE_CPU, 1);
 VALUE(FSDP_DTYPE_INT, 0);
 VALUE(FSDP_DTYPE_UINT, 1);
 VALUE(FSDP_DTYPE_FLOAT, 2);
 VALUE(FSDP_DTYPE_BFLOAT, 4);
 VALUE(FSDP_DTYPE_BOOL, 6);
+VALUE(FSDP_LOG_DEBUG, 0);
+VALUE(FSDP_LOG_INFO, 1);
 VALUE(FSDP_LOG_WARNING, 2);
+VALUE(FSDP_LOG_OFF, 3);
 
 /* Where a dlpack.h is at hand: a DLTensor may be passed as an fsdp_tensor_t. */
 #ifdef FSDP_TEST_DLPACK

@@ -34,6 +34,7 @@
 #define FSDP_CHECKPOINT_CONTENTS_INIT \
   { sizeof(fsdp_checkpoint_contents_t), NULL, NULL, 0, NULL, 0, NULL, 0 }
 #define FSDP_CONSOLIDATE_CONFIG_INIT { sizeof(fsdp_consolidate_config_t), 0, { 0, 0, 0 } }
+#define FSDP_GRAD_SCALER_CONFIG_INIT { sizeof(fsdp_grad_scaler_config_t), 65536.0, 2.0, 0.5, 2000, 0, 1 }
 #define FSDP_PLAN_REQUEST_INIT \
   { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, { 0, 0, 0 }, 0 }
 
@@ -128,9 +129,24 @@
 #define FSDP_RESHARD_ALWAYS 1
 
 /**
- * Level of a message: nothing failed, but what happens may not be what was meant.
+ * Level of a message: the steps of an iteration, many.
+ */
+#define FSDP_LOG_DEBUG 0
+
+/**
+ * What happens seldom, e.g. that an engine was made.
+ */
+#define FSDP_LOG_INFO 1
+
+/**
+ * Nothing failed, but what happens may not be what was meant.
  */
 #define FSDP_LOG_WARNING 2
+
+/**
+ * For fsdp_set_log_level: no messages.
+ */
+#define FSDP_LOG_OFF 3
 
 /**
  * fsdp_plan_request_t.rank: the rank with the most bytes, the lowest of several.
@@ -213,6 +229,11 @@
 #define FSDP_ERR_PANIC 14
 
 /**
+ * A norm is infinite or NaN, and the call was asked to refuse that.
+ */
+#define FSDP_ERR_NONFINITE 15
+
+/**
  * Device type of host memory (DLPack's kDLCPU).
  */
 #define FSDP_DEVICE_CPU 1
@@ -261,6 +282,11 @@ typedef struct fsdp_engine_t fsdp_engine_t;
  * Full parameters outside of an iteration.
  */
 typedef struct fsdp_full_params_t fsdp_full_params_t;
+
+/**
+ * A scaler of float16 gradients.
+ */
+typedef struct fsdp_grad_scaler_t fsdp_grad_scaler_t;
 
 /**
  * A host's tree of modules and parameters, and which modules are units.
@@ -613,6 +639,14 @@ typedef struct {
    * Bytes of the copies of its parameters that are computed in 16 bits, each on a 64-byte line; on shm one copy a host.
    */
   uint64_t compute_bytes;
+  /**
+   * All-gathers of the unit so far.
+   */
+  uint64_t all_gathers;
+  /**
+   * Reduce-scatters of it that this rank has started.
+   */
+  uint64_t reduce_scatters;
 } fsdp_unit_info_t;
 
 /**
@@ -811,6 +845,58 @@ typedef int32_t (*fsdp_full_state_fn)(uint32_t param,
                                       const char *state,
                                       const fsdp_tensor_t *tensor,
                                       void *user_data);
+
+/**
+ * One parameter's full gradient, in the parameter's shape.
+ */
+typedef struct {
+  /**
+   * The parameter's number.
+   */
+  uint32_t param;
+  /**
+   * numel floats, to be read and changed.
+   */
+  float *data;
+  /**
+   * Elements; may be 0.
+   */
+  int64_t numel;
+} fsdp_full_gradient_t;
+
+/**
+ * The gradients that a rank has collected for a unit. Borrowed for the call.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_unit_gradients_t) of the library; later versions may be longer.
+   */
+  size_t struct_size;
+  /**
+   * The unit's number.
+   */
+  uint32_t unit;
+  /**
+   * Parameters that have a gradient on this rank: at least 1.
+   */
+  uint32_t count;
+  /**
+   * Fully qualified name of the unit's module, "" for the root.
+   */
+  const char *name;
+  /**
+   * `count` of them, in the order of the unit's parameters.
+   */
+  const fsdp_full_gradient_t *gradients;
+} fsdp_unit_gradients_t;
+
+/**
+ * Compresses or changes a unit's gradients in place. Returns 0, or anything else when it has failed. Called in the thread
+ * that starts the unit's reduction, from within fsdp_engine_reduce, post_backward or finish_backward, with the engine
+ * locked: a call on that engine from inside is FSDP_ERR_INVALID_STATE. Other libraries and other engines may be called;
+ * it must not throw or unwind.
+ */
+typedef int32_t (*fsdp_comm_hook_fn)(const fsdp_unit_gradients_t *gradients, void *user_data);
 
 /**
  * Receives a message (one line without its end, borrowed for the call) and its level, FSDP_LOG_*. Called in any thread
@@ -1153,6 +1239,45 @@ typedef struct {
   uint64_t all_reduce_bytes;
 } fsdp_plan_unit_t;
 
+/**
+ * Options and state of a gradient scaler, with the meaning that they have in torch.amp.GradScaler; all of it is what a
+ * checkpoint should keep. Initialize with FSDP_GRAD_SCALER_CONFIG_INIT, then set what differs.
+ *
+ * An update multiplies the scale (a float32) by backoff_factor and sets growth_tracker to 0 if any gradient of any rank
+ * was not finite; else it adds 1 to growth_tracker, and at growth_interval multiplies the scale by growth_factor, if that
+ * is finite, and sets growth_tracker to 0.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_grad_scaler_config_t).
+   */
+  size_t struct_size;
+  /**
+   * What the loss is multiplied by: above 0.
+   */
+  double scale;
+  /**
+   * Above 1.
+   */
+  double growth_factor;
+  /**
+   * Above 0 and below 1.
+   */
+  double backoff_factor;
+  /**
+   * Updates without a non-finite gradient before the scale grows: at least 1.
+   */
+  uint64_t growth_interval;
+  /**
+   * How many of them there were since the scale last changed.
+   */
+  uint64_t growth_tracker;
+  /**
+   * 0: the scale is 1, nothing is unscaled, every step is made.
+   */
+  int32_t enabled;
+} fsdp_grad_scaler_config_t;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1489,6 +1614,22 @@ fsdp_status_t fsdp_engine_param_info(const fsdp_engine_t *engine,
                                      fsdp_param_info_t *out);
 
 /**
+ * Describes the engine as JSON, for people and tools: rank, world_size, shard_group_size,
+ * replica, strategy; stats (the fields of fsdp_stats_t);
+ * units, each with name, state ("sharded" or "unsharded"), unit_bytes, shard_bytes, all_gathers, reduce_scatters, and
+ * params, each with name, shape, unit_offset, shard_offset, shard_numel, requires_grad, has_grad. Later versions may add
+ * fields. *out_size is its size with the terminating NUL; `buffer` of `buffer_size` bytes receives it, or may be NULL to
+ * ask for the size. FSDP_ERR_INVALID_ARGUMENT if the buffer is too small. Local. Since 0.1.
+ *
+ * # Safety
+ * `buffer` is NULL or has `buffer_size` writable bytes; `out_size` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_describe(const fsdp_engine_t *engine,
+                                   char *buffer,
+                                   size_t buffer_size,
+                                   size_t *out_size);
+
+/**
  * The unit that a module belongs to: itself if it was wrapped, else its nearest wrapped ancestor. Local. Since 0.1.
  *
  * # Safety
@@ -1763,6 +1904,21 @@ fsdp_status_t fsdp_engine_gather(fsdp_engine_t *engine,
                                  float *out);
 
 /**
+ * Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32, before they
+ * are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
+ * no gradient. Once a reduction: a unit that is reduced twice in a backward is seen twice, each time with what came
+ * since. NULL: no hook, as at first. A hook that fails makes the call that it was called by fail with
+ * FSDP_ERR_CALLBACK, naming the unit, and aborts the communicator, so that every other rank gets FSDP_ERR_ABORTED with
+ * that message instead of waiting. Local; ranks may have different hooks. From the next reduction on. Since 0.1.
+ *
+ * # Safety
+ * `fn_` is NULL or a function that may be called with `user_data` until it is replaced or the engine is destroyed.
+ */
+fsdp_status_t fsdp_engine_set_comm_hook(fsdp_engine_t *engine,
+                                        fsdp_comm_hook_fn fn_,
+                                        void *user_data);
+
+/**
  * What happens to a unit after a forward that a backward follows: FSDP_RESHARD_DEFAULT, _NEVER, _ALWAYS, or a number of
  * ranks from 2 on: the unit is resharded over groups of so many consecutive ranks, so that its all-gather in backward
  * stays within a group (on shm it moves nothing in any case). The number divides that of the shard group; all of them is
@@ -1806,6 +1962,13 @@ fsdp_status_t fsdp_engine_set_is_last_backward(fsdp_engine_t *engine,
  */
 fsdp_status_t fsdp_engine_set_requires_all_reduce(fsdp_engine_t *engine,
                                                   int32_t required);
+
+/**
+ * Messages below this level, FSDP_LOG_*, are not made from now on, in the whole process; FSDP_LOG_OFF: none are. At first
+ * the environment variable FSDP_LOG says it: debug, info, warning or off; FSDP_LOG_WARNING without it. Local.
+ * Since 0.1.
+ */
+fsdp_status_t fsdp_set_log_level(int32_t level);
 
 /**
  * Sends the messages of this process to `fn` from now on, with `user_data` untouched; NULL: back to the default, a
@@ -1993,6 +2156,59 @@ fsdp_status_t fsdp_model_set_param_dtype(fsdp_model_t *model,
 void fsdp_model_destroy(fsdp_model_t *model);
 
 /**
+ * The norm of order `p` of the gradients over all parameters and ranks: the norm of the parameters' norms, a parameter
+ * counted once, one without a gradient on every rank not at all (0 if none has one). As torch.nn.utils.get_total_norm,
+ * but in float64 throughout:
+ *
+ *   p = inf, -inf   the largest, the smallest magnitude
+ *   p = 0           how many parameters' norms are not 0; such a norm is how many of the elements are not
+ *   other p         (sum of |x|^p)^(1/p)
+ *
+ * A rank sums its piece in an order that depends on its length alone; the ranks' sums are added in rank order, so *out
+ * has the same bits on every rank. FSDP_ERR_INVALID_ARGUMENT if p is NaN, or is below 0 and a parameter with a gradient
+ * has no elements; FSDP_ERR_INVALID_STATE in the middle of a backward. Collective. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_grad_norm(fsdp_engine_t *engine,
+                                    double p,
+                                    double *out);
+
+/**
+ * Clips the gradients: multiplies every gradient shard by min(1, max_norm / (norm + 1e-6)), rounded to float32 once, where
+ * norm is what fsdp_engine_grad_norm gives; *out_norm is the norm from before. As torch.nn.utils.clip_grad_norm_: an
+ * infinite norm makes finite gradients 0 and others NaN, a NaN makes all NaN; with `error_if_nonfinite` not 0 it is
+ * FSDP_ERR_NONFINITE instead, on every rank, with a message that names the first parameter whose norm is not finite, and
+ * no gradient has changed. FSDP_ERR_INVALID_ARGUMENT also if max_norm is NaN or below 0. Collective. Since 0.1.
+ *
+ * # Safety
+ * `out_norm` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_clip_grad_norm(fsdp_engine_t *engine,
+                                         double max_norm,
+                                         double p,
+                                         int32_t error_if_nonfinite,
+                                         double *out_norm);
+
+/**
+ * The norm of anything that is sharded as the parameters are, defined as for fsdp_engine_grad_norm: `pieces[i]` is this
+ * rank's piece of it for parameter i (fsdp_param_info_t.shard_numel floats), or NULL where a parameter has none here;
+ * one that is NULL on every rank is not counted. `piece_count` is fsdp_engine_param_count. E.g. the norm of the
+ * parameters, or of gradients in a host's own memory. With `error_if_nonfinite` not 0, FSDP_ERR_NONFINITE as for
+ * fsdp_engine_clip_grad_norm. Collective. Since 0.1.
+ *
+ * # Safety
+ * `pieces` is NULL or points to `piece_count` pointers as described; `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_total_norm(fsdp_engine_t *engine,
+                                     const float *const *pieces,
+                                     size_t piece_count,
+                                     double p,
+                                     int32_t error_if_nonfinite,
+                                     double *out);
+
+/**
  * Makes an optimizer of all parameters of an engine. It keeps its state in float32, for this rank's shards only, from
  * the first step on. `config` may be NULL for the defaults. Collective: same options on every rank, else
  * FSDP_ERR_MISMATCH names the first that differs; FSDP_ERR_INVALID_ARGUMENT names an option out of its limits. Optimizer
@@ -2130,6 +2346,97 @@ fsdp_status_t fsdp_plan_unit(const fsdp_model_t *model,
                              const fsdp_plan_request_t *request,
                              uint32_t unit,
                              fsdp_plan_unit_t *out);
+
+/**
+ * Makes a gradient scaler; `config` may be NULL for the defaults, which are torch's. Every rank makes one of the same
+ * options, and calls its functions alike. Use: multiply the loss by fsdp_grad_scaler_scale; backward;
+ * fsdp_grad_scaler_unscale, if the gradients are to be clipped; fsdp_grad_scaler_step; fsdp_grad_scaler_update. One
+ * scaler may serve several engines. Local. *out is owned by the caller: fsdp_grad_scaler_destroy. Since 0.1.
+ *
+ * # Safety
+ * `config` is NULL or points to `struct_size` readable bytes; `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_grad_scaler_create(const fsdp_grad_scaler_config_t *config,
+                                      fsdp_grad_scaler_t **out);
+
+/**
+ * Frees the scaler; NULL does nothing. Local. Since 0.1.
+ */
+void fsdp_grad_scaler_destroy(fsdp_grad_scaler_t *scaler);
+
+/**
+ * What the loss is to be multiplied by: a float32; 1 if the scaler is not enabled. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_grad_scaler_scale(const fsdp_grad_scaler_t *scaler,
+                                     double *out);
+
+/**
+ * Multiplies the engine's gradient shards by the inverse of the scale, rounded to float32. *out_found_inf is 1 if any
+ * element of any rank was infinite or NaN before, on every rank, else 0. With `pieces` not NULL those are unscaled
+ * instead: `piece_count` (fsdp_engine_param_count) pointers to this rank's pieces, NULL where a parameter has no gradient
+ * here. FSDP_ERR_INVALID_STATE in the middle of a backward, and when called twice for an engine before an update;
+ * FSDP_ERR_MISMATCH if ranks have different scales, and then nothing has changed. Collective. Since 0.1.
+ *
+ * # Safety
+ * `pieces` is NULL or points to `piece_count` pointers as described; `out_found_inf` is NULL or writable.
+ */
+fsdp_status_t fsdp_grad_scaler_unscale(fsdp_grad_scaler_t *scaler,
+                                       fsdp_engine_t *engine,
+                                       float *const *pieces,
+                                       size_t piece_count,
+                                       int32_t *out_found_inf);
+
+/**
+ * Asks whether a host's own optimizer is to step: unscales as fsdp_grad_scaler_unscale does, unless that has been called;
+ * *out_step is 0 on every rank if any gradient of any rank was not finite, else 1. Once before an update. Otherwise as
+ * fsdp_grad_scaler_unscale. Collective. Since 0.1.
+ *
+ * # Safety
+ * As for fsdp_grad_scaler_unscale.
+ */
+fsdp_status_t fsdp_grad_scaler_may_step(fsdp_grad_scaler_t *scaler,
+                                        fsdp_engine_t *engine,
+                                        float *const *pieces,
+                                        size_t piece_count,
+                                        int32_t *out_step);
+
+/**
+ * Asks fsdp_grad_scaler_may_step, and if so calls fsdp_optimizer_step. *out_stepped says which. Collective. Since 0.1.
+ *
+ * # Safety
+ * `out_stepped` is NULL or writable.
+ */
+fsdp_status_t fsdp_grad_scaler_step(fsdp_grad_scaler_t *scaler,
+                                    fsdp_optimizer_t *optimizer,
+                                    int32_t *out_stepped);
+
+/**
+ * Ends an iteration: the scale grows or backs off as said at fsdp_grad_scaler_config_t. FSDP_ERR_INVALID_STATE if
+ * nothing was unscaled since the last update. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_grad_scaler_update(fsdp_grad_scaler_t *scaler);
+
+/**
+ * Writes options and state, for a checkpoint. Set out->struct_size before the call. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or points to `struct_size` writable bytes.
+ */
+fsdp_status_t fsdp_grad_scaler_get_state(const fsdp_grad_scaler_t *scaler,
+                                         fsdp_grad_scaler_config_t *out);
+
+/**
+ * Takes options and state, the same on every rank. FSDP_ERR_INVALID_ARGUMENT if `enabled` is not the scaler's;
+ * FSDP_ERR_INVALID_STATE between unscaling and update. Local. Since 0.1.
+ *
+ * # Safety
+ * `config` is NULL or points to `struct_size` readable bytes.
+ */
+fsdp_status_t fsdp_grad_scaler_set_state(fsdp_grad_scaler_t *scaler,
+                                         const fsdp_grad_scaler_config_t *config);
 
 /**
  * What went wrong in this thread's latest call that returns a status: a sentence that names the parameter, unit, rank

@@ -3,6 +3,7 @@
 use crate::comm::Communicator;
 use crate::config::EngineConfig;
 use crate::error::{err, Error, Result, Status};
+use crate::timeline;
 
 /// Makes an error of one rank the same error on every rank. Collective.
 pub fn on_result(done: Result<u64>, comm: &dyn Communicator) -> Result<u64> {
@@ -17,7 +18,8 @@ pub fn on_result(done: Result<u64>, comm: &dyn Communicator) -> Result<u64> {
 
 /// Compares the options of all ranks; every rank gets the same error. Collective.
 pub fn on_options(config: &EngineConfig, comm: &dyn Communicator) -> Result<()> {
-    let lines = config.agreed().map(|(name, value)| format!("{name} = {value}"));
+    let mut lines: Vec<String> = config.agreed().map(|(name, value)| format!("{name} = {value}")).into();
+    lines.push(format!("{} = {:?}", timeline::VARIABLE, timeline::wanted()));
     on_lines(&lines, |_| "options", comm)
 }
 

@@ -15,6 +15,8 @@ use crate::config::{EngineConfig, Strategy};
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::gradients::{GradientCounters, Gradients};
+use crate::hook::{self, CommHook, HookFn};
+use crate::log;
 use crate::mesh::Mesh;
 use crate::module::{ModuleTree, ParamId};
 use crate::order::{Deviation, Order};
@@ -22,8 +24,10 @@ use crate::plan::{ParamPlan, Plan, UnitId, UnitPlan};
 use crate::precision;
 use crate::schedule::Schedule;
 use crate::shards::{ShardStore, ShardedModel};
+use crate::timeline::{self, Memory, Timeline};
 use crate::trace::Trace;
 use crate::unit::{AfterForward, Unit, UnitState};
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -79,6 +83,14 @@ pub struct Stats {
     pub replicas: ReplicaCounters,
 }
 
+/// What a unit is and has done.
+#[derive(Clone, Copy, Debug)]
+pub struct UnitCounts {
+    pub state: UnitState,
+    pub all_gathers: u64,
+    pub reduce_scatters: u64,
+}
+
 struct State {
     /// In an iteration: units are or may be unsharded.
     reading: bool,
@@ -114,7 +126,35 @@ pub struct Engine {
     gradient_slot_bytes: u64,
     materialized_peak_bytes: u64,
     saves: Saves,
+    timeline: Option<Arc<Timeline>>,
     state: Mutex<State>,
+}
+
+/// The engine's lock. What has changed under it goes to the timeline.
+struct Locked<'a> {
+    engine: &'a Engine,
+    state: MutexGuard<'a, State>,
+}
+
+impl Deref for Locked<'_> {
+    type Target = State;
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        if let Some(timeline) = &self.engine.timeline {
+            timeline.observe(&self.state.units, self.state.order.in_forward(), self.engine.memory(&self.state));
+        }
+    }
 }
 
 impl Engine {
@@ -151,6 +191,7 @@ impl Engine {
             gradient_slot_bytes: plan.slot_bytes(slots).iter().sum::<usize>() as u64,
             materialized_peak_bytes: 0,
             saves: Saves::default(),
+            timeline: None,
             state: Mutex::new(State {
                 reading: false,
                 grad_enabled: true,
@@ -178,6 +219,9 @@ impl Engine {
         }
         // SAFETY: the caller's promise.
         engine.materialized_peak_bytes = unsafe { engine.take_values(tree, config) }?;
+        engine.timeline = Timeline::open(engine.world().as_ref(), engine.plan(), engine.number)?.map(Arc::new);
+        engine.lock()?.gradients.set_timeline(engine.timeline.clone());
+        log::info(|| engine.describe_made());
         Ok(engine)
     }
 
@@ -394,7 +438,8 @@ impl Engine {
         let mut state = self.lock()?;
         self.end_forward_locked(&mut state, "parameters cannot be written yet")?;
         self.model.stores.iter().try_for_each(|s| s.require_free(self.number))?;
-        self.model.mesh.spread(self.model.stores.iter().try_for_each(|s| s.wait_writable()))?;
+        let writable = self.waiting("every rank to read no more", || self.wait_writable());
+        self.model.mesh.spread(writable)?;
         Ok(f())
     }
 
@@ -521,15 +566,89 @@ impl Engine {
         })
     }
 
+    /// Calls `hook` with each unit's gradients on this rank just before they are rounded and published; None: nothing.
+    /// Local. See [`crate::hook`].
+    pub fn set_comm_hook(&self, hook: Option<HookFn>) -> Result<()> {
+        let comms = self.model.mesh.comms();
+        let hook = hook.map(|function| CommHook { engine: self.number, function, comms });
+        // Dropped after the lock: dropping it may run code of the host.
+        let _old = std::mem::replace(&mut self.lock()?.gradients.hook, hook);
+        Ok(())
+    }
+
+    /// Runs `f` while nothing moves: gradient shards are final. An error that says what else `can_be_done` in the middle of
+    /// an iteration with a backward.
+    pub(crate) fn between_iterations<T>(&self, can_be_done: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        let state = self.lock()?;
+        if state.reading && (state.gradients.started() || state.gradients.collecting().is_some()) {
+            return Err(err!(InvalidState, "{can_be_done} when the backward has ended"));
+        }
+        f()
+    }
+
+    /// A unit's state and how often it was gathered and reduced.
+    pub fn unit_counts(&self, unit: UnitId) -> Result<UnitCounts> {
+        self.unit(unit)?;
+        let state = self.lock()?;
+        let u = &state.units[unit as usize];
+        let reduce_scatters = state.gradients.reductions[unit as usize];
+        Ok(UnitCounts { state: u.state, all_gathers: u.all_gathers, reduce_scatters })
+    }
+
+    /// Whether a parameter gets gradients now.
+    pub fn requires_grad(&self, param: ParamId) -> Result<bool> {
+        self.param(param)?;
+        Ok(self.lock()?.requires_grad[param as usize])
+    }
+
+    pub(crate) fn strategy(&self) -> Strategy {
+        self.strategy
+    }
+
+    /// Tells engines apart.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
     /// The host reads no unit any more, wherever it was in an iteration: other ranks may wait for that. Local.
     pub fn stop_reading(&self) {
         self.model.stores.iter().for_each(|s| s.close(self.number));
+        self.timeline.iter().for_each(|t| t.flush());
     }
 
     // ---- internals ----
 
-    fn lock(&self) -> Result<MutexGuard<'_, State>> {
-        self.state.lock().map_err(|_| err!(Panic, "the engine is unusable: an earlier call on it failed inside"))
+    fn lock(&self) -> Result<Locked<'_>> {
+        if hook::inside(self.number) {
+            return Err(err!(InvalidState, "a communication hook cannot call the engine that it was called by"));
+        }
+        let locked = self.state.lock().map(|state| Locked { engine: self, state });
+        locked.map_err(|_| err!(Panic, "the engine is unusable: an earlier call on it failed inside"))
+    }
+
+    /// Runs `f`, which waits for other ranks; shown as a wait for `what`.
+    fn waiting<T>(&self, what: &str, f: impl FnOnce() -> T) -> T {
+        let Some(timeline) = &self.timeline else { return f() };
+        let start = timeline::now();
+        let done = f();
+        timeline.wait_span(what, start);
+        done
+    }
+
+    fn wait_writable(&self) -> Result<()> {
+        self.model.stores.iter().try_for_each(|s| s.wait_writable())
+    }
+
+    fn memory(&self, state: &State) -> Memory {
+        let units = self.plan().units.iter();
+        let unsharded = units.zip(&state.units).filter(|(_, unit)| unit.state == UnitState::Unsharded);
+        Memory {
+            units_unsharded: unsharded.map(|(u, _)| u.bytes() as u64).sum(),
+            gradient_slots: state.gradients.used_bytes(),
+            param_shards: self.plan().units.iter().map(|u| u.shard_bytes() as u64).sum(),
+            grad_shards: self.plan().units.iter().map(|u| u.grad_shard_bytes() as u64).sum(),
+            materialized_peak: self.materialized_peak_bytes,
+        }
     }
 
     fn store(&self, unit: UnitId) -> &ShardStore {
@@ -572,14 +691,20 @@ impl Engine {
         if state.summoned {
             return Err(err!(InvalidState, "no iteration can begin while full parameters are open: close them first"));
         }
+        let start = self.timeline.as_ref().map_or(0, |_| timeline::now());
         if !state.reading {
             let stores = &self.model.stores;
             stores.iter().try_for_each(|s| s.require_free(self.number))?;
             state.reading = true;
-            for store in stores {
-                state.cast_bytes += store.open(self.number)?;
-            }
-            state.groups.iter().try_for_each(|g| g.comm.open_reads(&g.arena))?;
+            let open = || {
+                let mut cast_bytes = 0;
+                for store in stores {
+                    cast_bytes += store.open(self.number)?;
+                }
+                state.groups.iter().try_for_each(|g| g.comm.open_reads(&g.arena))?;
+                Ok(cast_bytes)
+            };
+            state.cast_bytes += self.waiting("every rank to begin", open)?;
         }
         if let Some(deviation) = state.order.record(unit) {
             self.warn_about_order(deviation);
@@ -591,6 +716,10 @@ impl Engine {
         state.gradients.progress()?;
         // Last: after an error the next call meets it again.
         state.units[unit as usize].state = UnitState::Unsharded;
+        self.timeline.iter().for_each(|t| t.unit_span("unshard", unit, start));
+        log::debug(|| {
+            format!("rank {}: unit \"{}\" is unsharded", self.world().rank(), self.plan().units[unit as usize].label())
+        });
         Ok(())
     }
 
@@ -605,9 +734,12 @@ impl Engine {
             None => (self.comm(), &self.store(unit).arena, self.first_unit),
         };
         let tag = Tag { kind, unit: first_unit + unit, dtype: DType::F32, bytes: u.bytes() as u64 };
-        comm.all_gather(tag, arena, state.order.check())?;
+        let check = state.order.check();
+        self.waiting(u.label(), || comm.all_gather(tag, arena, check))?;
+        let ranks = comm.world_size();
         state.all_gathers += 1;
-        let (bytes, ranks) = (u.gathered_bytes(&self.plan().params), comm.world_size());
+        state.units[unit as usize].all_gathers += 1;
+        let bytes = u.gathered_bytes(&self.plan().params);
         state.all_gather_bytes += bytes as u64;
         state.all_gather_sent_bytes += (bytes * (ranks - 1)).div_ceil(ranks) as u64;
         Ok(())
@@ -630,7 +762,7 @@ impl Engine {
             Some(unit) => self.plan().unit_name(unit).to_string(),
             None => "nothing more".to_string(),
         };
-        crate::log::warn(&format!(
+        log::warn(&format!(
             "Forward order differs from that of the first iteration on rank {}. Collectives are matched by unit: one that \
              this rank skips counts as zero in the gradients, and nothing waits for it. It unshards {} where the first \
              iteration had {}. This is the only warning",
@@ -685,9 +817,9 @@ impl Engine {
         // Before waiting for the reductions: whoever has finished those then knows that nobody reads any more.
         self.close(state, true);
         if requires_gradient_sync || state.gradients.started() {
-            state.gradients.end()?;
+            self.waiting("every rank's gradients", || state.gradients.end())?;
             if requires_all_reduce {
-                self.average_over_replicas(state)?;
+                self.waiting("the replicas", || self.average_over_replicas(state))?;
             }
         }
         if !requires_gradient_sync {
@@ -695,7 +827,11 @@ impl Engine {
             self.comm().barrier()?;
             self.model.mesh.replicate.iter().try_for_each(|r| r.barrier())?;
         }
-        self.model.stores.iter().try_for_each(|s| s.wait_writable())
+        self.waiting("every rank to read no more", || self.wait_writable())?;
+        self.timeline.iter().for_each(|t| t.end_iteration());
+        let (rank, c) = (self.world().rank(), state.gradients.counters);
+        log::debug(|| format!("rank {rank}: a backward has ended; {} reduce-scatters so far", c.reduce_scatters));
+        Ok(())
     }
 
     /// The forward, and the backward if there was one, have ended.

@@ -21,10 +21,11 @@ pub enum Status {
     Checkpoint = 12,
     Callback = 13,
     Panic = 14,
+    Nonfinite = 15,
 }
 
 impl Status {
-    pub const ALL: [Status; 15] = [
+    pub const ALL: [Status; 16] = [
         Status::Ok,
         Status::InvalidArgument,
         Status::InvalidHandle,
@@ -40,6 +41,7 @@ impl Status {
         Status::Checkpoint,
         Status::Callback,
         Status::Panic,
+        Status::Nonfinite,
     ];
 
     /// The status with this number, if there is one.
@@ -65,6 +67,7 @@ impl Status {
             Status::Checkpoint => "bad checkpoint",
             Status::Callback => "callback failed",
             Status::Panic => "internal error (panic)",
+            Status::Nonfinite => "not finite",
         }
     }
 }

@@ -14,8 +14,10 @@
 use crate::comm::{reduce, Communicator, ReduceTarget, Segment, Slots, Tag, Ticket};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::hook::{CommHook, HookGradient, UnitGradients};
 use crate::plan::{Plan, UnitId};
 use crate::shards::ShardStore;
+use crate::timeline::{self, Timeline};
 use std::sync::Arc;
 
 #[derive(Clone, Copy)]
@@ -61,7 +63,11 @@ pub struct Gradients {
     /// This rank has started reductions since the last backward ended.
     started: bool,
     means: Means,
+    /// Called with each unit's gradients before they are rounded and published.
+    pub hook: Option<CommHook>,
     pub counters: GradientCounters,
+    /// By unit.
+    pub reductions: Vec<u64>,
 }
 
 /// Where means go: the pieces of each unit, and the stores that say whether they are added to.
@@ -72,6 +78,9 @@ struct Means {
     /// Of each unit's parameters: their number in the store.
     params: Vec<Vec<usize>>,
     stores: Vec<Arc<ShardStore>>,
+    timeline: Option<Arc<Timeline>>,
+    /// When the part that is being done began.
+    began: u64,
 }
 
 // SAFETY: the raw pointers in the segments point into the stores, which are kept; slots are `Send` for the same reason.
@@ -79,6 +88,7 @@ unsafe impl Send for Gradients {}
 
 impl ReduceTarget for Means {
     fn segments(&mut self, unit: usize) -> &[Segment] {
+        self.began = self.timeline.as_ref().map_or(0, |_| timeline::now());
         let (segments, params, store) = (&mut self.segments[unit], &self.params[unit], &self.stores[unit]);
         for s in segments.iter_mut() {
             s.accumulate = store.holds(params[s.param]);
@@ -92,6 +102,9 @@ impl ReduceTarget for Means {
         }
         for (reduced, present) in self.reduced[unit].iter_mut().zip(present) {
             *reduced |= present;
+        }
+        if let Some(timeline) = self.timeline.as_ref().filter(|_| self.began > 0) {
+            timeline.unit_span("reduce", unit as UnitId, std::mem::take(&mut self.began));
         }
     }
 }
@@ -130,11 +143,26 @@ impl Gradients {
                     .collect(),
                 params: plan.units.iter().map(|u| u.params.iter().map(numbers).collect()).collect(),
                 stores: plan.units.iter().map(of_unit).collect(),
+                timeline: None,
+                began: 0,
             },
             memory,
             comm,
+            hook: None,
             counters: GradientCounters::default(),
+            reductions: vec![0; units as usize],
         })
+    }
+
+    /// Where this rank's parts of reductions are shown.
+    pub fn set_timeline(&mut self, timeline: Option<Arc<Timeline>>) {
+        self.means.timeline = timeline;
+    }
+
+    /// Bytes of the slots in use.
+    pub fn used_bytes(&self) -> u64 {
+        let used = self.uses.iter().zip(&self.memory.slots).filter(|(u, _)| !matches!(u, SlotUse::Free));
+        used.map(|(_, slot)| slot.bytes as u64).sum()
     }
 
     /// Whether this rank has started reductions since the last backward ended.
@@ -186,6 +214,10 @@ impl Gradients {
         };
         let (layout, dtype) = (&plan.units[unit as usize].layout, plan.units[unit as usize].reduce_dtype);
         let bytes = (layout.len * dtype.size()) as u64;
+        if let Err(e) = self.run_hook(plan, unit, slot, &open.present) {
+            self.free(slot);
+            return Err(e);
+        }
         if dtype != DType::F32 {
             let data = self.memory.slots[slot].data;
             for (index, _) in open.present.iter().enumerate().filter(|(_, present)| **present) {
@@ -200,8 +232,27 @@ impl Gradients {
         self.uses[slot] = SlotUse::Started(ticket);
         self.started = true;
         self.counters.reduce_scatters += 1;
+        self.reductions[unit as usize] += 1;
         self.counters.reduce_scatter_bytes += bytes;
         self.progress()
+    }
+
+    fn run_hook(&self, plan: &Plan, unit: UnitId, slot: usize, present: &[bool]) -> Result<()> {
+        let Some(hook) = &self.hook else { return Ok(()) };
+        let u = &plan.units[unit as usize];
+        let base = self.memory.slots[slot].data.cast::<f32>();
+        let there = present.iter().enumerate().filter(|(_, present)| **present);
+        let gradients: Vec<HookGradient> = there
+            .map(|(index, _)| HookGradient {
+                param: u.params[index],
+                data: base.wrapping_add(u.layout.offsets[index]),
+                numel: u.layout.numels[index],
+            })
+            .collect();
+        if gradients.is_empty() {
+            return Ok(());
+        }
+        hook.run(&UnitGradients { unit, name: &u.name, gradients: &gradients })
     }
 
     /// Makes `unit` take part in its next reduction even if it has no gradient on this rank, so that the other ranks'

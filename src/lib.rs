@@ -17,7 +17,7 @@
 //! ```
 //!
 //! `trace` records in which order a forward needs what; from that, `schedule` says what comes next. Messages for a
-//! person go through `log`. `forecast` says what all of it will take and move, from the plan alone. `comm` connects ranks (`shm`: shared pages of one host; `single`: one rank). `capi` is the
+//! person go through `log`, and a timeline of all ranks through `timeline`. `forecast` says what all of it will take and move, from the plan alone. `comm` connects ranks (`shm`: shared pages of one host; `single`: one rank). `capi` is the
 //! C ABI: it converts, calls, converts, and is the only part that knows C. See ARCHITECTURE.md for the protocol between
 //! the ranks.
 
@@ -26,23 +26,28 @@ pub mod capi;
 pub mod checkpoint;
 pub mod comm;
 pub mod config;
+mod describe;
 pub mod dtype;
 pub mod engine;
 pub mod error;
 pub mod forecast;
 mod gradients;
+pub mod hook;
 pub mod layout;
 pub mod log;
 pub mod materialize;
 mod memory;
 pub mod mesh;
 pub mod module;
+pub mod norm;
 pub mod optim;
 mod order;
 pub mod plan;
 pub mod precision;
+pub mod scaler;
 pub mod schedule;
 pub mod shards;
+mod timeline;
 pub mod trace;
 mod unit;
 pub mod wrap;

@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::io::Write;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// Receives each message.
@@ -14,15 +15,56 @@ pub type LogCallback = Arc<dyn Fn(Level, &str) + Send + Sync>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Level {
+    /// Every step of an iteration: many.
+    Debug = 0,
+    /// What happens seldom, e.g. that an engine was made.
+    Info = 1,
     /// Nothing failed, but what happens may not be what was meant.
     Warning = 2,
 }
 
+/// A threshold above all levels: nothing is said.
+pub const OFF: i32 = 3;
+/// The environment variable that sets the threshold at first: debug, info, warning or off.
+pub const VARIABLE: &str = "FSDP_LOG";
+
 impl Level {
     fn name(self) -> &'static str {
         match self {
+            Level::Debug => "debug",
+            Level::Info => "info",
             Level::Warning => "warning",
         }
+    }
+}
+
+/// The lowest level that is said; UNKNOWN: the environment has not been asked yet.
+static THRESHOLD: AtomicI32 = AtomicI32::new(UNKNOWN);
+const UNKNOWN: i32 = -1;
+
+/// Only messages of at least this level are said from now on; [`OFF`]: none.
+pub fn set_threshold(threshold: i32) {
+    THRESHOLD.store(threshold, Ordering::Relaxed);
+}
+
+fn threshold() -> i32 {
+    match THRESHOLD.load(Ordering::Relaxed) {
+        UNKNOWN => {
+            let wanted = std::env::var(VARIABLE).unwrap_or_default();
+            let known = [Level::Debug, Level::Info, Level::Warning].into_iter().find(|l| l.name() == wanted);
+            let threshold = match known {
+                Some(level) => level as i32,
+                None if wanted == "off" => OFF,
+                None => Level::Warning as i32,
+            };
+            // Not over what set_threshold has said meanwhile.
+            let _ = THRESHOLD.compare_exchange(UNKNOWN, threshold, Ordering::Relaxed, Ordering::Relaxed);
+            if known.is_none() && !wanted.is_empty() && wanted != "off" {
+                warn(&format!("{VARIABLE} cannot be \"{wanted}\": debug, info, warning and off are known"));
+            }
+            THRESHOLD.load(Ordering::Relaxed)
+        }
+        threshold => threshold,
     }
 }
 
@@ -40,14 +82,33 @@ thread_local! {
     static PENDING: RefCell<Option<Vec<(Level, String)>>> = const { RefCell::new(None) };
 }
 
-/// Says that something may not be what was meant: at once, or when the `deferred` that this thread is in has ended.
+/// Says that something may not be what was meant.
 pub fn warn(message: &str) {
+    say(Level::Warning, || message.to_string());
+}
+
+/// Says something that happens seldom.
+pub fn info(message: impl FnOnce() -> String) {
+    say(Level::Info, message);
+}
+
+/// Says something that happens often.
+pub fn debug(message: impl FnOnce() -> String) {
+    say(Level::Debug, message);
+}
+
+/// At once, or when the `deferred` that this thread is in has ended. What is below the threshold costs one load.
+fn say(level: Level, message: impl FnOnce() -> String) {
+    if (level as i32) < threshold() {
+        return;
+    }
+    let message = message();
     let held = PENDING.with_borrow_mut(|pending| {
-        let held = pending.as_mut().map(|messages| messages.push((Level::Warning, message.to_string())));
+        let held = pending.as_mut().map(|messages| messages.push((level, message.clone())));
         held.is_some()
     });
     if !held {
-        deliver(Level::Warning, message);
+        deliver(level, &message);
     }
 }
 

@@ -59,6 +59,11 @@ impl Mesh {
         }
     }
 
+    /// All communicators of it.
+    pub fn comms(&self) -> Vec<Arc<dyn Communicator>> {
+        [&self.world, &self.shard].into_iter().chain(&self.replicate).cloned().collect()
+    }
+
     /// Number of this rank's shard group.
     pub fn replica(&self) -> usize {
         self.replicate.as_ref().map_or(0, |r| r.rank())
@@ -67,11 +72,9 @@ impl Mesh {
     /// Passes on a result of a collective. The error of one communicator breaks the others too, so that no rank waits for
     /// one that has failed elsewhere.
     pub fn spread<T>(&self, result: Result<T>) -> Result<T> {
-        if let (Err(e), Some(replicate)) = (&result, &self.replicate) {
+        if let (Err(e), Some(_)) = (&result, &self.replicate) {
             if breaks(e) {
-                for comm in [&self.world, &self.shard, replicate] {
-                    comm.abort(&e.message);
-                }
+                self.comms().iter().for_each(|comm| comm.abort(&e.message));
             }
         }
         result

@@ -33,6 +33,10 @@ pub struct Unit {
     pub group: Option<usize>,
     /// Its all-gather was issued ahead of time.
     gathered: bool,
+    /// All-gathers so far.
+    pub all_gathers: u64,
+    /// The host calls the hooks around its compute.
+    hooked: bool,
     /// Forward passes entered and not left: a unit may contain itself.
     forward_depth: u32,
     /// Forward passes that a backward must follow.
@@ -49,6 +53,8 @@ impl Unit {
             after_forward,
             group: None,
             gathered: false,
+            all_gathers: 0,
+            hooked: false,
             forward_depth: 0,
             uses: 0,
             backward_depth: 0,
@@ -87,7 +93,14 @@ impl Unit {
         self.state == UnitState::Sharded && !self.gathered
     }
 
+    /// Between the hooks around its compute; of a host that does not call them: while it is unsharded.
+    pub fn is_computing(&self) -> bool {
+        let inside = self.forward_depth > 0 || self.backward_depth > 0;
+        self.state == UnitState::Unsharded && (inside || !self.hooked)
+    }
+
     pub fn enter_forward(&mut self) {
+        self.hooked = true;
         self.forward_depth += 1;
     }
 

@@ -44,7 +44,7 @@ double validate(TrainedModel& model, const Text& text, const Options& o, Ranks& 
 }
 
 /// One optimizer step over the global batch; fills all of the metrics but val_loss. Collective.
-StepMetrics train_step(TrainedModel& model, torch::optim::AdamW& optimizer, const Text& text,
+StepMetrics train_step(TrainedModel& model, TrainOptimizer& optimizer, const Text& text,
                        const Options& o, Ranks& ranks, std::int64_t step) {
   const auto start = std::chrono::steady_clock::now();
   StepMetrics m;
@@ -56,7 +56,7 @@ StepMetrics train_step(TrainedModel& model, torch::optim::AdamW& optimizer, cons
   const auto loss = loss_of(model, text.training(o.seed, step, o.batch, ranks.rank()));
   loss.backward();
   m.grad_norm = model.clip_gradients(o.clip > 0 ? o.clip : std::numeric_limits<double>::infinity());
-  optimizer.step();
+  step_with(optimizer);
 
   m.loss = ranks.sum({loss.item<double>()})[0] / ranks.world_size();
   m.step_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -88,7 +88,7 @@ class PeakMemory {
 };
 
 /// Trains from `progress` to the last step and returns the last loss. Collective.
-double train(TrainedModel& model, torch::optim::AdamW& optimizer, const Text& text,
+double train(TrainedModel& model, TrainOptimizer& optimizer, const Text& text,
              const Options& o, Ranks& ranks, const RunFolder& run, Progress progress) {
   std::optional<MetricsWriter> metrics;
   if (ranks.first()) metrics.emplace(run.metrics_file());
@@ -133,7 +133,7 @@ void run(Options o, Ranks& ranks) {
   Gpt gpt(o.model);
   const Shapes shapes = shapes_of(*gpt);
   const auto model = make_model(gpt, ranks, o.no_shard);
-  auto optimizer = make_optimizer(model->named_parameters(), shapes, o);
+  auto optimizer = model->make_optimizer(shapes, o);
   if (!folder.resume_from().empty()) {
     model->load(folder.resume_from(), optimizer);
     configure(optimizer, o);

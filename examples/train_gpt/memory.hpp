@@ -32,9 +32,10 @@ inline std::string human(double bytes) {
 }
 
 /// Bytes of this rank's parameters, gradients and Adam state.
-inline std::uint64_t rank_state_bytes(TrainedModel& model, torch::optim::AdamW& optimizer) {
+inline std::uint64_t rank_state_bytes(TrainedModel& model, TrainOptimizer& optimizer) {
   const ModelBytes bytes = model.bytes();
-  return bytes.parameters + bytes.gradients + state_bytes(optimizer);
+  return bytes.parameters + bytes.gradients +
+         state_bytes(optimizer, model.named_parameters().keys());
 }
 
 /// The report: 16 bytes per parameter (value, gradient, two Adam averages; 4 bytes each), whole and

@@ -31,6 +31,8 @@ void check(const Options& o) {
   require(o.betas.first < 1 && o.betas.second < 1, "--betas must be below 1");
   require(o.sample_tokens == 0 || !o.prompt.empty(), "--prompt must hold at least one byte");
   require(!o.out.empty(), "--out is empty");
+  require(o.optimizer != "fused" || !o.no_shard,
+          "--optimizer fused is for shards: not with --no-shard");
 }
 
 }  // namespace
@@ -96,11 +98,15 @@ Options parse_options(int argc, char** argv) {
                  "of matrices; none for biases, LayerNorms, embeddings")
       ->check(any_size)
       ->group("Training");
+  app.add_option("--optimizer", o.optimizer,
+                 "whose AdamW: LibTorch's on the shards, or the engine's own")
+      ->check(CLI::IsMember({"torch", "fused"}))
+      ->group("Training");
   app.add_option("--betas", o.betas, "AdamW's two averaging factors")
       ->check(CLI::Range(0.0, 1.0))
       ->group("Training");
   app.add_option("--eps", o.eps, "AdamW's epsilon")->check(any_size)->group("Training");
-  app.add_option("--clip", o.clip, "highest global gradient norm; 0: no clipping")
+  app.add_option("--clip,--clip-norm", o.clip, "highest global gradient norm; 0: no clipping")
       ->check(any_size)
       ->group("Training");
   app.add_option("--seed", o.seed, "of the initial model, the batches and the sample")

@@ -31,6 +31,7 @@ struct Options {
   double weight_decay = 0.1;
   std::pair<double, double> betas{0.9, 0.95};
   double eps = 1e-8;
+  std::string optimizer = "torch";  ///< whose AdamW: "torch" or "fused"
   double clip = 1.0;  ///< 0: gradients are not clipped
   std::uint64_t seed = 1;
 

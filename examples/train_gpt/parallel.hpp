@@ -11,6 +11,7 @@
 #include <string>
 
 #include "gpt.hpp"
+#include "optimizer.hpp"
 #include "ranks.hpp"
 
 /// What the parameters, their gradients and the buffers around them take, in bytes.
@@ -34,13 +35,15 @@ class TrainedModel {
   /// Scales all gradients so that their norm over all parameters and ranks is at most `limit`;
   /// returns what it was.
   virtual double clip_gradients(double limit) = 0;
+  /// AdamW as the options say. Collective.
+  virtual TrainOptimizer make_optimizer(const Shapes& shapes, const Options& options) = 0;
   virtual ModelBytes bytes() = 0;
   /// Writes parameters, optimizer state and `metadata` (JSON) to `folder`, which is complete or
   /// absent.
-  virtual void save(const std::string& folder, torch::optim::AdamW& optimizer,
+  virtual void save(const std::string& folder, TrainOptimizer& optimizer,
                     const std::string& metadata) = 0;
   /// Reads what save wrote; throws when it does not fit this model or is not complete.
-  virtual void load(const std::string& folder, torch::optim::AdamW& optimizer) = 0;
+  virtual void load(const std::string& folder, TrainOptimizer& optimizer) = 0;
 };
 
 /// Sharded over the ranks by fsdp; each transformer block is a unit.
@@ -55,17 +58,21 @@ class ShardedModel final : public TrainedModel {
   }
   void zero_grad() override { model_.zero_grad(); }
   double clip_gradients(double limit) override { return model_.clip_grad_norm_(limit); }
+  TrainOptimizer make_optimizer(const Shapes& shapes, const Options& o) override {
+    if (o.optimizer == "fused") return make_fused_adamw(model_, shapes, o);
+    return make_torch_adamw(named_parameters(), shapes, o);
+  }
   ModelBytes bytes() override {
     const auto stats = model_.stats();
     return {stats.param_shard_bytes, stats.grad_shard_bytes, stats.padding_bytes,
             stats.unit_buffer_bytes, stats.gradient_slot_bytes};
   }
-  void save(const std::string& folder, torch::optim::AdamW& optimizer,
+  void save(const std::string& folder, TrainOptimizer& optimizer,
             const std::string& metadata) override {
-    model_.save_checkpoint(folder, optimizer, metadata);
+    std::visit([&](auto& any) { model_.save_checkpoint(folder, any, metadata); }, optimizer);
   }
-  void load(const std::string& folder, torch::optim::AdamW& optimizer) override {
-    model_.load_checkpoint(folder, optimizer);
+  void load(const std::string& folder, TrainOptimizer& optimizer) override {
+    std::visit([&](auto& any) { model_.load_checkpoint(folder, any); }, optimizer);
   }
   static std::string metadata(const std::string& folder) {
     return fsdp::checkpoint_metadata(folder);
@@ -95,28 +102,31 @@ class WholeModel final : public TrainedModel {
   double clip_gradients(double limit) override {
     return torch::nn::utils::clip_grad_norm_(gpt_->parameters(), limit);
   }
+  TrainOptimizer make_optimizer(const Shapes& shapes, const Options& o) override {
+    return make_torch_adamw(named_parameters(), shapes, o);
+  }
   ModelBytes bytes() override {
     ModelBytes bytes;
     for (const auto& parameter : gpt_->parameters()) bytes.parameters += parameter.nbytes();
     bytes.gradients = bytes.parameters;
     return bytes;
   }
-  void save(const std::string& folder, torch::optim::AdamW& optimizer,
+  void save(const std::string& folder, TrainOptimizer& optimizer,
             const std::string& metadata) override {
     namespace fs = std::filesystem;
     const std::string aside = folder + ".partial";
     fs::remove_all(aside);
     fs::create_directories(aside);
     torch::save(gpt_, aside + "/model.pt");
-    torch::save(optimizer, aside + "/optimizer.pt");
+    torch::save(std::get<torch::optim::AdamW>(optimizer), aside + "/optimizer.pt");
     if (!(std::ofstream(aside + "/metadata.json") << metadata << std::flush)) {
       throw std::runtime_error("cannot write '" + aside + "/metadata.json'");
     }
     fs::rename(aside, folder);
   }
-  void load(const std::string& folder, torch::optim::AdamW& optimizer) override {
+  void load(const std::string& folder, TrainOptimizer& optimizer) override {
     torch::load(gpt_, folder + "/model.pt");
-    torch::load(optimizer, folder + "/optimizer.pt");
+    torch::load(std::get<torch::optim::AdamW>(optimizer), folder + "/optimizer.pt");
   }
   static std::string metadata(const std::string& folder) {
     std::ifstream stream(folder + "/metadata.json");

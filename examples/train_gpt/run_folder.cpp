@@ -33,6 +33,7 @@ json training_json(const Options& o, const Text& text) {
           {"warmup", o.warmup},
           {"weight_decay", o.weight_decay},
           {"betas", {o.betas.first, o.betas.second}},
+          {"optimizer", o.optimizer},
           {"eps", o.eps},
           {"clip", o.clip}};
 }

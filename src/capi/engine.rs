@@ -99,6 +99,10 @@ pub struct fsdp_unit_info_t {
     pub reduce_dtype: fsdp_dtype_t,
     /// Bytes of the copies of its parameters that are computed in 16 bits, each on a 64-byte line; on shm one copy a host.
     pub compute_bytes: u64,
+    /// All-gathers of the unit so far.
+    pub all_gathers: u64,
+    /// Reduce-scatters of it that this rank has started.
+    pub reduce_scatters: u64,
 }
 
 /// A parameter and its place. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
@@ -383,6 +387,7 @@ pub unsafe extern "C" fn fsdp_engine_unit_info(
     boundary(|| {
         let object = get(engine)?;
         let u = object.engine.unit(unit)?;
+        let counts = object.engine.unit_counts(unit)?;
         let info = fsdp_unit_info_t {
             struct_size: 0,
             name: object.unit_names[unit as usize].as_ptr(),
@@ -392,9 +397,11 @@ pub unsafe extern "C" fn fsdp_engine_unit_info(
             unit_bytes: u.bytes() as u64,
             shard_bytes: u.shard_bytes() as u64,
             padding_bytes: (u.layout.padding() * DType::F32.size()) as u64,
-            state: object.engine.unit_state(unit)? as i32,
+            state: counts.state as i32,
             reduce_dtype: tensor::c_dtype(u.reduce_dtype),
             compute_bytes: u.compute_bytes as u64,
+            all_gathers: counts.all_gathers,
+            reduce_scatters: counts.reduce_scatters,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, info) }
@@ -431,6 +438,43 @@ pub unsafe extern "C" fn fsdp_engine_param_info(
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, info) }
+    })
+}
+
+/// Describes the engine as JSON, for people and tools: rank, world_size, shard_group_size,
+/// replica, strategy; stats (the fields of fsdp_stats_t);
+/// units, each with name, state ("sharded" or "unsharded"), unit_bytes, shard_bytes, all_gathers, reduce_scatters, and
+/// params, each with name, shape, unit_offset, shard_offset, shard_numel, requires_grad, has_grad. Later versions may add
+/// fields. *out_size is its size with the terminating NUL; `buffer` of `buffer_size` bytes receives it, or may be NULL to
+/// ask for the size. FSDP_ERR_INVALID_ARGUMENT if the buffer is too small. Local. Since 0.1.
+///
+/// # Safety
+/// `buffer` is NULL or has `buffer_size` writable bytes; `out_size` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_describe(
+    engine: *const fsdp_engine_t,
+    buffer: *mut c_char,
+    buffer_size: usize,
+    out_size: *mut usize,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine)?;
+        // SAFETY: the caller's promise.
+        let out_size = unsafe { self::out(out_size, "out_size") }?;
+        let text = object.engine.describe()?.into_bytes();
+        if !buffer.is_null() {
+            if buffer_size <= text.len() {
+                let needed = text.len() + 1;
+                return Err(err!(InvalidArgument, "buffer has {buffer_size} bytes, the description needs {needed}"));
+            }
+            // SAFETY: the caller's promise; checked to be large enough for the text and a NUL.
+            unsafe {
+                std::ptr::copy_nonoverlapping(text.as_ptr().cast(), buffer, text.len());
+                buffer.add(text.len()).write(0);
+            }
+        }
+        out_size.write(text.len() + 1);
+        Ok(())
     })
 }
 

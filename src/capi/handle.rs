@@ -7,6 +7,7 @@ use crate::engine::FullParams;
 use crate::error::{err, Result};
 use crate::module::ModuleTree;
 use crate::optim::Optimizer;
+use crate::scaler::GradScaler;
 use crate::trace::Trace;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
@@ -46,6 +47,11 @@ pub struct fsdp_checkpoint_job_t {
     _opaque: [u8; 0],
 }
 
+/// A scaler of float16 gradients.
+pub struct fsdp_grad_scaler_t {
+    _opaque: [u8; 0],
+}
+
 #[derive(Clone)]
 enum Object {
     Comm(Arc<dyn Communicator>),
@@ -55,6 +61,7 @@ enum Object {
     Optimizer(Arc<Optimizer>),
     FullParams(Arc<Mutex<FullParams>>),
     CheckpointJob(Arc<Job>),
+    GradScaler(Arc<GradScaler>),
 }
 
 impl Object {
@@ -67,6 +74,7 @@ impl Object {
             Object::Optimizer(_) => "an optimizer",
             Object::FullParams(_) => "full parameters",
             Object::CheckpointJob(_) => "a save in the background",
+            Object::GradScaler(_) => "a gradient scaler",
         }
     }
 }
@@ -120,6 +128,7 @@ handle!(fsdp_engine_t, Engine, Arc<EngineObject>, "an engine");
 handle!(fsdp_optimizer_t, Optimizer, Arc<Optimizer>, "an optimizer");
 handle!(fsdp_full_params_t, FullParams, Arc<Mutex<FullParams>>, "full parameters");
 handle!(fsdp_checkpoint_job_t, CheckpointJob, Arc<Job>, "a save in the background");
+handle!(fsdp_grad_scaler_t, GradScaler, Arc<GradScaler>, "a gradient scaler");
 
 /// Puts an object into the table. Numbers are never used again.
 pub fn insert<H: Handle>(object: H::Object) -> *mut H {

@@ -1,16 +1,42 @@
 //! Where messages for a person go.
 
 use super::model::UserData;
-use super::status::boundary_void;
-use crate::log::{set_callback, Level, LogCallback};
+use super::status::{boundary, boundary_void, fsdp_status_t};
+use crate::error::err;
+use crate::log::{self, set_callback, Level, LogCallback};
 use std::ffi::{c_char, c_void, CString};
 use std::sync::Arc;
 
-/// Level of a message: nothing failed, but what happens may not be what was meant.
+/// Level of a message: the steps of an iteration, many.
+pub const FSDP_LOG_DEBUG: i32 = 0;
+/// What happens seldom, e.g. that an engine was made.
+pub const FSDP_LOG_INFO: i32 = 1;
+/// Nothing failed, but what happens may not be what was meant.
 pub const FSDP_LOG_WARNING: i32 = 2;
+/// For fsdp_set_log_level: no messages.
+pub const FSDP_LOG_OFF: i32 = 3;
 
-// The number as a literal is what cbindgen understands.
-const _: () = assert!(FSDP_LOG_WARNING == Level::Warning as i32);
+// Numbers as literals are what cbindgen understands.
+const _: () = assert!(
+    FSDP_LOG_DEBUG == Level::Debug as i32
+        && FSDP_LOG_INFO == Level::Info as i32
+        && FSDP_LOG_WARNING == Level::Warning as i32
+        && FSDP_LOG_OFF == log::OFF
+);
+
+/// Messages below this level, FSDP_LOG_*, are not made from now on, in the whole process; FSDP_LOG_OFF: none are. At first
+/// the environment variable FSDP_LOG says it: debug, info, warning or off; FSDP_LOG_WARNING without it. Local.
+/// Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_set_log_level(level: i32) -> fsdp_status_t {
+    boundary(|| match (FSDP_LOG_DEBUG..=FSDP_LOG_OFF).contains(&level) {
+        true => {
+            log::set_threshold(level);
+            Ok(())
+        }
+        false => Err(err!(InvalidArgument, "the log level cannot be {level}")),
+    })
+}
 
 /// Receives a message (one line without its end, borrowed for the call) and its level, FSDP_LOG_*. Called in any thread
 /// that calls fsdp, from within that call, by several at once; may call fsdp; must not throw or unwind.

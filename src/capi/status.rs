@@ -39,6 +39,8 @@ pub const FSDP_ERR_CHECKPOINT: i32 = 12;
 pub const FSDP_ERR_CALLBACK: i32 = 13;
 /// A defect of the library. The engine concerned is unusable.
 pub const FSDP_ERR_PANIC: i32 = 14;
+/// A norm is infinite or NaN, and the call was asked to refuse that.
+pub const FSDP_ERR_NONFINITE: i32 = 15;
 
 const _: () = assert!(
     FSDP_OK == Status::Ok as i32
@@ -56,6 +58,7 @@ const _: () = assert!(
         && FSDP_ERR_CHECKPOINT == Status::Checkpoint as i32
         && FSDP_ERR_CALLBACK == Status::Callback as i32
         && FSDP_ERR_PANIC == Status::Panic as i32
+        && FSDP_ERR_NONFINITE == Status::Nonfinite as i32
 );
 
 thread_local! {
@@ -137,6 +140,19 @@ pub unsafe fn string<'a>(text: *const c_char, name: &str) -> Result<&'a str> {
     }
     // SAFETY: not NULL; else the caller's promise.
     unsafe { CStr::from_ptr(text) }.to_str().map_err(|_| err!(InvalidArgument, "{name} is not valid UTF-8"))
+}
+
+/// `count` pointers to pieces, one for each parameter.
+///
+/// # Safety
+/// `pieces` is NULL or points to `count` pointers that stay as they are while the result is used.
+pub unsafe fn pieces<'a, T>(pieces: *const T, count: usize, name: &str) -> Result<&'a [T]> {
+    match (pieces.is_null(), count) {
+        (_, 0) => Ok(&[]),
+        (true, _) => Err(err!(InvalidArgument, "{name} is NULL")),
+        // SAFETY: not NULL; else the caller's promise.
+        _ => Ok(unsafe { std::slice::from_raw_parts(pieces, count) }),
+    }
 }
 
 /// A struct of the ABI that begins with its own size and only ever grows at the end.

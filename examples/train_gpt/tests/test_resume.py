@@ -31,6 +31,18 @@ class Resume(Case):
             shutil.copytree(self.path("out"), self.path(f"out{ranks}"))
             self.assert_close(full, self.train(ranks, f"out{ranks}", *STEPS, "--resume"))
 
+    def test_the_engines_optimizer(self):
+        """As LibTorch's; resumes bitwise; a checkpoint of the other one is refused."""
+        fused = ["--optimizer", "fused"]
+        full = self.train(2, "out", *STEPS, *fused)
+        self.assert_close(full, self.train(2, "torch", *STEPS))
+        self.assert_close(full, self.train(3, "out3", *STEPS, *fused))
+        for step in (8, 12):
+            shutil.rmtree(self.path("out", "checkpoints", f"step-{step:06d}"))
+        self.refuse(2, "--out", self.path("out"), *STEPS, "--resume", words=["without an optimizer"])
+        self.assert_same(full, self.train(2, "out", *STEPS, *fused, "--resume"))
+        self.refuse(0, "--out", self.path("whole"), *STEPS, *fused, "--no-shard", words=["--optimizer fused"])
+
     def test_resuming_unsharded(self):
         full = self.train(0, "out", "--no-shard", *STEPS)
         shutil.rmtree(self.path("out", "checkpoints", "step-000012"))

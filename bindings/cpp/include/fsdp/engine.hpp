@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "fsdp/communicator.hpp"
+#include "fsdp/comm_hook.hpp"
 #include "fsdp/error.hpp"
 #include "fsdp/model.hpp"
 #include "fsdp/trace.hpp"
@@ -140,6 +141,17 @@ class Engine {
     return info;
   }
 
+  /// Everything about units, parameters, their places, states and counters as JSON; see
+  /// fsdp_engine_describe. Local.
+  std::string describe() const {
+    std::size_t size = 0;
+    check(fsdp_engine_describe(get(), nullptr, 0, &size));
+    std::string text(size + 64, '\0');  // some room: counters may have grown by a digit
+    check(fsdp_engine_describe(get(), text.data(), text.size(), &size));
+    text.resize(size - 1);
+    return text;
+  }
+
   /// The unit that a module is, or whose parameters it has. Local.
   std::uint32_t unit_of_module(std::uint32_t module) const {
     std::uint32_t unit = 0;
@@ -198,7 +210,7 @@ class Engine {
   /// The hook before a unit's backward: its parameters can be read afterwards. Collective.
   void pre_backward(std::uint32_t unit) { check(fsdp_engine_pre_backward(get(), unit)); }
   /// The hook after a unit's backward: its gradients are complete. Collective.
-  void post_backward(std::uint32_t unit) { check(fsdp_engine_post_backward(get(), unit)); }
+  void post_backward(std::uint32_t unit) { reduced(fsdp_engine_post_backward(get(), unit)); }
 
   /// Makes a unit's parameters readable and returns the unit buffer. Collective.
   float* unshard(std::uint32_t unit) {
@@ -213,11 +225,11 @@ class Engine {
   /// Ends reading a unit. Local.
   void reshard(std::uint32_t unit) { check(fsdp_engine_reshard(get(), unit)); }
   /// Starts reducing a unit's gradients, which are complete. Collective.
-  void reduce(std::uint32_t unit) { check(fsdp_engine_reduce(get(), unit)); }
+  void reduce(std::uint32_t unit) { reduced(fsdp_engine_reduce(get(), unit)); }
   /// Ends a forward that no backward follows.
   void finish_forward() { check(fsdp_engine_finish_forward(get())); }
   /// Ends a backward: every gradient shard is complete and shards may be written. Collective.
-  void finish_backward() { check(fsdp_engine_finish_backward(get())); }
+  void finish_backward() { reduced(fsdp_engine_finish_backward(get())); }
   /// Waits until this rank's shards may be written. Collective.
   void begin_write() { check(fsdp_engine_begin_write(get())); }
 
@@ -262,6 +274,42 @@ class Engine {
   /// Forgets every gradient shard. Local.
   void zero_grad() { check(fsdp_engine_zero_grad(get())); }
 
+  /// The norm of order `p` of the gradients of all parameters and ranks; see fsdp_engine_grad_norm.
+  /// Collective.
+  double grad_norm(double p = 2) const {
+    double norm = 0;
+    check(fsdp_engine_grad_norm(get(), p, &norm));
+    return norm;
+  }
+
+  /// Scales the gradients so that their norm is at most `max_norm`, and returns what it was. A norm
+  /// that is not finite throws NONFINITE if `error_if_nonfinite`. Collective.
+  double clip_grad_norm(double max_norm, double p = 2, bool error_if_nonfinite = false) {
+    double norm = 0;
+    check(fsdp_engine_clip_grad_norm(get(), max_norm, p, error_if_nonfinite ? 1 : 0, &norm));
+    return norm;
+  }
+
+  /// The norm of `pieces`, this rank's of each parameter, null where it has none; see
+  /// fsdp_engine_total_norm. Collective.
+  double total_norm(const std::vector<const float*>& pieces, double p = 2,
+                    bool error_if_nonfinite = false) const {
+    double norm = 0;
+    check(fsdp_engine_total_norm(get(), pieces.data(), pieces.size(), p, error_if_nonfinite ? 1 : 0,
+                                 &norm));
+    return norm;
+  }
+
+  /// Calls `hook` with each unit's gradients on this rank just before they are reduced; an empty
+  /// one: nothing. It may not call this engine. What it throws is rethrown by the call that started
+  /// the reduction, and aborts the communicator. Local; see fsdp_engine_set_comm_hook.
+  void set_comm_hook(CommHook hook) {
+    const bool none = !hook;
+    check(fsdp_engine_set_comm_hook(get(), none ? nullptr : &detail::HookState::call,
+                                    none ? nullptr : hook_.get()));
+    hook_->hook = std::move(hook);
+  }
+
   /// Sizes and counters of this rank. Local.
   Stats stats() const {
     Stats stats{};
@@ -296,7 +344,15 @@ class Engine {
   fsdp_engine_t* get() const noexcept { return handle_.get(); }
 
  private:
+  /// After a call that may have run the hook.
+  void reduced(fsdp_status_t status) const {
+    hook_->rethrow();
+    check(status);
+  }
+
   Communicator comm_;
+  // Outlives the C engine, which calls it.
+  std::shared_ptr<detail::HookState> hook_ = std::make_shared<detail::HookState>();
   std::shared_ptr<fsdp_engine_t> handle_;
 };
 

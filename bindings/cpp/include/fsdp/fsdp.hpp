@@ -1,17 +1,19 @@
 // The whole C++ layer over fsdp.h: exceptions, communicator, model description, plans, traces,
-// engine, optimizer, full parameters, checkpoints, log.
+// engine, optimizer, gradient scaler, full parameters, checkpoints, log.
 //
 // Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace, Engine,
-// Optimizer or CheckpointJob copies a reference, and the last copy destroys the C handle. Every
-// function throws fsdp::Error when the C call behind it fails, and is otherwise as documented in
-// fsdp.h.
+// Optimizer, GradScaler, FullParams or CheckpointJob copies a reference, and the last copy destroys
+// the C handle. Every function throws fsdp::Error when the C call behind it fails, and is otherwise
+// as documented in fsdp.h.
 #pragma once
 
 #include "fsdp/checkpoint.hpp"
+#include "fsdp/comm_hook.hpp"
 #include "fsdp/communicator.hpp"
 #include "fsdp/engine.hpp"
 #include "fsdp/error.hpp"
 #include "fsdp/full_params.hpp"
+#include "fsdp/grad_scaler.hpp"
 #include "fsdp/log.hpp"
 #include "fsdp/model.hpp"
 #include "fsdp/optimizer.hpp"

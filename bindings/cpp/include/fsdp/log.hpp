@@ -10,12 +10,22 @@
 #include <string>
 #include <utility>
 
+#include "fsdp/error.hpp"
+
 namespace fsdp {
 
 /// How important a message is.
 enum class LogLevel : std::int32_t {
+  debug = FSDP_LOG_DEBUG,      ///< the steps of an iteration, many
+  info = FSDP_LOG_INFO,        ///< what happens seldom, e.g. that an engine was made
   warning = FSDP_LOG_WARNING,  ///< nothing failed, but what happens may not be what was meant
+  off = FSDP_LOG_OFF,          ///< for set_log_level: no messages
 };
+
+/// Messages below `level` are not made from now on; at first FSDP_LOG in the environment says it.
+inline void set_log_level(LogLevel level) {
+  check(fsdp_set_log_level(static_cast<std::int32_t>(level)));
+}
 
 /// Receives a message, one line without its end. Called in any thread that calls fsdp, from within
 /// that call, by several at once; it may call fsdp. What it throws is dropped.

@@ -19,6 +19,7 @@
 #include "fsdp/torch/deferred.hpp"
 #include "fsdp/torch/options.hpp"
 #include "fsdp/torch/reset.hpp"
+#include "fsdp/torch/sharded_grad_scaler.hpp"
 #include "fsdp/torch/sharded_module.hpp"
 #include "fsdp/torch/tensors.hpp"
 #include "fsdp/torch/trace.hpp"

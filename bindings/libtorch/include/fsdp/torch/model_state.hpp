@@ -335,12 +335,6 @@ class ModelState final : public UnitHost,
     return grad.defined() && is_shard_view(grad, engine().shard(index));
   }
 
-  static bool is_shard_view(const at::Tensor& grad, const Shard& shard) {
-    return shard.grad != nullptr && grad.numel() == shard.numel && !is_sharded(grad) &&
-           grad.scalar_type() == at::kFloat &&
-           (shard.numel == 0 || grad.const_data_ptr() == shard.grad);
-  }
-
   static void store_gradient(const fsdp_tensor_t& region, bool accumulate, const ParamState& param,
                              const at::Tensor& gradient) {
     constexpr std::int64_t kSmall = 1 << 16;  // below, a plain copy beats an operator's overhead

@@ -125,6 +125,13 @@ inline at::Tensor grad_shard_view(const std::shared_ptr<ShardWrites>& writes, st
   return at::from_blob(shard.grad, {shard.numel}, [writes](void*) {}, at::kFloat);
 }
 
+/// Whether `grad` is a view of the gradient shard and not a tensor of the user's own.
+inline bool is_shard_view(const at::Tensor& grad, const Shard& shard) {
+  return shard.grad != nullptr && grad.numel() == shard.numel && !is_sharded(grad) &&
+         grad.scalar_type() == at::kFloat &&
+         (shard.numel == 0 || grad.const_data_ptr() == shard.grad);
+}
+
 /// Answers for the `.grad` of a module's own parameter, which exists only to make an optimizer or
 /// a clipping function that was given the wrong parameters fail with a message.
 class PoisonTag final : public StorageTag {

@@ -3,7 +3,6 @@
 
 #include <torch/torch.h>
 
-#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -13,6 +12,9 @@
 
 #include "fsdp/torch/build.hpp"
 #include "fsdp/torch/checkpoint_parts.hpp"
+#include "fsdp/torch/comm_hook.hpp"
+#include "fsdp/torch/fused_optimizer.hpp"
+#include "fsdp/torch/gradients.hpp"
 #include "fsdp/torch/optimizer_state.hpp"
 #include "fsdp/torch/outputs.hpp"
 #include "fsdp/torch/precision.hpp"
@@ -20,26 +22,6 @@
 namespace fsdp {
 
 namespace detail {
-
-/// The sum of squares, in double, in an order that depends only on `count`.
-inline double sum_of_squares(const float* data, std::int64_t count) {
-  constexpr std::int64_t kLanes = 8;
-  double lanes[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-      const double value = data[i + lane];
-      lanes[lane] += value * value;
-    }
-  }
-  for (; i < count; ++i) {
-    const double value = data[i];
-    lanes[0] += value * value;
-  }
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
-}
 
 /// Opens a forward scope for as long as it lives.
 class ForwardScope {
@@ -133,32 +115,43 @@ class ShardedModule {
     for (auto& param : state_->params) param.shard.mutable_grad().reset();
   }
 
-  /// Scales the gradients so that their L2 norm over all parameters and ranks is at most
-  /// `max_norm`, and returns the norm before. Each parameter counts once. Squares are summed in
-  /// double, the ranks' sums in rank order: every rank gets the same value. The factor is
-  /// min(1, max_norm / (norm + 1e-6)), as in torch::nn::utils::clip_grad_norm_; a norm that is not
-  /// finite makes the gradients so too. Collective.
-  double clip_grad_norm_(double max_norm) {
+  /// The norm of order `norm_type` (any but NaN; infinity too) of the gradients over all parameters
+  /// and ranks, in double, a parameter counted once: what torch.nn.utils.get_total_norm gives for
+  /// the unsharded gradients. Every rank gets the same bits. Collective.
+  double grad_norm(double norm_type = 2.0) const {
+    return detail::total_grad_norm(*state_, norm_type, false);
+  }
+
+  /// Scales the gradients so that their norm (see grad_norm) is at most `max_norm`, and returns
+  /// what it was. The factor is min(1, max_norm / (norm + 1e-6)), as in torch::nn::utils::
+  /// clip_grad_norm_. A norm that is not finite makes the gradients so too, or, with
+  /// `error_if_nonfinite`, throws NONFINITE on every rank, names the first such parameter, and
+  /// leaves the gradients alone. Collective.
+  double clip_grad_norm_(double max_norm, double norm_type = 2.0,
+                         bool error_if_nonfinite = false) {
+    return detail::clip_gradients(*state_, max_norm, norm_type, error_if_nonfinite);
+  }
+
+  /// Calls `hook` with each unit's gradients on this rank just before they are reduced; an empty
+  /// one removes it. It runs inside backward, and may not touch the model's parameters or this handle.
+  /// What it throws ends this rank's backward, and aborts the communicator, so that every other
+  /// rank gets an error that names the unit. Lost when the module is sharded again. Local; see
+  /// fsdp_engine_set_comm_hook.
+  void register_comm_hook(TensorCommHook hook) {
+    detail::register_comm_hook(state_, std::move(hook));
+  }
+
+  /// The engine's own AdamW on this model's parameters, with the meaning of torch::optim::AdamW.
+  /// Collective: the same options on every rank.
+  FusedOptimizer adamw(const AdamWConfig& options = {}) const {
     state_->require_current();
-    const torch::NoGradGuard no_grad;
-    state_->settle();
-    double sum = 0;
-    for (const auto& param : state_->params) {
-      const at::Tensor& grad = param.shard.grad();
-      if (!grad.defined() || grad.numel() == 0) continue;
-      const at::Tensor flat = grad.contiguous();
-      sum += detail::sum_of_squares(flat.template data_ptr<float>(), flat.numel());
-    }
-    state_->engine().communicator().all_reduce(&sum, 1, ReduceOp::sum);
-    const double norm = std::sqrt(sum);
-    const double factor = max_norm / (norm + 1e-6);
-    if (!(factor >= 1)) {
-      for (const auto& param : state_->params) {
-        at::Tensor grad = param.shard.grad();
-        if (grad.defined()) grad.mul_(factor);
-      }
-    }
-    return norm;
+    return FusedOptimizer(state_, options);
+  }
+
+  /// The engine's own SGD, with the meaning of torch::optim::SGD. Collective.
+  FusedOptimizer sgd(const SgdConfig& options) const {
+    state_->require_current();
+    return FusedOptimizer(state_, options);
   }
 
   /// Writes parameters and buffers (rank 0's) to directory `dir`, complete or not at all.
@@ -218,6 +211,22 @@ class ShardedModule {
     detail::install_optimizer_state(target, optimizer, *state_);
   }
 
+  /// As above with the states and step counts of an optimizer of adamw() or sgd(). Collective.
+  void save_checkpoint(const std::string& dir, FusedOptimizer& optimizer,
+                       const std::string& metadata = "") {
+    state_->require_current();
+    state_->settle();
+    optimizer.engine_optimizer().save_checkpoint(dir, {}, {{kUserMetadata, metadata}});
+  }
+
+  /// Reads what that has written, at any world size and wrapping. Collective.
+  void load_checkpoint(const std::string& dir, FusedOptimizer& optimizer) {
+    state_->require_current();
+    state_->settle();
+    state_->writes->before_write();
+    optimizer.engine_optimizer().load_checkpoint(dir);
+  }
+
   /// Sizes and counters of this rank. Local.
   Stats stats() const { return engine().stats(); }
 
@@ -234,6 +243,9 @@ class ShardedModule {
     state_->require_current();
     return state_->engine();
   }
+
+  /// For the other classes of the binding.
+  const std::shared_ptr<detail::ModelState>& state() const noexcept { return state_; }
 
  private:
   template <class... Args>
