@@ -49,6 +49,11 @@ struct ParamState {
 }
 
 impl Optimizer {
+    /// The engine whose shards it updates.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
     /// Keeps the engine alive. Collective: every rank passes the same options; the first that differs is named.
     pub fn new(engine: Arc<Engine>, rule: Rule) -> Result<Optimizer> {
         // Before the values are checked, so that a bad one on one rank only does not leave the others waiting.
