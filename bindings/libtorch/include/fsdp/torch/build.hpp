@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "fsdp/torch/options.hpp"
 #include "fsdp/torch/precision.hpp"
 #include "fsdp/torch/shard_walk.hpp"
+#include "fsdp/torch/synced_buffers.hpp"
 
 namespace fsdp::detail {
 
@@ -113,10 +115,12 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
   const torch::NoGradGuard no_grad;
   const DeferredPause real_tensors;
   const EngineConfig config = engine_config(options);
-  ShardWalk walk(module);
+  ShardWalk walk(module, options);
   options.wrap.apply(walk.model, walk.modules);
   const PrecisionPlan precision(options, walk);
-  Materializer materializer(walk, options);
+  const bool receives = options.sync_module_states && options.comm.rank() != 0;
+  std::optional<Materializer> materializer;
+  if (!receives) materializer.emplace(walk, options);
   for (const ShardWalk::Adopted& adopted : walk.adopted) {
     ShardWrites& writes = *adopted.root->writes;
     if (const auto old = adopted.root->state.lock()) {
@@ -128,6 +132,13 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
   }
   Engine engine(walk.model, options.comm, config);
   walk.release_data();
+  std::optional<SyncedBuffers> buffers;
+  if (options.sync_module_states) buffers.emplace(walk, options.comm);
+  if (options.reshard_after_forward) {
+    for (std::uint32_t unit = 1; unit < engine.unit_count(); ++unit) {
+      engine.set_reshard_after_forward(unit, *options.reshard_after_forward);
+    }
+  }
   if (options.prefetch_order) engine.set_prefetch_order(options.prefetch_order->order);
   auto state = std::make_shared<ModelState>(engine);
   auto root = std::make_shared<ShardedRoot>();
@@ -137,8 +148,12 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
   root->writes = state->writes;
   root->state = state;
   state->units = make_units(*state, root, walk, precision);
+  for (const WalkedModule& walked : walk.modules) {
+    state->module_units.emplace(walked.module, engine.unit_of_module(walked.id));
+  }
   install_parameters(state, root, walk);
-  materializer.keep_buffers();
+  if (materializer) materializer->keep_buffers();
+  if (buffers) buffers->install();
   precision.finish(*state);
   return state;
 }

@@ -20,6 +20,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -61,8 +62,11 @@ class ModelState final : public UnitHost,
   }
 
   const std::shared_ptr<ShardWrites> writes;
+  bool summoned = false;          ///< full parameters are open
+  bool is_last_backward = true;   ///< as the engine knows it
   std::vector<std::shared_ptr<UnitStorage>> units;  ///< by unit number
   std::vector<ParamState> params;                   ///< by parameter number
+  std::unordered_map<const torch::nn::Module*, std::uint32_t> module_units;
   std::unordered_set<const c10::TensorImpl*> buffers;  ///< the module's
   std::optional<at::ScalarType> input_type;            ///< what forward casts its arguments to
   std::optional<at::ScalarType> output_type;           ///< and its results
@@ -100,6 +104,11 @@ class ModelState final : public UnitHost,
   /// compared. Collective only when the last backward failed.
   void begin_forward(bool training) {
     require_current();
+    if (summoned) {
+      throw Error(FSDP_ERR_INVALID_STATE,
+                  "forward of a sharded model was called while its full parameters are open: "
+                  "close what summon_full_params() returned first");
+    }
     const std::thread::id self = std::this_thread::get_id();
     if (forward_thread_.load() == self) {
       ++forward_depth_;
@@ -187,7 +196,8 @@ class ModelState final : public UnitHost,
       ParamState& param = params[i];
       param.arrived = false;
       if (param.leaf.requires_grad()) ++param.unit->expected;
-      if (!holds_our_gradient(param, static_cast<std::uint32_t>(i))) {
+      // While the iteration of an earlier backward is open, nobody has seen its gradients yet.
+      if (!iteration_open_ && !holds_our_gradient(param, static_cast<std::uint32_t>(i))) {
         engine().clear_grad(static_cast<std::uint32_t>(i));
       }
     }
@@ -223,6 +233,7 @@ class ModelState final : public UnitHost,
     engine().finish_forward();
     engine().zero_grad();
     failed_ = false;
+    iteration_open_ = false;
     writes->on_closed();
     for (ParamState& param : params) param.shard.mutable_grad().reset();
     restore_poison();
@@ -360,9 +371,12 @@ class ModelState final : public UnitHost,
     failed_ = true;  // until everything below has succeeded
     reshard_all(false);
     engine().finish_backward();
-    writes->on_writable();
+    iteration_open_ = !is_last_backward;
     const torch::NoGradGuard no_grad;
-    for (std::size_t i = 0; i < params.size(); ++i) publish_gradient(static_cast<std::uint32_t>(i));
+    if (!iteration_open_) {
+      writes->on_writable();
+      for (std::uint32_t i = 0; i < params.size(); ++i) publish_gradient(i);
+    }
     restore_poison();
     failed_ = false;
   }
@@ -394,8 +408,37 @@ class ModelState final : public UnitHost,
   int forward_depth_ = 0;
   bool backward_open_ = false;
   bool failed_ = false;
+  bool iteration_open_ = false;  ///< the last backward was not the last one of its step
   UnitStorage* active_ = nullptr;        ///< the unit touched last, while unsharded
   std::vector<UnitStorage*> unsharded_;  ///< in the order of unsharding
+};
+
+/// The number of the unit that `module` is or, if it is none, that owns its parameters; throws if it
+/// is not a part of the sharded model.
+inline std::uint32_t unit_of_module(const ModelState& state, const torch::nn::Module& module) {
+  const auto known = state.module_units.find(&module);
+  if (known != state.module_units.end()) return known->second;
+  throw Error(FSDP_ERR_INVALID_ARGUMENT,
+              "module '" + module.name() + "' is not a part of this sharded model");
+}
+
+/// Backwards reduce no gradients while it lives.
+class NoSync {
+ public:
+  explicit NoSync(std::shared_ptr<ModelState> state) : state_(std::move(state)) {}
+  NoSync(NoSync&&) = default;
+  NoSync& operator=(NoSync&&) = delete;
+  ~NoSync() {
+    if (!state_) return;
+    try {
+      state_->engine().set_requires_gradient_sync(true);
+    } catch (...) {
+      // The engine failed inside: every later call says so.
+    }
+  }
+
+ private:
+  std::shared_ptr<ModelState> state_;
 };
 
 }  // namespace fsdp::detail

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "fsdp/fsdp.hpp"
@@ -64,6 +65,36 @@ class ModuleWalk {
 
  protected:
   explicit ModuleWalk(const torch::nn::Module& root) : model(root.name()) {}
+
+  /// Leaves these out, and what is below the modules. Call before walk_root(). Throws for one that
+  /// is not below `root`.
+  void ignore(const torch::nn::Module& root,
+              const std::vector<std::shared_ptr<torch::nn::Module>>& modules,
+              const std::vector<at::Tensor>& parameters) {
+    if (modules.empty() && parameters.empty()) return;
+    const auto below = root.modules(/*include_self=*/false);
+    for (const auto& module : modules) {
+      if (std::find(below.begin(), below.end(), module) == below.end()) {
+        throw Error(FSDP_ERR_INVALID_ARGUMENT,
+                    "ignored_modules has " + (module ? "a " + module->name() : "null") +
+                        ", which is not below the module that is sharded");
+      }
+      ignored_modules_.insert(module.get());
+      for (const at::Tensor& tensor : module->parameters()) {
+        ignored_tensors_.insert(tensor.unsafeGetTensorImpl());
+      }
+    }
+    const std::vector<at::Tensor> all = root.parameters();
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+      const auto same = [&](const at::Tensor& known) { return known.is_same(parameters[i]); };
+      if (std::none_of(all.begin(), all.end(), same)) {
+        throw Error(FSDP_ERR_INVALID_ARGUMENT,
+                    "ignored_parameters[" + std::to_string(i) +
+                        "] is not a parameter of the module that is sharded");
+      }
+      ignored_tensors_.insert(parameters[i].unsafeGetTensorImpl());
+    }
+  }
   ~ModuleWalk() = default;
 
   /// Describes a parameter that has not been met before to the model and returns its number.
@@ -114,6 +145,7 @@ class ModuleWalk {
             const std::string& prefix) {
     note_module(module, id, parent, prefix);
     for (const auto& item : module.named_parameters(/*recurse=*/false)) {
+      if (ignored_tensors_.count(item.value().unsafeGetTensorImpl()) != 0) continue;
       const auto known = params_.find(item.value().unsafeGetTensorImpl());
       if (known != params_.end()) {
         model.tie_parameter(id, item.key(), known->second);
@@ -129,6 +161,7 @@ class ModuleWalk {
       note_parameter(id, name, item.value());
     }
     for (const auto& item : module.named_children()) {
+      if (ignored_modules_.count(item.value().get()) != 0) continue;
       if (take_over(id, item.key(), prefix + item.key() + ".", *item.value())) continue;
       const std::uint32_t child = model.add_module(id, item.key(), item.value()->name());
       walk(*item.value(), child, id, prefix + item.key() + ".");
@@ -139,6 +172,8 @@ class ModuleWalk {
   std::unordered_map<const torch::nn::Module*, std::size_t> first_;  // index in `modules`
   std::unordered_map<std::uint32_t, std::size_t> by_id_;             // index in `modules`
   std::unordered_map<const c10::TensorImpl*, std::uint32_t> params_;
+  std::unordered_set<const torch::nn::Module*> ignored_modules_;
+  std::unordered_set<const c10::TensorImpl*> ignored_tensors_;
 };
 
 }  // namespace fsdp::detail

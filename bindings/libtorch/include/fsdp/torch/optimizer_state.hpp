@@ -124,6 +124,7 @@ inline void require_our_parameters(torch::optim::Optimizer& optimizer, const Mod
 struct OptimizerSnapshot {
   std::vector<std::string> names;    ///< keeps the strings that `states` points at
   std::vector<fsdp_state_t> states;  ///< borrow the optimizer's tensors
+  std::vector<std::pair<std::string, std::int64_t>> steps;  ///< by parameter name
   std::string description;
 };
 
@@ -156,6 +157,7 @@ inline OptimizerSnapshot snapshot_optimizer(torch::optim::Optimizer& optimizer, 
   for (std::size_t i = 0; i < model.params.size(); ++i) {
     if (table[i * width] < 0) continue;
     const ParamState& param = model.params[i];
+    snapshot.steps.emplace_back(param.name, table[i * width]);
     snapshot.description += param.name + "\t" + std::to_string(table[i * width]);
     for (std::size_t n = 0; n < snapshot.names.size(); ++n) {
       if (table[i * width + n + 1] < 0) continue;

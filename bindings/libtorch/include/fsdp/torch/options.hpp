@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "fsdp/torch/input_cast.hpp"
 #include "fsdp/torch/tensors.hpp"
@@ -63,6 +65,19 @@ struct ShardOptions {
   Strategy strategy = Strategy::full_shard;
   /// Ranks of a shard group, a divisor of the world size, with the hybrid strategies; else 0.
   std::uint32_t shard_size = 0;
+  /// What happens to every unit but the root after a forward that a backward follows:
+  /// kReshardNever, kReshardAlways, or a number of ranks (a divisor of the shard group's) that it is
+  /// resharded over. Unset: as the strategy says. ShardedModule::set_reshard_after_forward chooses
+  /// for single units.
+  std::optional<std::int32_t> reshard_after_forward = {};
+  /// Every rank starts from rank 0's parameters and buffers, which it broadcasts; what the others
+  /// hold is not looked at, and may be without storage. Only rank 0 initializes what has none.
+  bool sync_module_states = false;
+  /// Modules that are left alone with all that is below them, and parameters likewise: they stay
+  /// whole on every rank, and their gradients are not reduced. parameters() leaves them out; state
+  /// dicts of whole tensors have them, checkpoints do not.
+  std::vector<std::shared_ptr<torch::nn::Module>> ignored_modules = {};
+  std::vector<at::Tensor> ignored_parameters = {};
   /// What is done about ranks that run different forwards. Only forwards in training mode
   /// (train()) with gradients enabled are compared with the first iteration.
   OrderCheck order_check = OrderCheck::error;
@@ -110,6 +125,7 @@ inline EngineConfig engine_config(const ShardOptions& options) {
   config.gradient_slots = options.gradient_slots;
   config.strategy = options.strategy;
   config.shard_size = options.shard_size;
+  config.sync_module_states = options.sync_module_states;
   config.order_check = options.order_check;
   const MixedPrecision& types = options.mixed_precision;
   config.param_dtype = c_dtype(types.param_dtype, "MixedPrecision::param_dtype");

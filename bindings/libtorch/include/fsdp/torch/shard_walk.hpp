@@ -14,6 +14,7 @@
 
 #include "fsdp/torch/model_state.hpp"
 #include "fsdp/torch/module_walk.hpp"
+#include "fsdp/torch/options.hpp"
 #include "fsdp/torch/tensors.hpp"
 
 namespace fsdp::detail {
@@ -29,7 +30,8 @@ class ShardWalk final : public ModuleWalk {
     std::uint32_t param;
   };
 
-  explicit ShardWalk(torch::nn::Module& root) : ModuleWalk(root) {
+  ShardWalk(torch::nn::Module& root, const ShardOptions& options) : ModuleWalk(root) {
+    ignore(root, options.ignored_modules, options.ignored_parameters);
     for (const at::Tensor& tensor : root.parameters()) {
       UnitStorage* unit = unit_of(tensor);
       if (unit != nullptr && unit->root()) known_.emplace(unit->root()->module, unit->root());

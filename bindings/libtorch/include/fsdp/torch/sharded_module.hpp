@@ -13,6 +13,7 @@
 #include "fsdp/torch/build.hpp"
 #include "fsdp/torch/checkpoint_parts.hpp"
 #include "fsdp/torch/comm_hook.hpp"
+#include "fsdp/torch/full_params.hpp"
 #include "fsdp/torch/fused_optimizer.hpp"
 #include "fsdp/torch/gradients.hpp"
 #include "fsdp/torch/optimizer_state.hpp"
@@ -113,6 +114,90 @@ class ShardedModule {
   /// Makes every `.grad` of parameters() undefined. Local.
   void zero_grad() {
     for (auto& param : state_->params) param.shard.mutable_grad().reset();
+    state_->engine().zero_grad();
+  }
+
+  // ---- when units are resharded, and which backwards reduce ----
+
+  /// What happens to the unit that `module` is (or that owns its parameters) after a forward that a
+  /// backward follows: kReshardDefault, kReshardNever, kReshardAlways, or a number of ranks that it
+  /// is resharded over. Collective; not inside of an iteration.
+  void set_reshard_after_forward(const torch::nn::Module& module,
+                                 std::int32_t reshard_after_forward) {
+    state_->require_current();
+    state_->settle();
+    state_->engine().set_reshard_after_forward(detail::unit_of_module(*state_, module),
+                                               reshard_after_forward);
+  }
+
+  /// Whether backwards from here on reduce their gradients. Those that do not leave them unsharded,
+  /// in memory as large as the model, `.grad` as it was; the next one that does adds its own and
+  /// reduces all. The same on every rank. Local.
+  void set_requires_gradient_sync(bool required) {
+    state_->require_current();
+    state_->engine().set_requires_gradient_sync(required);
+  }
+
+  /// set_requires_gradient_sync(false) for as long as the result lives.
+  [[nodiscard]] detail::NoSync no_sync() {
+    set_requires_gradient_sync(false);
+    return detail::NoSync(state_);
+  }
+
+  /// Whether backwards from here on end the iteration. Those that do not wait for no rank; `.grad` is
+  /// filled, and shards may be written, after the next one that does. For the micro-batches of a
+  /// step, all but the last. The same on every rank. Local.
+  void set_is_last_backward(bool last) {
+    state_->require_current();
+    state_->engine().set_is_last_backward(last);
+    state_->is_last_backward = last;
+  }
+
+  /// Whether backwards from here on average gradients over the replicas of a hybrid or unsharded
+  /// model, or leave that to a later one. The same on every rank. Local.
+  void set_requires_all_reduce(bool required) {
+    state_->require_current();
+    state_->engine().set_requires_all_reduce(required);
+  }
+
+  // ---- whole parameters ----
+
+  /// Opens a scope in which the module's own parameters are whole float32 tensors, which can be read
+  /// and changed in place: those of `module` (of whole units), or of all. Collective, and so is its
+  /// end with writeback. Throws INVALID_STATE in a forward or backward.
+  [[nodiscard]] SummonedParams summon_full_params(const SummonOptions& options = {},
+                                                  const torch::nn::Module* module = nullptr) {
+    return SummonedParams(state_, module, options);
+  }
+
+  /// Calls `function(torch::nn::Module&)` with every module, children first, as Module::apply does,
+  /// with whole parameters that it may change. Every rank must do the same. Collective.
+  template <class Function>
+  void apply(Function&& function) {
+    SummonedParams scope = summon_full_params();
+    const torch::NoGradGuard no_grad;
+    module_->apply([&](torch::nn::Module& module) { function(module); });
+    scope.close();
+  }
+
+  /// Whole parameters (float32) and buffers by name, as the unsharded module has them, gathered one
+  /// unit at a time: copies, on every rank or (empty elsewhere) on rank 0. Collective.
+  StateDict full_state_dict(bool rank0_only = false) {
+    return detail::full_state_dict(*module_, *state_, rank0_only);
+  }
+
+  /// Takes the values of such a dict, which must have exactly the module's names and shapes; of any
+  /// floating type. With `rank0_only` rank 0's, which it broadcasts; others pass anything.
+  /// Collective; on an error nothing has changed.
+  void load_full_state_dict(const StateDict& dict, bool rank0_only = false) {
+    detail::load_full_state_dict(dict, *module_, state_, rank0_only);
+  }
+
+  /// The whole state of an optimizer on parameters(), or of one of adamw() or sgd(): by parameter,
+  /// its arrays by name and its "step". On every rank, or (empty elsewhere) on rank 0. Collective.
+  template <class Optimizer>
+  OptimStateDict full_optim_state_dict(Optimizer& optimizer, bool rank0_only = false) {
+    return detail::full_optim_state_dict(optimizer, *state_, rank0_only);
   }
 
   /// The norm of order `norm_type` (any but NaN; infinity too) of the gradients over all parameters
