@@ -1,6 +1,6 @@
 /* What fsdp_plan foretells is what real engines measure, byte for byte: memory, and the collectives
- * of training steps through the hooks, for every way of wrapping, strategy, compute and reduce dtype
- * and number of slots. */
+ * of training steps through the hooks, for every way of wrapping, strategy, compute and reduce
+ * dtype and number of slots. */
 #include "net.h"
 #include "ranks.h"
 

@@ -16,7 +16,8 @@ enum { MAX_NUMEL = 700, STEPS = 3 };
 static const char *const NAMES[PARAMS] = {"w", "h", "f", "v", "n", "e", "r"};
 static const uint32_t OWNERS[PARAMS] = {A, A, A, B, B, B, ROOT};
 static const type_t REGISTERED[PARAMS] = {BF16, F16, F32, F32, BF16, BF16, F32};
-static const int64_t SHAPES[PARAMS][2] = {{37, 3}, {13, 50}, {7, 1}, {33, 9}, {9, 1}, {0, 4}, {5, 1}};
+static const int64_t SHAPES[PARAMS][2] = {{37, 3}, {13, 50}, {7, 1}, {33, 9},
+                                          {9, 1},  {0, 4},   {5, 1}};
 
 typedef struct {
   const char *name;
@@ -169,8 +170,8 @@ static void check_params(const reference_t *ref, fsdp_engine_t *engine, uint32_t
   }
 }
 
-/* Gives this rank's gradients of unit `u`: the first use in the type it is computed in, the second in
- * float32. */
+/* Gives this rank's gradients of unit `u`: the first use in the type it is computed in, the second
+ * in float32. */
 static void give_gradients(const reference_t *ref, fsdp_engine_t *engine, uint32_t u, int step) {
   static float grad[MAX_NUMEL];
   uint16_t *halves = (uint16_t *)grad;
@@ -430,8 +431,8 @@ static void without_storage(const job_t *job) {
   CHECK_OK(fsdp_model_add_parameter(model, 0, "y", &t, 1, &param));
   CHECK_OK(fsdp_model_set_reset(model, 0, fill, &missing));
   CHECK_ERR(fsdp_engine_create(model, job->comm, NULL, &engine), FSDP_ERR_INVALID_STATE,
-            "\"x\" was left uninitialized by the reset function of module \"(root)\" (Net) (element "
-            "100)");
+            "\"x\" was left uninitialized by the reset function of module \"(root)\" (Net) "
+            "(element 100)");
   missing = -1;
   CHECK_OK(fsdp_engine_create(model, job->comm, NULL, &engine));
   CHECK_EQ(stats_of(engine).materialized_peak_bytes, 2 * 2 * 101);
@@ -464,7 +465,8 @@ static void what_is_refused(const job_t *job) {
             "\"a\" cannot be computed in float64");
   CHECK_ERR(fsdp_model_set_unit_dtypes(model, A, none, f64), FSDP_ERR_UNSUPPORTED,
             "\"a\" cannot be reduced in float64");
-  CHECK_ERR(fsdp_model_set_unit_dtypes(model, 9, bf16, none), FSDP_ERR_INVALID_ARGUMENT, "module 9");
+  CHECK_ERR(fsdp_model_set_unit_dtypes(model, 9, bf16, none), FSDP_ERR_INVALID_ARGUMENT,
+            "module 9");
   CHECK_ERR(fsdp_model_set_unit_dtypes(NULL, A, bf16, none), FSDP_ERR_INVALID_ARGUMENT, "model");
   CHECK_ERR(fsdp_model_set_param_dtype(NULL, W, bf16), FSDP_ERR_INVALID_ARGUMENT, "model");
   config.param_dtype = f64;

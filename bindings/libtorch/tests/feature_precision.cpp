@@ -537,7 +537,8 @@ void sharded_again(const fsdp::Communicator& comm) {
   REQUIRE(module->first->weight.scalar_type() == at::kBFloat16);
   REQUIRE(outer->lin->weight.scalar_type() == at::kHalf);
   // The handle casts to float16, the inner unit's operators to bfloat16.
-  const at::Tensor wanted = lin(reference->forward(x.to(at::kHalf).to(at::kBFloat16)).to(at::kHalf));
+  const at::Tensor inner_input = x.to(at::kHalf).to(at::kBFloat16);
+  const at::Tensor wanted = lin(reference->forward(inner_input).to(at::kHalf));
   const at::Tensor output = model.forward(x);
   REQUIRE(output.scalar_type() == at::kHalf && same_bits(output.detach(), wanted.detach()));
   output.sum().backward();
@@ -554,7 +555,8 @@ void wrong_options(const fsdp::Communicator& comm) {
     REQUIRE(module->forward(torch::ones({1, 13})).scalar_type() == at::kFloat);  // unchanged
   };
   using Options = fsdp::ShardOptions;
-  refuse([](Options& o) { o.mixed_precision.param_dtype = at::kDouble; }, {"param_dtype", "Double"});
+  refuse([](Options& o) { o.mixed_precision.param_dtype = at::kDouble; },
+         {"param_dtype", "Double"});
   refuse([](Options& o) { o.mixed_precision.reduce_dtype = at::kInt; }, {"reduce_dtype", "Int"});
   refuse([](Options& o) { o.mixed_precision.buffer_dtype = at::kLong; }, {"buffer_dtype", "Long"});
   refuse([](Options& o) { o.mixed_precision.output_dtype = at::kBool; }, {"output_dtype", "Bool"});

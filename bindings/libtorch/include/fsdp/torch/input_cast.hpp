@@ -51,7 +51,7 @@ inline bool needs_cast(const InputCast& cast, const at::Tensor& tensor) {
          cast.buffers->count(impl) == 0;
 }
 
-/// Casts the arguments of `op` on top of `stack`; those that it writes, parameters and buffers stay.
+/// Casts the arguments of `op` on top of `stack`; those it writes, parameters and buffers stay.
 inline void cast_inputs(const InputCast& cast, const c10::OperatorHandle& op,
                         torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();

@@ -1,8 +1,8 @@
 // The storage behind one unit's parameters: an address while unsharded, an error while sharded.
 //
-// All parameters of a unit that are computed in float32, and every view of them that autograd saves,
-// share one storage object over the unit buffer, and those computed in 16 bits another one over
-// their copies: swapping the two pointers unshards and reshards them all.
+// All parameters of a unit that are computed in float32, and every view of them that autograd
+// saves, share one storage object over the unit buffer, and those computed in 16 bits another one
+// over their copies: swapping the two pointers unshards and reshards them all.
 #pragma once
 
 #include <atomic>
