@@ -5,20 +5,12 @@
 
 enum { BATCH = 3 };
 
-/* A sharded net that reduces in `bits` bits of bfloat16 or in float32. */
+/* A sharded net that reduces in bfloat16 or in float32. */
 static sharded_t *net_reduced_in(const net_t *net, fsdp_comm_t *comm, int bfloat16) {
-  sharded_t *s = sharded_create(net, comm, WRAP_SOME, 0);
-  if (!bfloat16) return s;
   const fsdp_dtype_t dtype = {FSDP_DTYPE_BFLOAT, 16, 1};
   fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
-  fsdp_model_t *model = net_model(net);
-  config.reduce_dtype = dtype;
-  fsdp_engine_destroy(s->engine);
-  CHECK_OK(fsdp_model_wrap_module(model, NET_BLOCK));
-  CHECK_OK(fsdp_model_wrap_class(model, "Linear"));
-  CHECK_OK(fsdp_engine_create(model, comm, &config, &s->engine));
-  fsdp_model_destroy(model);
-  return s;
+  if (bfloat16) config.reduce_dtype = dtype;
+  return sharded_create(net, comm, WRAP_SOME, &config);
 }
 
 /* To the nearest bfloat16, ties to even; finite numbers. */
@@ -76,7 +68,7 @@ static void compression(const job_t *job) {
 static void scaling(const job_t *job) {
   const net_t net = {7, 13};
   const float two = 2;
-  sharded_t *sharded = sharded_create(&net, job->comm, WRAP_ALWAYS, 0);
+  sharded_t *sharded = sharded_create(&net, job->comm, WRAP_ALWAYS, NULL);
   reference_t *reference = reference_create(&net, job->world);
   test_context("a hook that scales");
   for (int step = 1; step <= 3; step++) {
@@ -183,10 +175,19 @@ static int32_t fail(const fsdp_unit_gradients_t *unit, void *user_data) {
   return unit->unit == 2 ? 42 : 0;
 }
 
-/* The last rank's hook fails at unit 2; the others are told instead of waiting. Last: the
- * communicator is broken afterwards. */
+/* The last rank's hook fails at unit 2; the others are told instead of waiting, in every shard
+ * group. Last: the communicator is broken afterwards. */
 static void failure(const job_t *job) {
-  fsdp_engine_t *engine = stack_engine(job->comm, 3, 5, 1);
+  fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
+  fsdp_model_t *model = stack_model(3, 5, 1);
+  fsdp_engine_t *engine = NULL;
+  config.strategy = job->world == 4   ? FSDP_HYBRID_SHARD
+                    : job->world == 2 ? FSDP_NO_SHARD
+                                      : FSDP_FULL_SHARD;
+  config.shard_size = job->world == 4 ? 2 : 0;
+  CHECK_OK(fsdp_model_wrap_class(model, "Layer"));
+  CHECK_OK(fsdp_engine_create(model, job->comm, &config, &engine));
+  fsdp_model_destroy(model);
   const int fails = job->rank == job->world - 1;
   fsdp_status_t status = FSDP_OK;
   test_context("a hook that fails");

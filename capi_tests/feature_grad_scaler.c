@@ -60,8 +60,15 @@ static void check_values(fsdp_engine_t *engine, float want) {
 }
 
 /* `own` 0: the engine's SGD steps; 1: the host does, on the engine's gradients; 2: on its own. */
-static void sequence(const job_t *job, int own) {
-  fsdp_engine_t *engine = stack_engine(job->comm, 2, WIDTH, 1);
+static void sequence(const job_t *job, int own, int32_t strategy, uint32_t shard_size) {
+  fsdp_engine_config_t engine_config = FSDP_ENGINE_CONFIG_INIT;
+  fsdp_model_t *model = stack_model(2, WIDTH, 1);
+  fsdp_engine_t *engine = NULL;
+  engine_config.strategy = strategy;
+  engine_config.shard_size = shard_size;
+  CHECK_OK(fsdp_model_wrap_class(model, "Layer"));
+  CHECK_OK(fsdp_engine_create(model, job->comm, &engine_config, &engine));
+  fsdp_model_destroy(model);
   fsdp_optimizer_t *optimizer = NULL;
   fsdp_sgd_config_t sgd = FSDP_SGD_CONFIG_INIT;
   fsdp_grad_scaler_config_t config = FSDP_GRAD_SCALER_CONFIG_INIT;
@@ -226,7 +233,9 @@ static void misuse(const job_t *job) {
 
 int main(void) {
   const job_t job = join_job();
-  for (int own = 0; own < 3; own++) sequence(&job, own);
+  for (int own = 0; own < 3; own++) sequence(&job, own, FSDP_FULL_SHARD, 0);
+  sequence(&job, 0, FSDP_NO_SHARD, 0);
+  if (job.world == 4) sequence(&job, 0, FSDP_HYBRID_SHARD, 2);
   not_enabled(&job);
   misuse(&job);
   CHECK_OK(fsdp_comm_barrier(job.comm));

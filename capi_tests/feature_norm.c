@@ -75,10 +75,16 @@ static const float *const *copied_pieces(sharded_t *sharded) {
   return pieces;
 }
 
-static void norms_and_clipping(const job_t *job, train_wrap_t wrap, const char *name) {
+static void norms_and_clipping(const job_t *job, train_wrap_t wrap, int32_t strategy,
+                               uint32_t shard_size, const char *name) {
   const net_t net = {7, 13};
-  sharded_t *sharded = sharded_create(&net, job->comm, wrap, 0);
+  fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
+  config.strategy = strategy;
+  config.shard_size = shard_size;
+  sharded_t *sharded = sharded_create(&net, job->comm, wrap, &config);
   reference_t *reference = reference_create(&net, job->world);
+  if (shard_size != 0) reference->group = (int)shard_size;
+  if (strategy == FSDP_NO_SHARD) reference->group = 1;
   double norm = -1, again = -1;
   test_context(name);
   /* No parameter has a gradient yet. */
@@ -138,7 +144,7 @@ static void norms_and_clipping(const job_t *job, train_wrap_t wrap, const char *
 /* The last rank's piece gets a value that is not finite; `p` of the norms. */
 static void not_finite(const job_t *job, float bad, double p) {
   const net_t net = {7, 13};
-  sharded_t *sharded = sharded_create(&net, job->comm, WRAP_SOME, 0);
+  sharded_t *sharded = sharded_create(&net, job->comm, WRAP_SOME, NULL);
   reference_t *reference = reference_create(&net, job->world);
   double norm = -1;
   fsdp_shard_t shard;
@@ -199,9 +205,11 @@ static void not_in_a_backward(const job_t *job) {
 
 int main(void) {
   const job_t job = join_job();
-  norms_and_clipping(&job, WRAP_NOTHING, "one unit");
-  norms_and_clipping(&job, WRAP_SOME, "some units");
-  norms_and_clipping(&job, WRAP_ALWAYS, "every module a unit");
+  norms_and_clipping(&job, WRAP_NOTHING, FSDP_FULL_SHARD, 0, "one unit");
+  norms_and_clipping(&job, WRAP_SOME, FSDP_FULL_SHARD, 0, "some units");
+  norms_and_clipping(&job, WRAP_ALWAYS, FSDP_SHARD_GRAD_OP, 0, "every module a unit");
+  norms_and_clipping(&job, WRAP_SOME, FSDP_NO_SHARD, 0, "unsharded");
+  if (job.world == 4) norms_and_clipping(&job, WRAP_SOME, FSDP_HYBRID_SHARD, 2, "hybrid");
   not_finite(&job, INFINITY, 2);
   not_finite(&job, -INFINITY, 1);
   not_finite(&job, -INFINITY, INFINITY);

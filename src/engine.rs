@@ -643,7 +643,7 @@ impl Engine {
         let units = self.plan().units.iter();
         let unsharded = units.zip(&state.units).filter(|(_, unit)| unit.state == UnitState::Unsharded);
         Memory {
-            units_unsharded: unsharded.map(|(u, _)| u.bytes() as u64).sum(),
+            units_unsharded: unsharded.map(|(u, _)| u.gathered_bytes(&self.plan().params) as u64).sum(),
             gradient_slots: state.gradients.used_bytes(),
             param_shards: self.plan().units.iter().map(|u| u.shard_bytes() as u64).sum(),
             grad_shards: self.plan().units.iter().map(|u| u.grad_shard_bytes() as u64).sum(),

@@ -1,6 +1,9 @@
 // What happens to gradients between backward and step: norms and clipping, communication hooks, the
 // gradient scaler, and the engine's own optimizers; each compared with torch's on the unsharded
 // module.
+#include <cstdio>
+#include <fstream>
+#include <iterator>
 #include <limits>
 
 #include "reference.hpp"
@@ -461,6 +464,51 @@ void fused_with_own_gradients(const fsdp::Communicator& comm) {
   REQUIRE_THROWS(optimizer.step(), "not made by a backward");
 }
 
+// ---- the timeline ----
+
+std::size_t count_of(const std::string& text, const std::string& part) {
+  std::size_t count = 0;
+  for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) {
+    ++count;
+  }
+  return count;
+}
+
+/// Every rank has, in one file, an unshard for every all-gather and its part of every reduction.
+/// capi_tests/feature_timeline.py looks into such a file more closely.
+void timeline(const fsdp::Communicator& comm) {
+  const std::string path = "/tmp/fsdp_feature_gradients_" + std::to_string(getppid()) + ".json";
+  REQUIRE(setenv("FSDP_TIMELINE", path.c_str(), 1) == 0);
+  std::vector<std::uint64_t> counts;
+  {
+    Sharded model = shard(comm);
+    auto optimizer = model.adamw();
+    for (int step = 0; step < 3; ++step) {
+      model.zero_grad();
+      loss_of([&](const at::Tensor& x) { return model.forward(x); }, step, comm.rank()).backward();
+      optimizer.step();
+    }
+    REQUIRE(model.engine().describe().find("\"block1.up.weight\"") != std::string::npos);
+    counts = {model.stats().all_gathers, model.stats().reduce_scatters};
+  }
+  unsetenv("FSDP_TIMELINE");
+  comm.barrier();
+  std::ifstream file(path);
+  const std::string text(std::istreambuf_iterator<char>(file), {});
+  for (int rank = 0; rank < comm.world_size(); ++rank) {
+    const std::string pid = "\"cat\": \"fsdp\", \"pid\": " + std::to_string(rank) + ",";
+    const auto events = [&](const char* name) {
+      return count_of(text, "\"ph\": \"X\", \"name\": \"" + std::string(name) + "\", " + pid);
+    };
+    REQUIRE_SAY(events("unshard") == counts[0], events("unshard") << " unshards");
+    REQUIRE_SAY(events("reduce") == counts[1], events("reduce") << " reductions");
+    REQUIRE(events("forward") >= 3 * 3 && events("backward") >= 3);
+  }
+  REQUIRE(text.substr(text.size() - 4) == "\n]}\n");
+  comm.barrier();
+  if (comm.rank() == 0) REQUIRE(std::remove(path.c_str()) == 0);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -473,5 +521,6 @@ int main(int argc, char** argv) {
                            {"a hook that calls back", hook_that_calls_back},
                            {"gradient scaler", scaler},
                            {"fused optimizers", fused_optimizers},
-                           {"fused with own gradients", fused_with_own_gradients}});
+                           {"fused with own gradients", fused_with_own_gradients},
+                           {"timeline", timeline}});
 }
