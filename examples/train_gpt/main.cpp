@@ -111,6 +111,7 @@ double train(TrainedModel& model, TrainOptimizer& optimizer, const Text& text,
       model.save(run.checkpoint(step), optimizer, run.metadata(progress));
     }
   }
+  model.finish_saving();
   bar.finish();
   if (ranks.first()) {
     std::printf("trained to step %lld: loss %.4f, first %.4f (%.2f of it)\n",

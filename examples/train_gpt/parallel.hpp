@@ -8,6 +8,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "gpt.hpp"
@@ -39,9 +40,11 @@ class TrainedModel {
   virtual TrainOptimizer make_optimizer(const Shapes& shapes, const Options& options) = 0;
   virtual ModelBytes bytes() = 0;
   /// Writes parameters, optimizer state and `metadata` (JSON) to `folder`, which is complete or
-  /// absent.
+  /// absent; perhaps in the background, after what an earlier call began.
   virtual void save(const std::string& folder, TrainOptimizer& optimizer,
                     const std::string& metadata) = 0;
+  /// Returns when everything is saved; throws what went wrong since.
+  virtual void finish_saving() = 0;
   /// Reads what save wrote; throws when it does not fit this model or is not complete.
   virtual void load(const std::string& folder, TrainOptimizer& optimizer) = 0;
 };
@@ -69,7 +72,13 @@ class ShardedModel final : public TrainedModel {
   }
   void save(const std::string& folder, TrainOptimizer& optimizer,
             const std::string& metadata) override {
-    std::visit([&](auto& any) { model_.save_checkpoint(folder, any, metadata); }, optimizer);
+    finish_saving();
+    std::visit([&](auto& any) { saving_ = model_.save_checkpoint_async(folder, any, metadata); },
+               optimizer);
+  }
+  void finish_saving() override {
+    if (saving_) saving_->wait();
+    saving_.reset();
   }
   void load(const std::string& folder, TrainOptimizer& optimizer) override {
     std::visit([&](auto& any) { model_.load_checkpoint(folder, any); }, optimizer);
@@ -87,6 +96,7 @@ class ShardedModel final : public TrainedModel {
   }
 
   decltype(fsdp::fully_shard(std::declval<Gpt>(), std::declval<fsdp::ShardOptions>())) model_;
+  std::optional<fsdp::CheckpointJob> saving_;
 };
 
 /// The same model whole on one rank, in plain LibTorch, for comparison.
@@ -124,6 +134,7 @@ class WholeModel final : public TrainedModel {
     }
     fs::rename(aside, folder);
   }
+  void finish_saving() override {}
   void load(const std::string& folder, TrainOptimizer& optimizer) override {
     torch::load(gpt_, folder + "/model.pt");
     torch::load(std::get<torch::optim::AdamW>(optimizer), folder + "/optimizer.pt");
