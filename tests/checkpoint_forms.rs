@@ -240,6 +240,22 @@ fn a_rank_reads_its_part_and_no_more_than_the_blocks_around_it() {
     }
     assert_eq!(verify(&dir).unwrap(), (ROWS * COLUMNS * 4) as u64);
 
+    // Of a consolidated model a rank reads its bytes and headers, no more.
+    consolidate(&dir, &folder.join("whole"), &ConsolidateOptions::default()).unwrap();
+    ranks(3, |comm| {
+        let engine = wide_engine(comm);
+        engine.begin_write().unwrap();
+        let mine = piece(&engine, 0);
+        mine.fill(-1.0);
+        let before = bytes_read();
+        // SAFETY: there are no states.
+        unsafe { load(&engine, &folder.join("whole"), &Contents::default()) }.unwrap();
+        let (read, wanted) = (bytes_read() - before, mine.len() as u64 * 4);
+        assert!(read >= wanted && read < wanted + 4096, "{read} bytes read for {wanted}");
+        let first = engine.plan().params[0].piece.param_offset;
+        assert!(mine.iter().enumerate().all(|(i, v)| *v == (first + i) as f32));
+    });
+
     // A bit in the last block is found by whoever reads it, and stops all.
     let path = dir.join("shard-00002-of-00002.safetensors");
     let mut bytes = fs::read(&path).unwrap();
