@@ -5,7 +5,7 @@ mod common;
 use common::{engine, numel, piece, ranks, value, Folder, SHAPES};
 use fsdp::checkpoint::{load, metadata, save, Contents, Metadata, StateTensor};
 use fsdp::comm::Communicator;
-use fsdp::config::EngineConfig;
+use fsdp::config::{EngineConfig, Strategy};
 use fsdp::engine::Engine;
 use fsdp::error::{Error, Status};
 use std::fs;
@@ -74,6 +74,37 @@ fn loads_at_any_world_size() {
     }
     let left: Vec<_> = fs::read_dir(&folder.0).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 3, "nothing but the checkpoints: {left:?}");
+}
+
+#[test]
+fn of_ranks_with_the_same_shards_the_first_ones_save() {
+    let folder = Folder::new("replicas");
+    for (strategy, shard_size, files) in [(Strategy::HybridShard, 2, 2), (Strategy::NoShard, 0, 1)] {
+        let dir = folder.join(strategy.name());
+        let config = EngineConfig { strategy, shard_size, ..EngineConfig::default() };
+        ranks(4, |comm| {
+            let engine = engine(comm, &config);
+            let (_data, tensors) = states(&engine);
+            let contents = Contents { states: tensors, metadata: steps(), ..Contents::default() };
+            // SAFETY: the states have the pieces' lengths.
+            unsafe { save(&engine, &dir, &contents) }.unwrap();
+        });
+        let whole =
+            |e: &fs::DirEntry| e.file_name().to_string_lossy().ends_with(&format!("-of-{files:05}.safetensors"));
+        assert_eq!(fs::read_dir(&dir).unwrap().filter(|e| whole(e.as_ref().unwrap())).count(), files);
+        ranks(3, |comm| load_into(comm, &dir).0.unwrap());
+        ranks(4, |comm| {
+            let engine = engine(comm, &config);
+            engine.begin_write().unwrap();
+            (0..SHAPES.len()).for_each(|p| piece(&engine, p).fill(-1.0));
+            // SAFETY: there are no states.
+            unsafe { load(&engine, &dir, &Contents::default()) }.unwrap();
+            for p in 0..SHAPES.len() {
+                let first = engine.plan().params[p].piece.param_offset;
+                assert!(piece(&engine, p).iter().enumerate().all(|(i, v)| *v == value(p, first + i)));
+            }
+        });
+    }
 }
 
 #[test]

@@ -57,11 +57,11 @@ fn load_at(world: usize, dir: &Path, contents: impl Fn() -> Contents + Sync, sca
         (0..SHAPES.len()).for_each(|p| piece(&engine, p).fill(-1.5));
         // SAFETY: the contents' data are as large as said.
         let result = unsafe { load(&engine, dir, &contents()) };
-        for p in 0..SHAPES.len() {
+        for (p, (name, _)) in SHAPES.iter().enumerate() {
             let first = engine.plan().params[p].piece.param_offset;
             for (i, v) in piece(&engine, p).iter().enumerate() {
                 let want = if result.is_ok() { value(p, first + i) * scale } else { -1.5 };
-                assert_eq!(*v, want, "{} [{}]", SHAPES[p].0, first + i);
+                assert_eq!(*v, want, "{name} [{}]", first + i);
             }
         }
         result

@@ -56,15 +56,32 @@ pub struct Listing {
     pub entries: Vec<Entry>,
     /// What `entries` point into, if it is not the engine's and the host's.
     pub memory: Vec<Vec<u8>>,
+    /// How this rank's files begin; None if it writes none.
+    pub stem: Option<String>,
 }
 
 // SAFETY: the pointers are plain addresses; a listing goes to another thread only when `memory` has everything.
 unsafe impl Send for Listing {}
 
 impl Listing {
-    /// Lists the parameters' pieces, then states and extra tensors; `all` is whether this rank has the latter, too, as when
-    /// it loads them or is rank 0.
-    pub fn new(engine: &Engine, contents: &Contents, all: bool) -> Result<Listing> {
+    /// What this rank fills in a load.
+    pub fn to_load(engine: &Engine, contents: &Contents) -> Result<Listing> {
+        Listing::new(engine, contents, true)
+    }
+
+    /// What this rank saves. Of ranks that hold the same shards (HYBRID_SHARD, NO_SHARD) the first writes them.
+    pub fn to_save(engine: &Engine, contents: &Contents) -> Result<Listing> {
+        let mut listing = Listing::new(engine, contents, engine.world().rank() == 0)?;
+        let group = engine.comm();
+        match engine.replica() {
+            0 => listing.stem = Some(format!("shard-{:05}-of-{:05}", group.rank() + 1, group.world_size())),
+            _ => listing.entries.clear(),
+        }
+        Ok(listing)
+    }
+
+    /// Lists the parameters' pieces, then states and extra tensors; `all` is whether this rank has what is whole, too.
+    fn new(engine: &Engine, contents: &Contents, all: bool) -> Result<Listing> {
         let mut tensors = Vec::new();
         let mut entries = Vec::new();
         let numel = |shape: &[usize]| shape.iter().product::<usize>();
@@ -113,7 +130,7 @@ impl Listing {
             }
             tensors.push(tensor);
         }
-        Ok(Listing { tensors, entries, memory: Vec::new() })
+        Ok(Listing { tensors, entries, memory: Vec::new(), stem: None })
     }
 
     pub fn bytes_of(&self, e: &Entry) -> usize {

@@ -6,9 +6,9 @@
 
 use super::contents::{Contents, Listing};
 use super::folder::require_absent;
+use super::gather;
 use super::manifest::Metadata;
 use super::save::write;
-use super::{gather, in_one_replica};
 use crate::comm::Communicator;
 use crate::engine::Engine;
 use crate::error::{err, Error, Result};
@@ -23,24 +23,8 @@ pub struct Saves(Mutex<State>);
 
 #[derive(Default)]
 struct State {
-    comms: Option<Comms>,
+    comm: Option<Arc<dyn Communicator>>,
     latest: Option<Arc<Progress>>,
-}
-
-/// The communicators of an engine's background saves.
-#[derive(Clone)]
-struct Comms {
-    /// Of this rank's shard group.
-    shard: Arc<dyn Communicator>,
-    /// Of all ranks.
-    world: Arc<dyn Communicator>,
-}
-
-impl Comms {
-    fn abort(&self, reason: &str) {
-        self.shard.abort(reason);
-        self.world.abort(reason);
-    }
 }
 
 struct Progress {
@@ -62,17 +46,15 @@ impl Saves {
         }
     }
 
-    /// The communicators of this engine's background saves. Collective the first time.
-    fn comms(&self, engine: &Engine) -> Result<Comms> {
+    /// The communicator of this engine's background saves. Collective the first time.
+    fn comm(&self, engine: &Engine) -> Result<Arc<dyn Communicator>> {
         let mut state = lock(&self.0);
-        if let Some(comms) = &state.comms {
-            return Ok(comms.clone());
+        if let Some(comm) = &state.comm {
+            return Ok(comm.clone());
         }
-        let shard = engine.comm().split(0, 0)?;
-        let world = if engine.replicas() == 1 { shard.clone() } else { engine.world().split(0, 0)? };
-        let comms = Comms { shard, world };
-        state.comms = Some(comms.clone());
-        Ok(comms)
+        let comm = engine.world().split(0, engine.world().rank() as i32)?;
+        state.comm = Some(comm.clone());
+        Ok(comm)
     }
 }
 
@@ -90,29 +72,24 @@ impl Job {
     /// # Safety
     /// The data of states and extra tensors must be readable.
     pub unsafe fn start(engine: &Engine, dir: &Path, contents: &Contents) -> Result<Job> {
-        let rank = engine.comm().rank();
+        let rank = engine.world().rank();
         let listing = engine.saves().require_idle().and_then(|()| {
             if rank == 0 {
                 require_absent(dir)?;
             }
-            let mut listing = Listing::new(engine, contents, rank == 0)?;
+            let mut listing = Listing::to_save(engine, contents)?;
             // SAFETY: the caller's promise; the shards are the engine's, which is borrowed.
             unsafe { listing.copy() }?;
             Ok(listing)
         });
         gather(engine.world().as_ref(), listing.as_ref().map(|_| String::new()).map_err(Error::clone))?;
         let listing = listing?;
-        let comms = engine.saves().comms(engine)?;
-        let (replicas, replica) = (engine.replicas(), engine.replica());
+        let comm = engine.saves().comm(engine)?;
         let progress = Arc::new(Progress { dir: dir.to_path_buf(), outcome: Mutex::new(None), ended: Condvar::new() });
         let (description, metadata) = (listing.description(contents), contents.metadata.clone());
         let shared = progress.clone();
         let run = move || {
-            let body = || {
-                in_one_replica(comms.world.as_ref(), replicas, replica, Ok(listing), |listing| {
-                    run(comms.shard.as_ref(), &shared.dir, listing?, &description, &metadata)
-                })
-            };
+            let body = || run(comm.as_ref(), &shared.dir, listing, &description, &metadata);
             let outcome = catch_unwind(AssertUnwindSafe(body))
                 .unwrap_or_else(|_| Err(err!(Panic, "internal error in a background save, please report it")));
             *lock(&shared.outcome) = Some(outcome);
@@ -127,7 +104,7 @@ impl Job {
             Err(e) => {
                 let e = Error::os("starting the thread of a background save", e);
                 // The other ranks' threads wait for this one.
-                engine.saves().comms(engine)?.abort(&e.message);
+                engine.saves().comm(engine)?.abort(&e.message);
                 Err(e)
             }
         }

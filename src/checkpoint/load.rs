@@ -19,7 +19,7 @@ use std::path::Path;
 /// # Safety
 /// The data of states and extra tensors must be writable.
 pub unsafe fn load(engine: &Engine, dir: &Path, contents: &Contents) -> Result<()> {
-    let read = Listing::new(engine, contents, true).and_then(|listing| {
+    let read = Listing::to_load(engine, contents).and_then(|listing| {
         let data = read(&Source::open(dir)?, &listing)?;
         Ok((listing, data))
     });

@@ -39,7 +39,6 @@ pub use save::save;
 
 use crate::comm::Communicator;
 use crate::error::{err, Error, Result, Status};
-use contents::Listing;
 
 /// How messages call a tensor (`kind` None where it is not known) or a state of a parameter.
 fn label(kind: Option<Kind>, name: &str, state: Option<&str>) -> String {
@@ -67,23 +66,6 @@ fn gather(comm: &dyn Communicator, outcome: Result<String>) -> Result<Vec<String
         }
     }
     Ok(values)
-}
-
-/// Runs `write`, a collective of a shard group, in shard group `replica` 0 of the `replicas` that `world` is made of, and makes
-/// its outcome that of all: the others hold the same. Collective over `world`.
-fn in_one_replica(
-    world: &dyn Communicator,
-    replicas: usize,
-    replica: usize,
-    listing: Result<Listing>,
-    write: impl FnOnce(Result<Listing>) -> Result<()>,
-) -> Result<()> {
-    if replicas == 1 {
-        return write(listing);
-    }
-    gather(world, listing.as_ref().map(|_| String::new()).map_err(Error::clone))?;
-    let written = if replica == 0 { write(listing) } else { Ok(()) };
-    gather(world, written.map(|()| String::new())).map(drop)
 }
 
 /// The error for a file or folder that fails or is damaged.

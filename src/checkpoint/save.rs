@@ -3,9 +3,9 @@
 use super::boxes::{boxes, TensorBox};
 use super::contents::{Contents, Entry, Listing};
 use super::folder::{aside, Incomplete};
+use super::gather;
 use super::manifest::{checksum, key, File, Manifest, Metadata, Piece, BLOCK, MANIFEST};
 use super::writer::{write_text, Spec, Writer};
-use super::{gather, in_one_replica};
 use crate::comm::Communicator;
 use crate::engine::Engine;
 use crate::error::{err, Error, Result};
@@ -19,13 +19,11 @@ use std::path::Path;
 /// # Safety
 /// The data of states and extra tensors must be readable.
 pub unsafe fn save(engine: &Engine, dir: &Path, contents: &Contents) -> Result<()> {
-    let comm = engine.comm().as_ref();
-    let listing = engine.saves().require_idle().and_then(|()| Listing::new(engine, contents, comm.rank() == 0));
+    let comm = engine.world().as_ref();
+    let listing = engine.saves().require_idle().and_then(|()| Listing::to_save(engine, contents));
     let description = listing.as_ref().map(|l| l.description(contents)).unwrap_or_default();
-    in_one_replica(engine.world().as_ref(), engine.replicas(), engine.replica(), listing, |listing| {
-        // SAFETY: the caller's promise for states and extras; the shards belong to the engine.
-        unsafe { write(comm, dir, listing, &description, &contents.metadata) }
-    })
+    // SAFETY: the caller's promise for states and extras; the shards belong to the engine.
+    unsafe { write(comm, dir, listing, &description, &contents.metadata) }
 }
 
 /// `save` of what was listed. Collective: `description` is compared.
@@ -60,7 +58,7 @@ pub unsafe fn write(
     let listing = listing?;
 
     // SAFETY: the caller's promise.
-    let mine = aside(dir).and_then(|aside| unsafe { write_files(comm, &aside, &listing) });
+    let mine = aside(dir).and_then(|aside| unsafe { write_files(&aside, &listing) });
     let mine = mine.and_then(|files| serde_json::to_string(&files).map_err(|e| err!(Checkpoint, "{e}")));
     let files = gather(comm, mine)?;
 
@@ -81,7 +79,8 @@ struct Part<'a> {
 ///
 /// # Safety
 /// As [`write`].
-unsafe fn write_files(comm: &dyn Communicator, aside: &Path, listing: &Listing) -> Result<Vec<File>> {
+unsafe fn write_files(aside: &Path, listing: &Listing) -> Result<Vec<File>> {
+    let Some(stem) = &listing.stem else { return Ok(Vec::new()) };
     let mut files: Vec<Vec<Part>> = vec![Vec::new()];
     for entry in &listing.entries {
         let mut parts = boxes(&listing.tensors[entry.tensor].shape, entry.first, entry.len);
@@ -93,11 +92,10 @@ unsafe fn write_files(comm: &dyn Communicator, aside: &Path, listing: &Listing) 
             files[k].push(Part { entry, part });
         }
     }
-    let name = format!("shard-{:05}-of-{:05}", comm.rank() + 1, comm.world_size());
     let write = |(k, mut parts): (usize, Vec<Part>)| {
         let name = match k {
-            0 => format!("{name}.safetensors"),
-            k => format!("{name}-part-{}.safetensors", k + 1),
+            0 => format!("{stem}.safetensors"),
+            k => format!("{stem}-part-{}.safetensors", k + 1),
         };
         parts.sort_by_key(|p| std::cmp::Reverse(listing.tensors[p.entry.tensor].dtype.bitsize()));
         // SAFETY: the caller's promise.

@@ -44,7 +44,7 @@ impl Optimizer {
     /// Runs `save` with `more` and with what a checkpoint has of this optimizer. Collective.
     fn with_contents<T>(&self, more: &Contents, save: impl FnOnce(&Contents) -> Result<T>) -> Result<T> {
         let state = self.lock()?;
-        let comm = self.engine.comm().as_ref();
+        let comm = self.engine.world().as_ref();
         let params = self.engine.plan().params.iter().zip(&state.params);
         let steps: BTreeMap<String, u64> =
             params.filter(|(_, p)| p.steps > 0).map(|(plan, p)| (plan.fqn.clone(), p.steps)).collect();
@@ -73,7 +73,7 @@ impl Optimizer {
     pub unsafe fn load(&self, dir: &Path, more: &Contents) -> Result<()> {
         let mut state = self.lock()?;
         let steps = self.reserve(&mut state).and_then(|()| self.read_steps(state.rule.name(), dir));
-        agree::on_result(steps.as_ref().map(|_| 0).map_err(Error::clone), self.engine.comm().as_ref())?;
+        agree::on_result(steps.as_ref().map(|_| 0).map_err(Error::clone), self.engine.world().as_ref())?;
         let steps = steps?;
         let mut contents = more.clone();
         contents.states.extend(self.tensors(&state, |p| steps[p] > 0));

@@ -214,17 +214,28 @@ class ShardedModule {
   /// As above with the states and step counts of an optimizer of adamw() or sgd(). Collective.
   void save_checkpoint(const std::string& dir, FusedOptimizer& optimizer,
                        const std::string& metadata = "") {
-    state_->require_current();
-    state_->settle();
-    optimizer.engine_optimizer().save_checkpoint(dir, {}, {{kUserMetadata, metadata}});
+    detail::CheckpointParts parts(*module_, *state_, metadata);
+    parts.contents.optimizer = &optimizer.engine_optimizer();
+    fsdp::save_checkpoint(engine(), dir, parts.contents);
   }
 
-  /// Reads what that has written, at any world size and wrapping. Collective.
+  /// That in the background. Collective.
+  CheckpointJob save_checkpoint_async(const std::string& dir, FusedOptimizer& optimizer,
+                                      const std::string& metadata = "") {
+    detail::CheckpointParts parts(*module_, *state_, metadata);
+    parts.contents.optimizer = &optimizer.engine_optimizer();
+    return fsdp::save_checkpoint_async(engine(), dir, parts.contents);
+  }
+
+  /// Reads what those have written, at any world size and wrapping. Collective.
   void load_checkpoint(const std::string& dir, FusedOptimizer& optimizer) {
     state_->require_current();
     state_->settle();
+    detail::BuffersToLoad buffers(*module_);
+    buffers.contents.optimizer = &optimizer.engine_optimizer();
     state_->writes->before_write();
-    optimizer.engine_optimizer().load_checkpoint(dir);
+    fsdp::load_checkpoint(engine(), dir, buffers.contents);
+    buffers.install();
   }
 
   /// Sizes and counters of this rank. Local.
