@@ -244,11 +244,6 @@ impl Engine {
         &self.model.mesh.world
     }
 
-    /// Shard groups: replicas of each other.
-    pub fn replicas(&self) -> usize {
-        self.world().world_size() / self.comm().world_size()
-    }
-
     /// The number of this rank's shard group; 0 where all ranks are one.
     pub fn replica(&self) -> usize {
         self.model.mesh.replica()

@@ -57,11 +57,11 @@ fn load_at(world: usize, dir: &Path, contents: impl Fn() -> Contents + Sync, sca
         (0..SHAPES.len()).for_each(|p| piece(&engine, p).fill(-1.5));
         // SAFETY: the contents' data are as large as said.
         let result = unsafe { load(&engine, dir, &contents()) };
-        for p in 0..SHAPES.len() {
+        for (p, (name, _)) in SHAPES.iter().enumerate() {
             let first = engine.plan().params[p].piece.param_offset;
             for (i, v) in piece(&engine, p).iter().enumerate() {
                 let want = if result.is_ok() { value(p, first + i) * scale } else { -1.5 };
-                assert_eq!(*v, want, "{} [{}]", SHAPES[p].0, first + i);
+                assert_eq!(*v, want, "{name} [{}]", first + i);
             }
         }
         result
@@ -239,6 +239,22 @@ fn a_rank_reads_its_part_and_no_more_than_the_blocks_around_it() {
         });
     }
     assert_eq!(verify(&dir).unwrap(), (ROWS * COLUMNS * 4) as u64);
+
+    // Of a consolidated model a rank reads its bytes and headers, no more.
+    consolidate(&dir, &folder.join("whole"), &ConsolidateOptions::default()).unwrap();
+    ranks(3, |comm| {
+        let engine = wide_engine(comm);
+        engine.begin_write().unwrap();
+        let mine = piece(&engine, 0);
+        mine.fill(-1.0);
+        let before = bytes_read();
+        // SAFETY: there are no states.
+        unsafe { load(&engine, &folder.join("whole"), &Contents::default()) }.unwrap();
+        let (read, wanted) = (bytes_read() - before, mine.len() as u64 * 4);
+        assert!(read >= wanted && read < wanted + 4096, "{read} bytes read for {wanted}");
+        let first = engine.plan().params[0].piece.param_offset;
+        assert!(mine.iter().enumerate().all(|(i, v)| *v == (first + i) as f32));
+    });
 
     // A bit in the last block is found by whoever reads it, and stops all.
     let path = dir.join("shard-00002-of-00002.safetensors");

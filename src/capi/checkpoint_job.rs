@@ -9,8 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// As fsdp_checkpoint_save_contents, in the background: returns when this rank's shards, states and tensors are copied in
-/// host memory; a thread of its own writes the copy, on a communicator of its own. Training may go on at once, the engine
-/// may be destroyed. A process that ends before leaves no checkpoint: fsdp_checkpoint_job_wait first.
+/// host memory; a thread of its own writes the copy, on a communicator of its own. Training may go on at once; engine,
+/// optimizer and communicator may be destroyed. A process that ends before leaves no checkpoint: fsdp_checkpoint_job_wait first.
 ///
 /// One save at a time: while one of this engine runs, on any rank, further saves of it, in the background or not, are
 /// refused on every rank by FSDP_ERR_INVALID_STATE, whose message names the folder that is being written.

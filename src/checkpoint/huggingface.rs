@@ -26,6 +26,14 @@ pub struct Index {
     pub weight_map: BTreeMap<String, String>,
 }
 
+/// What there is, without the tensors' values.
+pub struct Model {
+    pub folder: PathBuf,
+    pub tensors: Vec<Tensor>,
+    /// Each tensor is one piece, without checksums.
+    pub files: Vec<File>,
+}
+
 /// The name of file `i` of `n`, counted from 1.
 pub fn file_name(i: usize, n: usize) -> String {
     match n {
@@ -34,9 +42,8 @@ pub fn file_name(i: usize, n: usize) -> String {
     }
 }
 
-/// What a folder, an index or a single file in this layout has: the folder, the tensors, the files, where each tensor is one
-/// piece without checksums. None if there is none of these.
-pub fn open(path: &Path) -> Result<Option<(PathBuf, Vec<Tensor>, Vec<File>)>> {
+/// What a folder, an index or a single file in this layout has; None if `path` is none of these.
+pub fn open(path: &Path) -> Result<Option<Model>> {
     let parent = || path.parent().unwrap_or(Path::new("")).to_path_buf();
     let is = |extension: &str| path.is_file() && path.extension().is_some_and(|e| e == extension);
     let (folder, index, single) = match path {
@@ -66,7 +73,7 @@ pub fn open(path: &Path) -> Result<Option<(PathBuf, Vec<Tensor>, Vec<File>)>> {
     if let Some((path, index)) = &index {
         same_as_index(path, index, &tensors, &files)?;
     }
-    Ok(Some((folder, tensors, files)))
+    Ok(Some(Model { folder, tensors, files }))
 }
 
 /// The index and the files' headers must say the same.

@@ -27,10 +27,17 @@ pub struct Source {
     block: usize,
     /// By name of tensor, its number.
     by_name: HashMap<String, usize>,
-    /// By tensor and state: (file, piece), in order of first elements.
-    places: HashMap<(usize, Option<String>), Vec<(usize, usize)>>,
+    /// By tensor and state, in order of first elements.
+    places: HashMap<(usize, Option<String>), Vec<Place>>,
     open: RefCell<VecDeque<(usize, fs::File)>>,
     checked: RefCell<Vec<bool>>,
+}
+
+/// A piece, as numbers.
+#[derive(Clone, Copy)]
+struct Place {
+    file: usize,
+    piece: usize,
 }
 
 /// See [`Source::sharded`].
@@ -44,8 +51,8 @@ impl Source {
     /// of several, in Hugging Face's layout.
     pub fn open(dir: &Path) -> Result<Source> {
         if !dir.join(MANIFEST).exists() {
-            if let Some((folder, tensors, files)) = huggingface::open(dir)? {
-                return Ok(Source::new(folder, tensors, files, None, BLOCK));
+            if let Some(model) = huggingface::open(dir)? {
+                return Ok(Source::new(model.folder, model.tensors, model.files, None, BLOCK));
             }
         }
         let m = Manifest::read(dir)?;
@@ -55,13 +62,13 @@ impl Source {
 
     fn new(dir: PathBuf, tensors: Vec<Tensor>, files: Vec<File>, sharded: Option<Sharded>, block: usize) -> Source {
         let by_name = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
-        let mut places: HashMap<_, Vec<(usize, usize)>> = HashMap::new();
+        let mut places: HashMap<_, Vec<Place>> = HashMap::new();
         for (f, file) in files.iter().enumerate() {
             for (p, piece) in file.pieces.iter().enumerate() {
-                places.entry((piece.tensor, piece.state.clone())).or_default().push((f, p));
+                places.entry((piece.tensor, piece.state.clone())).or_default().push(Place { file: f, piece: p });
             }
         }
-        places.values_mut().for_each(|list| list.sort_by_key(|(f, p)| files[*f].pieces[*p].first));
+        places.values_mut().for_each(|list| list.sort_by_key(|p| files[p.file].pieces[p.piece].first));
         let checked = RefCell::new(vec![false; files.len()]);
         Source { dir, tensors, files, sharded, block, by_name, places, open: RefCell::default(), checked }
     }
@@ -97,13 +104,13 @@ impl Source {
         let size = self.tensors[tensor].dtype.bitsize() / 8;
         let (mut at, end) = (first, first + len);
         let places = self.places.get(&(tensor, state.map(str::to_string)));
-        for (f, p) in places.into_iter().flatten() {
-            let piece = &self.files[*f].pieces[*p];
+        for place in places.into_iter().flatten() {
+            let piece = &self.files[place.file].pieces[place.piece];
             // Pieces are in order: one that begins after `at` leaves a gap.
             if at < end && piece.first <= at && at < piece.first + piece.len {
                 let last = end.min(piece.first + piece.len);
                 let bytes = (at - piece.first) * size..(last - piece.first) * size;
-                self.read_piece(*f, piece, bytes, take)?;
+                self.read_piece(place.file, piece, bytes, take)?;
                 at = last;
             }
         }

@@ -41,7 +41,8 @@ auto shard(const fsdp::Communicator& comm, int seed,
 using Model = decltype(shard(std::declval<const fsdp::Communicator&>(), 0));
 
 /// Every rank has data of its own, so that running statistics differ.
-double train_step(Model& model, torch::optim::Optimizer& optimizer, int step, int rank) {
+template <class Optimizer>
+double train_step(Model& model, Optimizer& optimizer, int step, int rank) {
   torch::manual_seed(100 * step + rank);
   const at::Tensor loss = model.forward(torch::randn({2, 3, 6, 6})).pow(2).mean();
   loss.backward();
@@ -104,13 +105,14 @@ void buffers_are_rank_zeros(const fsdp::Communicator& comm) {
   REQUIRE(same_bits(y, first));
 }
 
-/// Saving in the background takes the values of its call, and training on does not differ.
-void in_the_background(const fsdp::Communicator& comm) {
+/// Saving in the background takes the values of its call; going on from them gives the same bits.
+template <class MakeOptimizer>
+void goes_on(const fsdp::Communicator& comm, const std::string& dir, const MakeOptimizer& make) {
   auto model = shard(comm, 5);
-  torch::optim::AdamW optimizer(model.parameters(), 1e-2);
+  auto optimizer = make(model);
   for (int step = 0; step < 3; ++step) train_step(model, optimizer, step, comm.rank());
-  std::vector<at::Tensor> saved = copies(model);
-  auto job = model.save_checkpoint_async(path("async"), optimizer, "three");
+  const std::vector<at::Tensor> saved = copies(model);
+  auto job = model.save_checkpoint_async(dir, optimizer, "three");
   std::vector<double> losses;
   for (int step = 3; step < 6; ++step) {
     losses.push_back(train_step(model, optimizer, step, comm.rank()));
@@ -120,9 +122,9 @@ void in_the_background(const fsdp::Communicator& comm) {
   job.wait();
 
   auto resumed = shard(comm, 6);
-  torch::optim::AdamW resumed_optimizer(resumed.parameters(), 1e-2);
-  resumed.load_checkpoint(path("async"), resumed_optimizer);
-  REQUIRE(fsdp::checkpoint_metadata(path("async")) == "three");
+  auto resumed_optimizer = make(resumed);
+  resumed.load_checkpoint(dir, resumed_optimizer);
+  REQUIRE(fsdp::checkpoint_metadata(dir) == "three");
   for (std::size_t i = 0; i < model.parameters().size(); ++i) {
     REQUIRE(same_bits(resumed.parameters()[i].detach().clone(), saved[i]));
   }
@@ -130,12 +132,25 @@ void in_the_background(const fsdp::Communicator& comm) {
     const double loss = train_step(resumed, resumed_optimizer, step, comm.rank());
     REQUIRE(loss == losses[static_cast<std::size_t>(step - 3)]);
   }
+  model.save_checkpoint(dir + "-end", optimizer);
+}
+
+void in_the_background(const fsdp::Communicator& comm) {
+  goes_on(comm, path("async"), [](Model& model) {
+    return torch::optim::AdamW(model.parameters(), torch::optim::AdamWOptions(1e-2));
+  });
+  goes_on(comm, path("fused"), [](Model& model) {
+    fsdp::AdamWConfig config;
+    config.lr = 1e-2;
+    return model.adamw(config);
+  });
   // The job keeps what it needs.
   auto last = [&] {
     auto gone = shard(comm, 8);
     return gone.save_checkpoint_async(path("gone"));
   }();
   last.wait();
+  auto model = shard(comm, 9);
   REQUIRE_THROWS(model.save_checkpoint_async(path("gone")), "exists already", "gone");
 }
 

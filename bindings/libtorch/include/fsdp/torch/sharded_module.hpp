@@ -304,7 +304,7 @@ class ShardedModule {
     fsdp::save_checkpoint(engine(), dir, parts.contents);
   }
 
-  /// The same in the background. Collective.
+  /// That in the background. Collective.
   CheckpointJob save_checkpoint_async(const std::string& dir, FusedOptimizer& optimizer,
                                       const std::string& metadata = "") {
     detail::CheckpointParts parts(*module_, *state_, metadata);
@@ -312,7 +312,7 @@ class ShardedModule {
     return fsdp::save_checkpoint_async(engine(), dir, parts.contents);
   }
 
-  /// Reads what that has written, at any world size and wrapping. Collective.
+  /// Reads what those have written, at any world size and wrapping. Collective.
   void load_checkpoint(const std::string& dir, FusedOptimizer& optimizer) {
     state_->require_current();
     state_->settle();
