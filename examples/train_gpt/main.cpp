@@ -133,7 +133,7 @@ void run(Options o, Ranks& ranks) {
   torch::manual_seed(o.seed);
   Gpt gpt(o.model);
   const Shapes shapes = shapes_of(*gpt);
-  const auto model = make_model(gpt, ranks, o.no_shard);
+  const auto model = make_model(gpt, ranks, o);
   auto optimizer = model->make_optimizer(shapes, o);
   if (!folder.resume_from().empty()) {
     model->load(folder.resume_from(), optimizer);

@@ -33,6 +33,8 @@ void check(const Options& o) {
   require(!o.out.empty(), "--out is empty");
   require(o.optimizer != "fused" || !o.no_shard,
           "--optimizer fused is for shards: not with --no-shard");
+  require(o.precision == "float32" || !o.no_shard,
+          "--precision bfloat16 is for shards: not with --no-shard");
 }
 
 }  // namespace
@@ -101,6 +103,10 @@ Options parse_options(int argc, char** argv) {
   app.add_option("--optimizer", o.optimizer,
                  "whose AdamW: LibTorch's on the shards, or the engine's own")
       ->check(CLI::IsMember({"torch", "fused"}))
+      ->group("Training");
+  app.add_option("--precision", o.precision,
+                 "what the sharded model computes in; shards and optimizer state are float32")
+      ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->group("Training");
   app.add_option("--betas", o.betas, "AdamW's two averaging factors")
       ->check(CLI::Range(0.0, 1.0))

@@ -32,6 +32,7 @@ struct Options {
   std::pair<double, double> betas{0.9, 0.95};
   double eps = 1e-8;
   std::string optimizer = "torch";  ///< whose AdamW: "torch" or "fused"
+  std::string precision = "float32";  ///< what the sharded model computes in, or "bfloat16"
   double clip = 1.0;  ///< 0: gradients are not clipped
   std::uint64_t seed = 1;
 

@@ -52,8 +52,8 @@ class TrainedModel {
 /// Sharded over the ranks by fsdp; each transformer block is a unit.
 class ShardedModel final : public TrainedModel {
  public:
-  ShardedModel(Gpt gpt, const fsdp::Communicator& comm)
-      : model_(fsdp::fully_shard(gpt, options(comm))) {}
+  ShardedModel(Gpt gpt, const fsdp::Communicator& comm, const std::string& precision)
+      : model_(fsdp::fully_shard(gpt, options(comm, precision))) {}
 
   torch::Tensor forward(const torch::Tensor& tokens) override { return model_.forward(tokens); }
   torch::OrderedDict<std::string, torch::Tensor> named_parameters() override {
@@ -68,7 +68,7 @@ class ShardedModel final : public TrainedModel {
   ModelBytes bytes() override {
     const auto stats = model_.stats();
     return {stats.param_shard_bytes, stats.grad_shard_bytes, stats.padding_bytes,
-            stats.unit_buffer_bytes, stats.gradient_slot_bytes};
+            stats.unit_buffer_bytes + stats.compute_buffer_bytes, stats.gradient_slot_bytes};
   }
   void save(const std::string& folder, TrainOptimizer& optimizer,
             const std::string& metadata) override {
@@ -88,10 +88,15 @@ class ShardedModel final : public TrainedModel {
   }
 
  private:
-  static fsdp::ShardOptions options(const fsdp::Communicator& comm) {
+  static fsdp::ShardOptions options(const fsdp::Communicator& comm, const std::string& precision) {
     fsdp::ShardOptions options;
     options.comm = comm;
     options.wrap = fsdp::wrap_class("BlockImpl");
+    if (precision == "bfloat16") {
+      options.mixed_precision.param_dtype = torch::kBFloat16;
+      options.mixed_precision.reduce_dtype = torch::kFloat;
+      options.mixed_precision.output_dtype = torch::kFloat;  // for the loss
+    }
     return options;
   }
 
@@ -151,9 +156,10 @@ class WholeModel final : public TrainedModel {
   Gpt gpt_;
 };
 
-inline std::unique_ptr<TrainedModel> make_model(const Gpt& gpt, const Ranks& ranks, bool no_shard) {
-  if (no_shard) return std::make_unique<WholeModel>(gpt);
-  return std::make_unique<ShardedModel>(gpt, ranks.communicator());
+inline std::unique_ptr<TrainedModel> make_model(const Gpt& gpt, const Ranks& ranks,
+                                                const Options& options) {
+  if (options.no_shard) return std::make_unique<WholeModel>(gpt);
+  return std::make_unique<ShardedModel>(gpt, ranks.communicator(), options.precision);
 }
 
 /// The metadata that the checkpoint in `folder` was saved with. Local.
