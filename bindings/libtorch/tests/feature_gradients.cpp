@@ -480,8 +480,10 @@ void timeline(const fsdp::Communicator& comm) {
   const std::string path = "/tmp/fsdp_feature_gradients_" + std::to_string(getppid()) + ".json";
   REQUIRE(setenv("FSDP_TIMELINE", path.c_str(), 1) == 0);
   std::vector<std::uint64_t> counts;
+  std::weak_ptr<fsdp::detail::ShardWrites> shards;
   {
     Sharded model = shard(comm);
+    shards = model.state()->writes;
     auto optimizer = model.adamw();
     for (int step = 0; step < 3; ++step) {
       model.zero_grad();
@@ -492,6 +494,7 @@ void timeline(const fsdp::Communicator& comm) {
     counts = {model.stats().all_gathers, model.stats().reduce_scatters};
   }
   unsetenv("FSDP_TIMELINE");
+  REQUIRE(shards.expired());  // handle and module are gone: so are the shards, and the file is whole
   comm.barrier();
   std::ifstream file(path);
   const std::string text(std::istreambuf_iterator<char>(file), {});
