@@ -21,6 +21,21 @@ class Worlds(Case):
         for ranks in (2, 4):
             self.assert_same(self.train(ranks, f"a{ranks}", *STEPS), self.train(ranks, f"b{ranks}", *STEPS))
 
+    def test_strategies(self):
+        """The same losses, however parameters are spread."""
+        full = self.train(4, "full", *STEPS)
+        for name in ("shard-grad-op", "no-shard", "hybrid-shard"):
+            more = ["--shard-size", "2"] if name == "hybrid-shard" else []
+            self.assert_close(full, self.train(4, name, "--strategy", name, *more, *STEPS))
+        self.refuse(2, "--out", self.path("odd"), "--strategy", "hybrid-shard", "--shard-size", "3", *STEPS,
+                    words=["shard_size is 3"])
+
+    def test_micro_batches(self):
+        """Four backwards over a quarter of the batch each give what one over all of it gives."""
+        whole = self.train(2, "whole", *STEPS)
+        self.assert_close(whole, self.train(2, "parts", "--micro-batches", "4", *STEPS))
+        self.refuse(2, "--out", self.path("odd"), "--micro-batches", "3", *STEPS, words=["--micro-batches"])
+
     def test_bfloat16(self):
         """Near what float32 gives, the same at every world size but for the order of sums; not the same numbers."""
         wide = self.train(2, "wide", *STEPS)
