@@ -15,7 +15,7 @@ export BUILD PYTHON JOBS
 export PATH := $(abspath $(BUILD))/venv/bin:$(PATH)
 export CARGO_TARGET_DIR = $(abspath $(BUILD))/cargo
 
-.PHONY: build setup configure demo test check header format scenario-data install clean help
+.PHONY: build setup configure demo test bench-plan check header format scenario-data install clean help
 .DEFAULT_GOAL := build
 
 build: configure ## Build the library, the tool, the bindings' tests and the examples (default)
@@ -38,6 +38,9 @@ demo: build ## Train a small GPT on real text, sharded over 2 ranks, a few minut
 
 test: build ## Run every check and every test
 	@scripts/test.sh
+
+bench-plan: build ## Time planning a 405-billion-parameter model for 16,384 ranks
+	@$(PYTHON) -B bench/plan.py "$(BUILD)/bin/fsdp" bench/out/plan.json
 
 check: setup ## Run the checks only: formatting, clippy, header and symbol drift, headers alone and twice
 	@status=0; for check in rust abi headers; do scripts/check_$$check.sh || status=1; done; exit $$status

@@ -102,7 +102,8 @@ static void check_ranks(const job_t *job, const run_t *run, fsdp_model_t *model,
   CHECK_EQ(mine->optimizer_bytes, OPTIMIZER_BYTES * trained);
   CHECK_EQ(mine->shard_padding_bytes, stats.param_shard_bytes - elements * sizeof(float));
 
-  const uint64_t own = stats.grad_shard_bytes + stats.gradient_slot_bytes + mine->optimizer_bytes;
+  const uint64_t own = stats.grad_shard_bytes + stats.gradient_slot_bytes + stats.offloaded_bytes +
+                       mine->optimizer_bytes;
   CHECK_EQ(mine->rank_peak_bytes, stats.param_shard_bytes + own);
   int64_t two = 2, sums[2], most[2];
   sums[0] = (int64_t)own;
@@ -169,6 +170,7 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
   request.reduce_dtype = reduce_dtype;
   request.param_dtype = param_dtype;
   request.gradient_slots = slots;
+  request.cpu_offload = slots == 1;
   request.optimizer_bytes_per_element = OPTIMIZER_BYTES;
   fsdp_model_t *model = wrapped_model(net, wrap);
   const fsdp_dtype_t bf16 = {FSDP_DTYPE_BFLOAT, 16, 1}, f16 = {FSDP_DTYPE_FLOAT, 16, 1};
@@ -188,6 +190,7 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
   config.reduce_dtype = reduce_dtype;
   config.param_dtype = param_dtype;
   config.gradient_slots = slots;
+  config.cpu_offload = slots == 1;
   run_t run;
   memset(&run, 0, sizeof run);
   CHECK_OK(fsdp_engine_create(model, job->comm, &config, &run.engine));
@@ -204,6 +207,8 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
     CHECK_EQ(stats.all_reduces, step * plan.all_reduces);
     CHECK_EQ(stats.all_reduce_bytes, step * plan.all_reduce_bytes);
     CHECK_EQ(stats.all_gather_bytes_moved, step * plan.all_gather_bytes_moved);
+    CHECK_EQ(stats.offloaded_bytes, plan.offloaded_bytes);
+    CHECK_EQ(stats.offloaded_bytes > 0, slots == 1 && stats.param_shard_bytes > 0);
     if (slots == 0) CHECK_EQ(stats.overflow_peak, 0);
   }
   const fsdp_stats_t stats = stats_of(run.engine);

@@ -30,6 +30,7 @@ typedef struct {
   int rarely_used;
   /* A forward without backward between the backwards of a step. */
   int evaluate;
+  int cpu_offload;
 } scenario_t;
 
 static void set_up_backward(const scenario_t *scenario, fsdp_engine_t *engine, int last) {
@@ -63,6 +64,7 @@ static void run(const scenario_t *scenario, const job_t *job) {
   config.strategy = scenario->strategy;
   config.shard_size = scenario->shard_size;
   config.gradient_slots = scenario->slots;
+  config.cpu_offload = scenario->cpu_offload;
   sharded_t *sharded = sharded_create(&scenario->net, job->comm, scenario->wrap, &config);
   reference_t *reference = reference_create(&scenario->net, job->world);
   fsdp_engine_t *engine = sharded->engine;
@@ -273,30 +275,34 @@ int main(void) {
                        hybrid = FSDP_HYBRID_SHARD, hybrid2 = FSDP_HYBRID_SHARD_GRAD_OP;
   const int32_t usual = FSDP_RESHARD_DEFAULT;
   const scenario_t scenarios[] = {
-      {"NO_SHARD", {7, 13}, WRAP_SOME, no, 0, IN_SHARDS, 1, usual, 0, 0, 0},
-      {"NO_SHARD, twice", {7, 13}, WRAP_ALWAYS, no, 0, IN_SHARDS, 2, usual, 0, 1, 1},
-      {"NO_SHARD, no_sync", {7, 13}, WRAP_ALWAYS, no, 0, UNSHARDED, 3, usual, 0, 1, 0},
-      {"NO_SHARD, open, averaged once", {7, 13}, WRAP_SOME, no, 0, OPEN, 3, usual, 0, 1, 0},
-      {"NO_SHARD, averaged once", {7, 13}, WRAP_SOME, no, 0, IN_GROUPS, 3, usual, 0, 1, 0},
-      {"FULL_SHARD, no_sync", {7, 13}, WRAP_SOME, full, 0, UNSHARDED, 3, usual, 0, 0, 0},
-      {"FULL_SHARD, no_sync, all units", {5, 9}, WRAP_ALWAYS, full, 0, UNSHARDED, 2, usual, 0, 1, 1},
-      {"FULL_SHARD, no_sync, one slot", {5, 9}, WRAP_ALWAYS, full, 0, UNSHARDED, 3, usual, 1, 0, 1},
-      {"FULL_SHARD, no_sync, open", {7, 13}, WRAP_SOME, full, 0, UNSHARDED_OPEN, 3, usual, 0, 1, 0},
-      {"FULL_SHARD, open", {7, 13}, WRAP_SOME, full, 0, OPEN, 3, usual, 0, 0, 0},
-      {"FULL_SHARD, open, one slot", {7, 13}, WRAP_ALWAYS, full, 0, OPEN, 4, usual, 1, 1, 0},
-      {"SHARD_GRAD_OP, open", {7, 13}, WRAP_SOME, zero2, 0, OPEN, 2, usual, 0, 0, 0},
-      {"SHARD_GRAD_OP, no_sync", {1, 1}, WRAP_ALWAYS, zero2, 0, UNSHARDED, 2, usual, 0, 0, 0},
-      {"never resharded", {7, 13}, WRAP_SOME, full, 0, IN_SHARDS, 2, FSDP_RESHARD_NEVER, 0, 0, 1},
-      {"always resharded", {7, 13}, WRAP_SOME, zero2, 0, IN_SHARDS, 1, FSDP_RESHARD_ALWAYS, 0, 0, 1},
-      {"resharded over two", {7, 13}, WRAP_SOME, full, 0, IN_SHARDS, 2, 2, 0, 0, 1},
-      {"resharded over two, open", {7, 13}, WRAP_ALWAYS, full, 0, OPEN, 3, 2, 0, 1, 0},
-      {"hybrid", {7, 13}, WRAP_SOME, hybrid, 2, IN_SHARDS, 1, usual, 0, 0, 0},
-      {"hybrid, rarely used", {7, 13}, WRAP_ALWAYS, hybrid, 2, IN_SHARDS, 2, usual, 0, 1, 1},
-      {"hybrid, no_sync", {7, 13}, WRAP_SOME, hybrid, 2, UNSHARDED, 2, usual, 0, 1, 0},
-      {"hybrid, in groups", {7, 13}, WRAP_SOME, hybrid, 2, IN_GROUPS, 3, usual, 0, 1, 0},
-      {"hybrid, open", {3, 61}, WRAP_ALWAYS, hybrid, 2, OPEN, 3, usual, 0, 1, 0},
-      {"hybrid grad op", {7, 13}, WRAP_SOME, hybrid2, 2, IN_SHARDS, 2, usual, 0, 0, 1},
-      {"hybrid of groups of one", {7, 13}, WRAP_SOME, hybrid, 1, IN_SHARDS, 2, usual, 0, 1, 0}};
+      {"NO_SHARD", {7, 13}, WRAP_SOME, no, 0, IN_SHARDS, 1, usual, 0, 0, 0, 0},
+      {"NO_SHARD, twice", {7, 13}, WRAP_ALWAYS, no, 0, IN_SHARDS, 2, usual, 0, 1, 1, 0},
+      {"NO_SHARD, no_sync", {7, 13}, WRAP_ALWAYS, no, 0, UNSHARDED, 3, usual, 0, 1, 0, 0},
+      {"NO_SHARD, open, averaged once", {7, 13}, WRAP_SOME, no, 0, OPEN, 3, usual, 0, 1, 0, 0},
+      {"NO_SHARD, averaged once", {7, 13}, WRAP_SOME, no, 0, IN_GROUPS, 3, usual, 0, 1, 0, 0},
+      {"FULL_SHARD, no_sync", {7, 13}, WRAP_SOME, full, 0, UNSHARDED, 3, usual, 0, 0, 0, 0},
+      {"FULL_SHARD, no_sync, all units", {5, 9}, WRAP_ALWAYS, full, 0, UNSHARDED, 2, usual, 0, 1, 1, 0},
+      {"FULL_SHARD, no_sync, one slot", {5, 9}, WRAP_ALWAYS, full, 0, UNSHARDED, 3, usual, 1, 0, 1, 0},
+      {"FULL_SHARD, no_sync, open", {7, 13}, WRAP_SOME, full, 0, UNSHARDED_OPEN, 3, usual, 0, 1, 0, 0},
+      {"FULL_SHARD, open", {7, 13}, WRAP_SOME, full, 0, OPEN, 3, usual, 0, 0, 0, 0},
+      {"FULL_SHARD, open, one slot", {7, 13}, WRAP_ALWAYS, full, 0, OPEN, 4, usual, 1, 1, 0, 0},
+      {"SHARD_GRAD_OP, open", {7, 13}, WRAP_SOME, zero2, 0, OPEN, 2, usual, 0, 0, 0, 0},
+      {"SHARD_GRAD_OP, no_sync", {1, 1}, WRAP_ALWAYS, zero2, 0, UNSHARDED, 2, usual, 0, 0, 0, 0},
+      {"never resharded", {7, 13}, WRAP_SOME, full, 0, IN_SHARDS, 2, FSDP_RESHARD_NEVER, 0, 0, 1, 0},
+      {"always resharded", {7, 13}, WRAP_SOME, zero2, 0, IN_SHARDS, 1, FSDP_RESHARD_ALWAYS, 0, 0, 1, 0},
+      {"resharded over two", {7, 13}, WRAP_SOME, full, 0, IN_SHARDS, 2, 2, 0, 0, 1, 0},
+      {"resharded over two, open", {7, 13}, WRAP_ALWAYS, full, 0, OPEN, 3, 2, 0, 1, 0, 0},
+      {"hybrid", {7, 13}, WRAP_SOME, hybrid, 2, IN_SHARDS, 1, usual, 0, 0, 0, 0},
+      {"hybrid, rarely used", {7, 13}, WRAP_ALWAYS, hybrid, 2, IN_SHARDS, 2, usual, 0, 1, 1, 0},
+      {"hybrid, no_sync", {7, 13}, WRAP_SOME, hybrid, 2, UNSHARDED, 2, usual, 0, 1, 0, 0},
+      {"hybrid, in groups", {7, 13}, WRAP_SOME, hybrid, 2, IN_GROUPS, 3, usual, 0, 1, 0, 0},
+      {"hybrid, open", {3, 61}, WRAP_ALWAYS, hybrid, 2, OPEN, 3, usual, 0, 1, 0, 0},
+      {"hybrid grad op", {7, 13}, WRAP_SOME, hybrid2, 2, IN_SHARDS, 2, usual, 0, 0, 1, 0},
+      {"hybrid of groups of one", {7, 13}, WRAP_SOME, hybrid, 1, IN_SHARDS, 2, usual, 0, 1, 0, 0},
+      {"offloaded", {7, 13}, WRAP_SOME, full, 0, IN_SHARDS, 2, usual, 0, 1, 1, 1},
+      {"offloaded, open", {5, 61}, WRAP_ALWAYS, full, 0, OPEN, 2, usual, 0, 0, 0, 1},
+      {"offloaded, NO_SHARD", {7, 13}, WRAP_SOME, no, 0, UNSHARDED, 2, usual, 0, 1, 1, 1},
+      {"offloaded, hybrid", {7, 13}, WRAP_SOME, hybrid, 2, IN_SHARDS, 2, usual, 0, 0, 1, 1}};
   const job_t job = join_job();
   for (size_t i = 0; i < sizeof scenarios / sizeof scenarios[0]; i++) {
     const int needs_two = scenarios[i].shard_size == 2 || scenarios[i].reshard_after_forward == 2;

@@ -101,6 +101,7 @@ FIELD(fsdp_engine_config_t, param_init_user_data, 32);
 FIELD(fsdp_engine_config_t, param_dtype, 40);
 FIELD(fsdp_engine_config_t, shard_size, 44);
 FIELD(fsdp_engine_config_t, sync_module_states, 48);
+FIELD(fsdp_engine_config_t, cpu_offload, 52);
 
 SIZE(fsdp_sgd_config_t, 48);
 FIELD(fsdp_sgd_config_t, struct_size, 0);
@@ -175,7 +176,7 @@ FIELD(fsdp_full_params_config_t, writeback, 8);
 FIELD(fsdp_full_params_config_t, rank0_only, 12);
 FIELD(fsdp_full_params_config_t, with_grads, 16);
 
-SIZE(fsdp_stats_t, 144);
+SIZE(fsdp_stats_t, 152);
 FIELD(fsdp_stats_t, struct_size, 0);
 FIELD(fsdp_stats_t, param_shard_bytes, 8);
 FIELD(fsdp_stats_t, grad_shard_bytes, 16);
@@ -195,8 +196,9 @@ FIELD(fsdp_stats_t, all_gather_sent_bytes, 112);
 FIELD(fsdp_stats_t, all_reduces, 120);
 FIELD(fsdp_stats_t, all_reduce_bytes, 128);
 FIELD(fsdp_stats_t, compute_buffer_bytes, 136);
+FIELD(fsdp_stats_t, offloaded_bytes, 144);
 
-SIZE(fsdp_plan_request_t, 40);
+SIZE(fsdp_plan_request_t, 48);
 FIELD(fsdp_plan_request_t, struct_size, 0);
 FIELD(fsdp_plan_request_t, world_size, 8);
 FIELD(fsdp_plan_request_t, strategy, 12);
@@ -206,8 +208,9 @@ FIELD(fsdp_plan_request_t, optimizer_bytes_per_element, 24);
 FIELD(fsdp_plan_request_t, rank, 28);
 FIELD(fsdp_plan_request_t, param_dtype, 32);
 FIELD(fsdp_plan_request_t, shard_size, 36);
+FIELD(fsdp_plan_request_t, cpu_offload, 40);
 
-SIZE(fsdp_plan_t, 224);
+SIZE(fsdp_plan_t, 232);
 FIELD(fsdp_plan_t, struct_size, 0);
 FIELD(fsdp_plan_t, rank, 8);
 FIELD(fsdp_plan_t, unit_count, 12);
@@ -237,6 +240,7 @@ FIELD(fsdp_plan_t, all_reduce_sent_bytes, 192);
 FIELD(fsdp_plan_t, all_reduce_messages, 200);
 FIELD(fsdp_plan_t, compute_buffer_bytes, 208);
 FIELD(fsdp_plan_t, all_gather_bytes_moved, 216);
+FIELD(fsdp_plan_t, offloaded_bytes, 224);
 
 SIZE(fsdp_plan_unit_t, 88);
 FIELD(fsdp_plan_unit_t, struct_size, 0);

@@ -27,7 +27,7 @@
 #define FSDP_SHM_CONFIG_INIT { sizeof(fsdp_shm_config_t), NULL, 0, 1, 0, 0 }
 #define FSDP_ENGINE_CONFIG_INIT \
   { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL, \
-    { 0, 0, 0 }, 0, 0 }
+    { 0, 0, 0 }, 0, 0, 0 }
 #define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
 #define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
 #define FSDP_FULL_PARAMS_CONFIG_INIT { sizeof(fsdp_full_params_config_t), 0, 0, 0 }
@@ -36,7 +36,7 @@
 #define FSDP_CONSOLIDATE_CONFIG_INIT { sizeof(fsdp_consolidate_config_t), 0, { 0, 0, 0 } }
 #define FSDP_GRAD_SCALER_CONFIG_INIT { sizeof(fsdp_grad_scaler_config_t), 65536.0, 2.0, 0.5, 2000, 0, 1 }
 #define FSDP_PLAN_REQUEST_INIT \
-  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, { 0, 0, 0 }, 0 }
+  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, { 0, 0, 0 }, 0, 0 }
 
 /**
  * Sum over the ranks, in rank order.
@@ -589,6 +589,13 @@ typedef struct {
    * and a parameter may have storage on some ranks only. 0: each rank cuts its own.
    */
   int32_t sync_module_states;
+  /**
+   * 1: this rank's shards, gradient shards and optimizer state (of fsdp_optimizer_t) lie in host memory, apart from the
+   * unit buffers, which are on the device; shards are uploaded when they are first needed after they were written. On the
+   * CPU this is a second copy of the shards in the same kind of memory, and gives the same results. 0: they lie on the
+   * device, and shards in the unit buffers. A part of the model that was sharded before stays where it was.
+   */
+  int32_t cpu_offload;
 } fsdp_engine_config_t;
 
 /**
@@ -807,6 +814,10 @@ typedef struct {
    * Bytes of the copies of all parameters that are computed in 16 bits; on shm one copy a host.
    */
   uint64_t compute_buffer_bytes;
+  /**
+   * Bytes of this rank's shards in host memory, besides their place in the unit buffers (cpu_offload).
+   */
+  uint64_t offloaded_bytes;
 } fsdp_stats_t;
 
 /**
@@ -1053,6 +1064,10 @@ typedef struct {
    * As in fsdp_engine_config_t.
    */
   uint32_t shard_size;
+  /**
+   * As in fsdp_engine_config_t.
+   */
+  int32_t cpu_offload;
 } fsdp_plan_request_t;
 
 /**
@@ -1183,6 +1198,10 @@ typedef struct {
    * As fsdp_stats_t will count for each step after which this rank's shards are written.
    */
   uint64_t all_gather_bytes_moved;
+  /**
+   * As fsdp_stats_t will say. Part of rank_peak_bytes.
+   */
+  uint64_t offloaded_bytes;
 } fsdp_plan_t;
 
 /**
@@ -1286,7 +1305,8 @@ extern "C" {
  * Saves all shards and `states` into the new folder `dir`: for each rank a safetensors file (and small ones with what is
  * less than a row of a parameter), and a manifest with checksums, written aside, flushed, and renamed when complete, so
  * that `dir` is complete or absent whenever a process ends. PyTorch's torch.distributed.checkpoint reads `dir` through its
- * HuggingFaceStorageReader; a parameter's state is called "optimizer.STATE:NAME" there.
+ * HuggingFaceStorageReader; a parameter's state is called "optimizer.STATE:NAME" there. Of the shard groups of
+ * FSDP_HYBRID_SHARD and FSDP_NO_SHARD the first one writes.
  * Collective: same `dir` (on a file system all ranks share) and states of the same parameters and names on every rank;
  * a failure on one rank is the error of all. `metadata`: texts to keep with it (rank 0's are kept), NULL for none. All
  * pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT if `dir` exists,

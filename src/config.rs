@@ -85,6 +85,9 @@ pub struct EngineConfig {
     pub param_init: Option<ModuleInit>,
     /// All ranks start from rank 0's values: what the others hold, or would initialize, is not looked at.
     pub sync_module_states: bool,
+    /// This rank's shards, gradient shards and optimizer state lie in host memory, and shards are uploaded to the device
+    /// when they are needed.
+    pub cpu_offload: bool,
 }
 
 impl Default for EngineConfig {
@@ -98,13 +101,14 @@ impl Default for EngineConfig {
             param_dtype: None,
             param_init: None,
             sync_module_states: false,
+            cpu_offload: false,
         }
     }
 }
 
 impl EngineConfig {
     /// (name, value) of every option that ranks must agree on.
-    pub fn agreed(&self) -> [(&'static str, String); 8] {
+    pub fn agreed(&self) -> [(&'static str, String); 9] {
         [
             ("gradient_slots", self.gradient_slots.to_string()),
             ("strategy", self.strategy.name().to_string()),
@@ -112,6 +116,7 @@ impl EngineConfig {
             ("order_check", format!("{:?}", self.order_check)),
             ("reduce_dtype", self.reduce_dtype.to_string()),
             ("sync_module_states", self.sync_module_states.to_string()),
+            ("cpu_offload", self.cpu_offload.to_string()),
             ("param_dtype", self.param_dtype.map_or("as registered".to_string(), |d| d.to_string())),
             ("param_init_fn", if self.param_init.is_some() { "set" } else { "not set" }.to_string()),
         ]

@@ -12,6 +12,7 @@ use crate::agree;
 use crate::checkpoint::Saves;
 use crate::comm::{Communicator, Kind, Tag};
 use crate::config::{EngineConfig, Strategy};
+use crate::device::{Buffer, Cpu, Device, Home};
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::gradients::{GradientCounters, Gradients};
@@ -79,6 +80,8 @@ pub struct Stats {
     pub prefetches: u64,
     /// The 16-bit compute copies of all units; on shm one copy a host.
     pub compute_buffer_bytes: u64,
+    /// This rank's shards in host memory, besides their place in the unit buffers (CPU offload).
+    pub offloaded_bytes: u64,
     pub gradients: GradientCounters,
     pub replicas: ReplicaCounters,
 }
@@ -123,6 +126,8 @@ pub struct Engine {
     number: u64,
     /// The communicator's number of unit 0.
     first_unit: u32,
+    device: Arc<dyn Device>,
+    home: Home,
     gradient_slot_bytes: u64,
     materialized_peak_bytes: u64,
     saves: Saves,
@@ -174,12 +179,13 @@ impl Engine {
             None => Arc::new(Mesh::new(world.clone(), config)?),
         };
         let comm = mesh.shard.clone();
+        let device: Arc<dyn Device> = Arc::new(Cpu);
         let tree = &tree.clone().with_engine_dtypes(config);
         let plan = Plan::new(tree, comm.rank(), comm.world_size())?;
         agree::on_model(&plan.description(tree, config), world.as_ref())?;
         let first_unit =
             comm.name_units(&(0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect::<Vec<_>>());
-        let own = Arc::new(ShardStore::new(comm.clone(), &plan)?);
+        let own = Arc::new(ShardStore::new(comm.clone(), &plan, device.clone(), config.cpu_offload)?);
         let stores = Plan::stores(tree, own);
         let slots = config.gradient_slots as usize;
         let gradients = Gradients::new(comm.clone(), &plan, first_unit, &stores, slots)?;
@@ -189,6 +195,8 @@ impl Engine {
             number: NUMBER.fetch_add(1, Ordering::Relaxed),
             first_unit,
             gradient_slot_bytes: plan.slot_bytes(slots).iter().sum::<usize>() as u64,
+            device,
+            home: if config.cpu_offload { Home::Host } else { Home::Device },
             materialized_peak_bytes: 0,
             saves: Saves::default(),
             timeline: None,
@@ -242,6 +250,11 @@ impl Engine {
     /// All ranks of the engine, of every shard group.
     pub fn world(&self) -> &Arc<dyn Communicator> {
         &self.model.mesh.world
+    }
+
+    /// Memory where this engine's shards have their home; `what` names the purpose in an error.
+    pub(crate) fn alloc_home(&self, len: usize, what: &str) -> Result<Buffer> {
+        self.device.alloc(self.home, len, what)
     }
 
     /// The number of this rank's shard group; 0 where all ranks are one.
@@ -556,6 +569,7 @@ impl Engine {
             materialized_peak_bytes: self.materialized_peak_bytes,
             prefetches: state.prefetches,
             compute_buffer_bytes: self.plan().units.iter().map(|u| u.compute_bytes as u64).sum(),
+            offloaded_bytes: self.offloaded_bytes(),
             gradients: state.gradients.counters,
             replicas: state.replicas,
         })
@@ -650,6 +664,11 @@ impl Engine {
         &self.model.stores[self.plan().units[unit as usize].store]
     }
 
+    fn offloaded_bytes(&self) -> u64 {
+        let offloaded = |u: &&UnitPlan| self.model.stores[u.store].offloads();
+        self.plan().units.iter().filter(offloaded).map(|u| u.grad_shard_bytes() as u64).sum()
+    }
+
     fn unit_buffer(&self, unit: UnitId) -> *mut u8 {
         match &self.plan().units[unit as usize] {
             u if u.bytes() == 0 => std::ptr::null_mut(),
@@ -660,13 +679,17 @@ impl Engine {
     fn shard_data(&self, param: usize) -> *mut f32 {
         let p = &self.plan().params[param];
         let offset = self.plan().units[p.unit as usize].arena_offset + p.piece.unit_offset * DType::F32.size();
-        self.store(p.unit).arena.base.wrapping_add(offset).cast()
+        self.store(p.unit).master_at(self.place_in_shards(p), offset)
+    }
+
+    /// The first float of a parameter's piece among this rank's gradient shards.
+    fn place_in_shards(&self, p: &ParamPlan) -> usize {
+        let unit = &self.plan().units[p.unit as usize];
+        unit.grad_offset + p.piece.unit_offset - unit.layout.shard(self.comm().rank()).start
     }
 
     fn shard_grad(&self, p: &ParamPlan) -> *mut f32 {
-        let unit = &self.plan().units[p.unit as usize];
-        let at = unit.grad_offset + p.piece.unit_offset - unit.layout.shard(self.comm().rank()).start;
-        self.store(p.unit).grads.as_ptr().wrapping_add(at)
+        self.store(p.unit).grads.as_ptr().wrapping_add(self.place_in_shards(p))
     }
 
     fn begin_forward_locked(&self, state: &mut State, training: bool) {

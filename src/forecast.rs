@@ -27,7 +27,7 @@ pub struct Request {
     pub world_size: usize,
     /// None: the one with the most bytes (the lowest of several).
     pub rank: Option<usize>,
-    /// Strategy, shard_size, param_dtype, reduce_dtype and gradient_slots count; the rest changes no size.
+    /// Strategy, shard_size, param_dtype, reduce_dtype, cpu_offload and gradient_slots count; the rest changes no size.
     pub config: EngineConfig,
     /// Bytes of optimizer state per element of a trained parameter: 0 for plain SGD, 8 for Adam in float32; at most 4096.
     pub optimizer_bytes_per_element: u32,
@@ -133,8 +133,10 @@ pub struct Forecast {
     pub unit_buffer_bytes: u64,
     /// The copies of parameters that are computed in 16 bits, of all units; on shm once per host.
     pub compute_buffer_bytes: u64,
-    /// What this rank writes there in a step that follows a write of its shards.
+    /// What this rank writes there, and uploads, in a step that follows a write of its shards.
     pub cast_bytes: u64,
+    /// This rank's shards in host memory, besides their place in the unit buffers (CPU offload).
+    pub offloaded_bytes: u64,
     /// Most bytes of unit buffers unsharded at once, 16-bit parameters counted in 16 bits. Where units are resharded after
     /// their forward: the largest sum along a path of nested units, the root included; else all. A unit gathered ahead comes
     /// on top. Takes no memory on shm; where bytes move, each rank
@@ -178,7 +180,7 @@ impl Forecast {
         };
         let cast = |p: &&crate::plan::ParamPlan| p.compute != DType::F32;
         let piece = |p: &crate::plan::ParamPlan| plan.units[p.unit as usize].layout.piece(p.index, rank % group).len;
-        let cast_bytes = plan.params.iter().filter(cast).map(|p| (piece(p) * p.compute.size()) as u64).sum();
+        let cast_bytes: u64 = plan.params.iter().filter(cast).map(|p| (piece(p) * p.compute.size()) as u64).sum();
         let sum = |of: fn(&UnitPlan) -> usize| plan.units.iter().map(|u| of(u) as u64).sum::<u64>();
         let mut f = Forecast {
             world_size: world,
@@ -193,7 +195,8 @@ impl Forecast {
             padding_bytes: plan.padding_bytes() as u64,
             unit_buffer_bytes: sum(UnitPlan::arena_bytes),
             compute_buffer_bytes: plan.units.iter().map(|u| u.compute_bytes as u64).sum(),
-            cast_bytes,
+            cast_bytes: cast_bytes + if config.cpu_offload { sum(UnitPlan::shard_bytes) } else { 0 },
+            offloaded_bytes: if config.cpu_offload { sum(UnitPlan::grad_shard_bytes) } else { 0 },
             unsharded_peak_bytes: match config.strategy {
                 s if s.reshards_after_forward() => deepest_path_bytes(tree, &plan),
                 _ => plan.units.iter().map(|u| u.gathered_bytes(&plan.params) as u64).sum(),
@@ -210,7 +213,7 @@ impl Forecast {
             f.reduce_scatter.add(u.reduce_scatter);
             f.all_reduce.add(u.all_reduce);
         }
-        let gradients = f.grad_shard_bytes + f.gradient_slot_bytes;
+        let gradients = f.grad_shard_bytes + f.gradient_slot_bytes + f.offloaded_bytes;
         let all_optimizer_bytes =
             replicas as u128 * u128::from(u64::from(request.optimizer_bytes_per_element) * f.trained_numel);
         f.rank_peak_bytes = f.param_shard_bytes + gradients + f.optimizer_bytes;

@@ -27,6 +27,7 @@ pub mod checkpoint;
 pub mod comm;
 pub mod config;
 mod describe;
+pub mod device;
 pub mod dtype;
 pub mod engine;
 pub mod error;

@@ -6,11 +6,12 @@
 //! be inside an iteration on a store at a time.
 
 use crate::comm::{Arena, Communicator};
+use crate::device::{Buffer, Device, Home};
+use crate::dtype::DType;
 use crate::error::{err, Result};
-use crate::memory::HostBuffer;
 use crate::mesh::Mesh;
 use crate::module::ModuleTree;
-use crate::plan::{Plan, UnitId};
+use crate::plan::{Plan, UnitId, UnitPlan};
 use crate::precision::Cast;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -35,8 +36,11 @@ pub struct ShardStore {
     copies: Option<Arena>,
     /// This rank's part of it.
     casts: Vec<Cast>,
+    device: Arc<dyn Device>,
+    /// With CPU offload, this rank's masters, laid out as `grads`: they go to `arena` when a READ phase opens.
+    offloaded: Option<Offloaded>,
     /// This rank's gradient shards, at the plan's `grad_offset`s.
-    pub grads: HostBuffer,
+    pub grads: Buffer,
     /// By parameter of the engine that made the store: whether its gradient shard holds a value that the next
     /// reduction adds to.
     held: Vec<AtomicBool>,
@@ -47,6 +51,13 @@ pub struct ShardStore {
 unsafe impl Send for ShardStore {}
 // SAFETY: as above.
 unsafe impl Sync for ShardStore {}
+
+/// Masters in host memory.
+struct Offloaded {
+    masters: Buffer,
+    /// Of each unit: its first float there, its first byte in the arena, and its floats.
+    shards: Vec<(usize, usize, usize)>,
+}
 
 /// A model that an engine has sharded: what another engine needs in order to adopt it.
 pub struct ShardedModel {
@@ -65,15 +76,31 @@ impl std::fmt::Debug for ShardedModel {
 
 impl ShardStore {
     /// Collective: allocates for the plan's own units.
-    pub fn new(comm: Arc<dyn Communicator>, plan: &Plan) -> Result<ShardStore> {
+    pub fn new(
+        comm: Arc<dyn Communicator>,
+        plan: &Plan,
+        device: Arc<dyn Device>,
+        cpu_offload: bool,
+    ) -> Result<ShardStore> {
+        let home = if cpu_offload { Home::Host } else { Home::Device };
+        let of_unit = |u: &UnitPlan| {
+            let start = u.layout.shard(comm.rank()).start * DType::F32.size();
+            (u.grad_offset, u.arena_offset + start, u.layout.shard_len)
+        };
+        let offload = || -> Result<Offloaded> {
+            let masters = device.alloc(Home::Host, plan.shard_elements, "the offloaded shards")?;
+            Ok(Offloaded { masters, shards: plan.units.iter().filter(|u| u.store == 0).map(of_unit).collect() })
+        };
         Ok(ShardStore {
+            offloaded: cpu_offload.then(offload).transpose()?,
             arena: comm.alloc_arena(plan.arena_bytes)?,
             copies: (plan.compute_bytes > 0).then(|| comm.alloc_arena(plan.compute_bytes)).transpose()?,
             casts: (0..plan.units.len() as UnitId)
                 .filter(|u| plan.units[*u as usize].store == 0)
                 .flat_map(|u| plan.casts(u))
                 .collect(),
-            grads: HostBuffer::zeroed(plan.shard_elements, "the gradient shards")?,
+            grads: device.alloc(home, plan.shard_elements, "the gradient shards")?,
+            device,
             held: plan.params.iter().map(|_| AtomicBool::new(false)).collect(),
             phase: Mutex::new(Phase::Writable),
             comm,
@@ -103,17 +130,36 @@ impl ShardStore {
         }
     }
 
+    /// Where this rank's masters are, float `at` of its gradient shards' layout, byte `byte` of the arena's.
+    pub fn master_at(&self, at: usize, byte: usize) -> *mut f32 {
+        match &self.offloaded {
+            Some(offloaded) => offloaded.masters.as_ptr().wrapping_add(at),
+            None => self.arena.base.wrapping_add(byte).cast(),
+        }
+    }
+
+    /// Whether this rank's masters lie in host memory.
+    pub fn offloads(&self) -> bool {
+        self.offloaded.is_some()
+    }
+
     /// Byte `offset` of the compute copies; null if there are none.
     pub fn copy_at(&self, offset: usize) -> *mut u8 {
         self.copies.as_ref().map_or(std::ptr::null_mut(), |a| a.base.wrapping_add(offset))
     }
 
-    /// Opens `engine`'s READ phase. If this rank's shards may have been written since the last one, their compute copies
-    /// are made first; returns their bytes.
+    /// Opens `engine`'s READ phase. If this rank's shards may have been written since the last one, they are uploaded and
+    /// their compute copies made first; returns the bytes of both.
     pub fn open(&self, engine: u64) -> Result<u64> {
         self.require_free(engine)?;
         let mut cast = 0;
         if *self.phase() == Phase::Writable {
+            for (from, to, len) in self.offloaded.iter().flat_map(|o| &o.shards) {
+                let from = self.master_at(*from, 0);
+                // SAFETY: the plan gave this rank these ranges; else as below.
+                unsafe { self.device.upload(from, self.arena.base.add(*to).cast(), *len) }?;
+                cast += (len * DType::F32.size()) as u64;
+            }
             for c in &self.casts {
                 // SAFETY: the plan gave this rank these ranges; in a WRITE phase no other rank reads its part of either
                 // arena, and the engine's lock keeps this rank's own from being written meanwhile.

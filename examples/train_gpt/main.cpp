@@ -53,12 +53,21 @@ StepMetrics train_step(TrainedModel& model, TrainOptimizer& optimizer, const Tex
   set_learning_rate(optimizer, m.lr);
 
   model.zero_grad();
-  const auto loss = loss_of(model, text.training(o.seed, step, o.batch, ranks.rank()));
-  loss.backward();
+  const Batch batch = text.training(o.seed, step, o.batch, ranks.rank());
+  const std::int64_t part = o.batch / o.micro_batches;
+  double loss = 0.0;
+  for (std::int64_t i = 0; i < o.micro_batches; ++i) {
+    model.set_more_to_come(i + 1 < o.micro_batches);
+    const auto mean = loss_of(model, {batch.tokens.narrow(0, i * part, part),
+                                      batch.targets.narrow(0, i * part, part)}) /
+                      static_cast<double>(o.micro_batches);
+    mean.backward();
+    loss += mean.item<double>();
+  }
   m.grad_norm = model.clip_gradients(o.clip > 0 ? o.clip : std::numeric_limits<double>::infinity());
   step_with(optimizer);
 
-  m.loss = ranks.sum({loss.item<double>()})[0] / ranks.world_size();
+  m.loss = ranks.sum({loss})[0] / ranks.world_size();
   m.step_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   m.tokens_per_s = static_cast<double>(o.global_batch * o.model.seq) / m.step_s;
   m.rank_state_bytes = rank_state_bytes(model, optimizer);
@@ -133,7 +142,7 @@ void run(Options o, Ranks& ranks) {
   torch::manual_seed(o.seed);
   Gpt gpt(o.model);
   const Shapes shapes = shapes_of(*gpt);
-  const auto model = make_model(gpt, ranks, o.no_shard);
+  const auto model = make_model(gpt, ranks, o);
   auto optimizer = model->make_optimizer(shapes, o);
   if (!folder.resume_from().empty()) {
     model->load(folder.resume_from(), optimizer);

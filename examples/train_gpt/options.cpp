@@ -33,6 +33,10 @@ void check(const Options& o) {
   require(!o.out.empty(), "--out is empty");
   require(o.optimizer != "fused" || !o.no_shard,
           "--optimizer fused is for shards: not with --no-shard");
+  require(o.precision == "float32" || !o.no_shard,
+          "--precision bfloat16 is for shards: not with --no-shard");
+  require(o.strategy == "full-shard" || !o.no_shard,
+          "--strategy is for shards: not with --no-shard");
 }
 
 }  // namespace
@@ -84,6 +88,17 @@ Options parse_options(int argc, char** argv) {
       ->excludes(batch)
       ->always_capture_default(false)
       ->group("Training");
+  app.add_option("--micro-batches", o.micro_batches,
+                 "backwards per step, each over so much less; their gradients are reduced together")
+      ->check(positive)
+      ->group("Training");
+  app.add_option("--strategy", o.strategy, "how parameters are sharded over the ranks")
+      ->check(CLI::IsMember(
+          {"full-shard", "shard-grad-op", "no-shard", "hybrid-shard", "hybrid-shard-grad-op"}))
+      ->group("Training");
+  app.add_option("--shard-size", o.shard_size, "ranks of a shard group, for hybrid strategies")
+      ->check(not_negative)
+      ->group("Training");
   app.add_option("--steps", o.steps, "optimizer steps in all, those before --resume included")
       ->check(positive)
       ->group("Training");
@@ -101,6 +116,10 @@ Options parse_options(int argc, char** argv) {
   app.add_option("--optimizer", o.optimizer,
                  "whose AdamW: LibTorch's on the shards, or the engine's own")
       ->check(CLI::IsMember({"torch", "fused"}))
+      ->group("Training");
+  app.add_option("--precision", o.precision,
+                 "what the sharded model computes in; shards and optimizer state are float32")
+      ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->group("Training");
   app.add_option("--betas", o.betas, "AdamW's two averaging factors")
       ->check(CLI::Range(0.0, 1.0))
@@ -162,4 +181,8 @@ void fit_batch(Options& o, int world_size) {
                      " is not divisible by the world size " + std::to_string(world_size));
   }
   o.batch = o.global_batch / world_size;
+  if (o.batch % o.micro_batches != 0) {
+    throw UsageError("--micro-batches " + std::to_string(o.micro_batches) +
+                     " does not divide the " + std::to_string(o.batch) + " sequences of a rank");
+  }
 }

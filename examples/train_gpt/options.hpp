@@ -24,6 +24,7 @@ struct Options {
 
   std::int64_t batch = 8;         ///< sequences per rank; with global_batch: what that gives
   std::int64_t global_batch = 0;  ///< sequences of all ranks together; 0: batch * world size
+  std::int64_t micro_batches = 1;  ///< backwards of a step, each on a part of the rank's batch
   std::int64_t steps = 500;
   double lr = 1e-3;
   double min_lr = 1e-4;
@@ -32,6 +33,7 @@ struct Options {
   std::pair<double, double> betas{0.9, 0.95};
   double eps = 1e-8;
   std::string optimizer = "torch";  ///< whose AdamW: "torch" or "fused"
+  std::string precision = "float32";  ///< what the sharded model computes in, or "bfloat16"
   double clip = 1.0;  ///< 0: gradients are not clipped
   std::uint64_t seed = 1;
 
@@ -45,6 +47,8 @@ struct Options {
   std::int64_t sample_tokens = 300;
   double temperature = 0.8;
 
+  std::string strategy = "full-shard";  ///< as of fsdp::Strategy
+  std::int64_t shard_size = 0;          ///< ranks of a shard group, for the hybrid strategies
   bool no_shard = false;
   int threads = 0;  ///< 0: the machine's cores over the world size
   bool quiet = false;

@@ -33,6 +33,8 @@ class TrainedModel {
   /// parameters.
   virtual torch::OrderedDict<std::string, torch::Tensor> named_parameters() = 0;
   virtual void zero_grad() = 0;
+  /// Whether the next backwards are followed by others of the same step.
+  virtual void set_more_to_come(bool more) = 0;
   /// Scales all gradients so that their norm over all parameters and ranks is at most `limit`;
   /// returns what it was.
   virtual double clip_gradients(double limit) = 0;
@@ -52,14 +54,15 @@ class TrainedModel {
 /// Sharded over the ranks by fsdp; each transformer block is a unit.
 class ShardedModel final : public TrainedModel {
  public:
-  ShardedModel(Gpt gpt, const fsdp::Communicator& comm)
-      : model_(fsdp::fully_shard(gpt, options(comm))) {}
+  ShardedModel(Gpt gpt, const fsdp::Communicator& comm, const Options& o)
+      : model_(fsdp::fully_shard(gpt, options(comm, o))) {}
 
   torch::Tensor forward(const torch::Tensor& tokens) override { return model_.forward(tokens); }
   torch::OrderedDict<std::string, torch::Tensor> named_parameters() override {
     return model_.named_parameters();
   }
   void zero_grad() override { model_.zero_grad(); }
+  void set_more_to_come(bool more) override { model_.set_requires_gradient_sync(!more); }
   double clip_gradients(double limit) override { return model_.clip_grad_norm_(limit); }
   TrainOptimizer make_optimizer(const Shapes& shapes, const Options& o) override {
     if (o.optimizer == "fused") return make_fused_adamw(model_, shapes, o);
@@ -68,7 +71,7 @@ class ShardedModel final : public TrainedModel {
   ModelBytes bytes() override {
     const auto stats = model_.stats();
     return {stats.param_shard_bytes, stats.grad_shard_bytes, stats.padding_bytes,
-            stats.unit_buffer_bytes, stats.gradient_slot_bytes};
+            stats.unit_buffer_bytes + stats.compute_buffer_bytes, stats.gradient_slot_bytes};
   }
   void save(const std::string& folder, TrainOptimizer& optimizer,
             const std::string& metadata) override {
@@ -88,10 +91,25 @@ class ShardedModel final : public TrainedModel {
   }
 
  private:
-  static fsdp::ShardOptions options(const fsdp::Communicator& comm) {
+  static fsdp::ShardOptions options(const fsdp::Communicator& comm, const Options& o) {
     fsdp::ShardOptions options;
     options.comm = comm;
     options.wrap = fsdp::wrap_class("BlockImpl");
+    using fsdp::Strategy;
+    for (const auto& [name, strategy] :
+         {std::pair("full-shard", Strategy::full_shard),
+          std::pair("shard-grad-op", Strategy::shard_grad_op),
+          std::pair("no-shard", Strategy::no_shard),
+          std::pair("hybrid-shard", Strategy::hybrid_shard),
+          std::pair("hybrid-shard-grad-op", Strategy::hybrid_shard_grad_op)}) {
+      if (o.strategy == name) options.strategy = strategy;
+    }
+    options.shard_size = static_cast<std::uint32_t>(o.shard_size);
+    if (o.precision == "bfloat16") {
+      options.mixed_precision.param_dtype = torch::kBFloat16;
+      options.mixed_precision.reduce_dtype = torch::kFloat;
+      options.mixed_precision.output_dtype = torch::kFloat;  // for the loss
+    }
     return options;
   }
 
@@ -108,6 +126,7 @@ class WholeModel final : public TrainedModel {
   torch::OrderedDict<std::string, torch::Tensor> named_parameters() override {
     return gpt_->named_parameters();
   }
+  void set_more_to_come(bool) override {}  // LibTorch adds gradients up by itself
   void zero_grad() override { gpt_->zero_grad(); }
   double clip_gradients(double limit) override {
     return torch::nn::utils::clip_grad_norm_(gpt_->parameters(), limit);
@@ -151,9 +170,10 @@ class WholeModel final : public TrainedModel {
   Gpt gpt_;
 };
 
-inline std::unique_ptr<TrainedModel> make_model(const Gpt& gpt, const Ranks& ranks, bool no_shard) {
-  if (no_shard) return std::make_unique<WholeModel>(gpt);
-  return std::make_unique<ShardedModel>(gpt, ranks.communicator());
+inline std::unique_ptr<TrainedModel> make_model(const Gpt& gpt, const Ranks& ranks,
+                                                const Options& options) {
+  if (options.no_shard) return std::make_unique<WholeModel>(gpt);
+  return std::make_unique<ShardedModel>(gpt, ranks.communicator(), options);
 }
 
 /// The metadata that the checkpoint in `folder` was saved with. Local.

@@ -73,7 +73,8 @@ unsafe impl Sized_ for fsdp_checkpoint_contents_t {
 /// Saves all shards and `states` into the new folder `dir`: for each rank a safetensors file (and small ones with what is
 /// less than a row of a parameter), and a manifest with checksums, written aside, flushed, and renamed when complete, so
 /// that `dir` is complete or absent whenever a process ends. PyTorch's torch.distributed.checkpoint reads `dir` through its
-/// HuggingFaceStorageReader; a parameter's state is called "optimizer.STATE:NAME" there.
+/// HuggingFaceStorageReader; a parameter's state is called "optimizer.STATE:NAME" there. Of the shard groups of
+/// FSDP_HYBRID_SHARD and FSDP_NO_SHARD the first one writes.
 /// Collective: same `dir` (on a file system all ranks share) and states of the same parameters and names on every rank;
 /// a failure on one rank is the error of all. `metadata`: texts to keep with it (rank 0's are kept), NULL for none. All
 /// pointers are borrowed for the call. Not during a backward. Errors: FSDP_ERR_CHECKPOINT if `dir` exists,

@@ -71,6 +71,11 @@ pub struct fsdp_engine_config_t {
     /// 1: every rank starts from rank 0's values, which it broadcasts. The others' memory and initializers are not looked at,
     /// and a parameter may have storage on some ranks only. 0: each rank cuts its own.
     pub sync_module_states: i32,
+    /// 1: this rank's shards, gradient shards and optimizer state (of fsdp_optimizer_t) lie in host memory, apart from the
+    /// unit buffers, which are on the device; shards are uploaded when they are first needed after they were written. On the
+    /// CPU this is a second copy of the shards in the same kind of memory, and gives the same results. 0: they lie on the
+    /// device, and shards in the unit buffers. A part of the model that was sharded before stays where it was.
+    pub cpu_offload: i32,
 }
 
 /// A unit. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
@@ -195,6 +200,8 @@ pub struct fsdp_stats_t {
     pub all_reduce_bytes: u64,
     /// Bytes of the copies of all parameters that are computed in 16 bits; on shm one copy a host.
     pub compute_buffer_bytes: u64,
+    /// Bytes of this rank's shards in host memory, besides their place in the unit buffers (cpu_offload).
+    pub offloaded_bytes: u64,
 }
 
 // SAFETY: repr(C), begins with its size, plain data.
@@ -298,6 +305,7 @@ fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
         param_dtype,
         param_init,
         sync_module_states: c.sync_module_states != 0,
+        cpu_offload: c.cpu_offload != 0,
     })
 }
 
@@ -771,6 +779,7 @@ pub unsafe extern "C" fn fsdp_engine_stats(engine: *const fsdp_engine_t, out: *m
             all_reduces: s.replicas.all_reduces,
             all_reduce_bytes: s.replicas.all_reduce_bytes,
             compute_buffer_bytes: s.compute_buffer_bytes,
+            offloaded_bytes: s.offloaded_bytes,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, stats) }

@@ -34,6 +34,8 @@ pub struct fsdp_plan_request_t {
     pub param_dtype: fsdp_dtype_t,
     /// As in fsdp_engine_config_t.
     pub shard_size: u32,
+    /// As in fsdp_engine_config_t.
+    pub cpu_offload: i32,
 }
 
 /// What an engine will use and do. "This rank" is the one asked for; ranks differ in padding and optimizer state only. A
@@ -106,6 +108,8 @@ pub struct fsdp_plan_t {
     pub compute_buffer_bytes: u64,
     /// As fsdp_stats_t will count for each step after which this rank's shards are written.
     pub all_gather_bytes_moved: u64,
+    /// As fsdp_stats_t will say. Part of rank_peak_bytes.
+    pub offloaded_bytes: u64,
 }
 
 /// A unit, the same on every rank. Set struct_size before the call.
@@ -198,6 +202,7 @@ pub unsafe extern "C" fn fsdp_plan(
             all_reduce_messages: f.all_reduce.sent_messages,
             compute_buffer_bytes: f.compute_buffer_bytes,
             all_gather_bytes_moved: f.cast_bytes,
+            offloaded_bytes: f.offloaded_bytes,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, plan) }
@@ -256,6 +261,7 @@ unsafe fn forecast(model: *const fsdp_model_t, request: *const fsdp_plan_request
         shard_size: r.shard_size,
         reduce_dtype: reduce_dtype(r.reduce_dtype, of)?,
         param_dtype: param_dtype(r.param_dtype, of)?,
+        cpu_offload: r.cpu_offload != 0,
         ..EngineConfig::default()
     };
     let (world_size, optimizer_bytes_per_element) = (r.world_size as usize, r.optimizer_bytes_per_element);

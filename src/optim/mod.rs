@@ -1,4 +1,5 @@
-//! An optimizer on an engine's shards: SGD or AdamW, element by element, with float32 state in private host memory.
+//! An optimizer on an engine's shards: SGD or AdamW, element by element, with float32 state where the
+//! engine's shards have their home.
 //!
 //! One allocation per kind of state holds the pieces of all parameters of this rank. It is made at the first step, and its
 //! pages take memory once they are written: a parameter that never gets a gradient has none. A parameter without a
@@ -12,9 +13,9 @@ pub use resume::METADATA_KEY;
 pub use rule::{AdamWOptions, Rule, SgdOptions};
 
 use crate::agree;
+use crate::device::Buffer;
 use crate::engine::{Engine, Shard};
 use crate::error::{err, Result};
-use crate::memory::HostBuffer;
 use crate::module::ParamId;
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -39,7 +40,7 @@ struct State {
     rule: Rule,
     params: Vec<ParamState>,
     /// As [`Rule::states`]; none before they are needed.
-    memory: Option<Vec<HostBuffer>>,
+    memory: Option<Vec<Buffer>>,
 }
 
 struct ParamState {
@@ -146,13 +147,13 @@ impl Optimizer {
     fn reserve(&self, state: &mut State) -> Result<()> {
         if state.memory.is_none() {
             let names = state.rule.states().iter();
-            let memory = names.map(|n| HostBuffer::zeroed(self.len, &format!("the optimizer's state \"{n}\"")));
+            let memory = names.map(|n| self.engine.alloc_home(self.len, &format!("the optimizer's state \"{n}\"")));
             state.memory = Some(memory.collect::<Result<_>>()?);
         }
         Ok(())
     }
 
-    fn address(&self, memory: &HostBuffer, param: ParamId) -> *mut f32 {
+    fn address(&self, memory: &Buffer, param: ParamId) -> *mut f32 {
         memory.as_ptr().wrapping_add(self.offsets[param as usize])
     }
 

@@ -496,6 +496,23 @@ void without_storage(const fsdp::Communicator& comm) {
   }
 }
 
+/// A deferred module that was moved to bfloat16 gets the values of an eager one.
+void deferred(const fsdp::Communicator& comm) {
+  const auto make = [] {
+    torch::manual_seed(5);
+    Mlp net;
+    net->to(at::kBFloat16);
+    return net;
+  };
+  const Mlp eager = make();
+  Mlp module = fsdp::deferred_init(make);
+  auto model = fsdp::fully_shard(module, options_of(comm, fsdp::wrap_class("LinearImpl")));
+  std::vector<at::Tensor> masters;
+  for (const at::Tensor& p : eager->parameters()) masters.push_back(p.detach().to(at::kFloat));
+  check_shards(model, masters, false, "deferred");
+  REQUIRE(module->last->bias.scalar_type() == at::kBFloat16);
+}
+
 void sharded_again(const fsdp::Communicator& comm) {
   struct OuterImpl : nn::Module {
     OuterImpl(const Mlp& mlp)
@@ -599,6 +616,7 @@ int main(int argc, char** argv) {
                            {"buffers", buffers},
                            {"inputs and outputs", inputs_and_outputs},
                            {"without storage", without_storage},
+                           {"deferred", deferred},
                            {"sharded again", sharded_again},
                            {"wrong options", wrong_options}});
 }

@@ -21,6 +21,31 @@ class Worlds(Case):
         for ranks in (2, 4):
             self.assert_same(self.train(ranks, f"a{ranks}", *STEPS), self.train(ranks, f"b{ranks}", *STEPS))
 
+    def test_strategies(self):
+        """The same losses, however parameters are spread."""
+        full = self.train(4, "full", *STEPS)
+        for name in ("shard-grad-op", "no-shard", "hybrid-shard"):
+            more = ["--shard-size", "2"] if name == "hybrid-shard" else []
+            self.assert_close(full, self.train(4, name, "--strategy", name, *more, *STEPS))
+        self.refuse(2, "--out", self.path("odd"), "--strategy", "hybrid-shard", "--shard-size", "3", *STEPS,
+                    words=["shard_size is 3"])
+
+    def test_micro_batches(self):
+        """Four backwards over a quarter of the batch each give what one over all of it gives."""
+        whole = self.train(2, "whole", *STEPS)
+        self.assert_close(whole, self.train(2, "parts", "--micro-batches", "4", *STEPS))
+        self.refuse(2, "--out", self.path("odd"), "--micro-batches", "3", *STEPS, words=["--micro-batches"])
+
+    def test_bfloat16(self):
+        """Near what float32 gives, the same at every world size but for the order of sums; not the same numbers."""
+        wide = self.train(2, "wide", *STEPS)
+        narrow = self.train(2, "narrow", "--precision", "bfloat16", *STEPS)
+        self.assert_close(wide, narrow, 2e-2)
+        self.assertNotEqual([m["loss"] for m in wide], [m["loss"] for m in narrow])
+        self.assert_same(narrow, self.train(2, "again", "--precision", "bfloat16", *STEPS))
+        self.assert_close(narrow, self.train(4, "w4", "--precision", "bfloat16", *STEPS), 2e-2)
+        self.refuse(0, "--out", self.path("whole"), "--no-shard", "--precision", "bfloat16", *STEPS, words=["--precision"])
+
     def test_tied_head(self):
         whole = self.train(0, "whole", "--no-shard", "--tie-head", *STEPS)
         self.assert_close(whole, self.train(2, "w2", "--tie-head", *STEPS))

@@ -67,6 +67,8 @@ struct EngineConfig {
   std::uint32_t shard_size = 0;
   /// Every rank starts from rank 0's values; what the others hold is not looked at.
   bool sync_module_states = false;
+  /// Shards, gradient shards and optimizer state lie in host memory, apart from the unit buffers.
+  bool cpu_offload = false;
 };
 
 /// An engine. Copies share it; the last one destroys it, after which no pointer obtained from it
@@ -86,6 +88,7 @@ class Engine {
     config.param_dtype = options.param_dtype;
     config.shard_size = options.shard_size;
     config.sync_module_states = options.sync_module_states ? 1 : 0;
+    config.cpu_offload = options.cpu_offload ? 1 : 0;
     struct Call {
       const ModuleInit& init;
       std::exception_ptr thrown;

@@ -34,6 +34,7 @@ struct PlanRequest {
   std::optional<std::uint32_t> rank;
   /// As in EngineConfig.
   std::uint32_t shard_size = 0;
+  bool cpu_offload = false;
 
   /// The C struct.
   fsdp_plan_request_t c_request() const {
@@ -43,6 +44,7 @@ struct PlanRequest {
     request.reduce_dtype = reduce_dtype;
     request.param_dtype = param_dtype;
     request.shard_size = shard_size;
+    request.cpu_offload = cpu_offload ? 1 : 0;
     request.gradient_slots = gradient_slots;
     request.optimizer_bytes_per_element = optimizer_bytes_per_element;
     constexpr std::uint32_t most = std::numeric_limits<std::int32_t>::max();

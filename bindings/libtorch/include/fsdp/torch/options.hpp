@@ -73,6 +73,9 @@ struct ShardOptions {
   /// Every rank starts from rank 0's parameters and buffers, which it broadcasts; what the others
   /// hold is not looked at, and may be without storage. Only rank 0 initializes what has none.
   bool sync_module_states = false;
+  /// parameters(), their gradients and the state of adamw() and sgd() lie in host memory, apart from
+  /// the unit buffers on the device. On the CPU: a second copy of the shards, and the same results.
+  bool cpu_offload = false;
   /// Modules that are left alone with all that is below them, and parameters likewise: they stay
   /// whole on every rank, and their gradients are not reduced. parameters() leaves them out; state
   /// dicts of whole tensors have them, checkpoints do not.
@@ -126,6 +129,7 @@ inline EngineConfig engine_config(const ShardOptions& options) {
   config.strategy = options.strategy;
   config.shard_size = options.shard_size;
   config.sync_module_states = options.sync_module_states;
+  config.cpu_offload = options.cpu_offload;
   config.order_check = options.order_check;
   const MixedPrecision& types = options.mixed_precision;
   config.param_dtype = c_dtype(types.param_dtype, "MixedPrecision::param_dtype");

@@ -19,6 +19,7 @@
 #include "fsdp/torch/options.hpp"
 #include "fsdp/torch/outputs.hpp"
 #include "fsdp/torch/shard_walk.hpp"
+#include "fsdp/torch/tensor_backup.hpp"
 
 namespace fsdp::detail {
 
