@@ -99,7 +99,8 @@ void scaler(const fsdp::Communicator& comm) {
 
 void descriptions_and_logs(const fsdp::Communicator& comm) {
   std::vector<fsdp::LogLevel> levels;
-  fsdp::set_log_callback([&](fsdp::LogLevel level, const std::string&) { levels.push_back(level); });
+  fsdp::set_log_callback(
+      [&](fsdp::LogLevel level, const std::string&) { levels.push_back(level); });
   fsdp::set_log_level(fsdp::LogLevel::info);
   fsdp::Engine engine = make_engine(comm);
   backward(engine, 1);

@@ -492,7 +492,7 @@ void timeline(const fsdp::Communicator& comm) {
     counts = {model.stats().all_gathers, model.stats().reduce_scatters};
   }
   unsetenv("FSDP_TIMELINE");
-  REQUIRE(shards.expired());  // handle and module are gone: so are the shards, and the file is whole
+  REQUIRE(shards.expired());  // as handle and module: the file is whole
   comm.barrier();
   std::ifstream file(path);
   const std::string text(std::istreambuf_iterator<char>(file), {});

@@ -1,10 +1,10 @@
 // The whole C++ layer over fsdp.h: exceptions, communicator, model description, plans, traces,
 // engine, optimizer, gradient scaler, full parameters, checkpoints, log.
 //
-// Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace, Engine,
-// Optimizer, GradScaler, FullParams or CheckpointJob copies a reference, and the last copy destroys
-// the C handle. Every function throws fsdp::Error when the C call behind it fails, and is otherwise
-// as documented in fsdp.h.
+// Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace,
+// Engine, Optimizer, GradScaler, FullParams or CheckpointJob copies a reference, and the last one
+// destroys the C handle. Every function throws fsdp::Error when the C call behind it fails, and is
+// otherwise as documented in fsdp.h.
 #pragma once
 
 #include "fsdp/checkpoint.hpp"

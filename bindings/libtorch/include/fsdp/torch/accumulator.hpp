@@ -41,8 +41,8 @@ class GradientNode final : public torch::autograd::Node {
     add_input_metadata(leaf_);
   }
 
-  /// The leaf refers weakly to this node, which keeps the node's memory: without this, node and leaf
-  /// (and with it the shards) would keep each other.
+  /// The leaf refers weakly to this node, which keeps the node's memory: without this, node and
+  /// leaf (and with it the shards) would keep each other.
   void release_resources() override {
     leaf_.reset();
     Node::release_resources();

@@ -218,7 +218,8 @@ class ShardedModule {
   }
 
   /// Calls `hook` with each unit's gradients on this rank just before they are reduced; an empty
-  /// one removes it. It runs inside backward, and may not touch the model's parameters or this handle.
+  /// one removes it. It runs inside backward, and may not touch the model's parameters or this
+  /// handle.
   /// What it throws ends this rank's backward, and aborts the communicator, so that every other
   /// rank gets an error that names the unit. Lost when the module is sharded again. Local; see
   /// fsdp_engine_set_comm_hook.
