@@ -38,6 +38,7 @@ class FusedOptimizer {
   /// Makes every `.grad` undefined, as the handle's. Local.
   void zero_grad() {
     for (auto& param : state_->params) param.shard.mutable_grad().reset();
+    state_->engine().zero_grad();
   }
 
   /// The learning rate. Local.
