@@ -2,6 +2,8 @@
 that Python has written; and `fsdp checkpoint` on all of them.
 
 usage: feature_checkpoint_python.py FSDP_TOOL WORKER
+
+Skipped (exit status 77) under a Python without numpy and safetensors; the one of `make test` has them.
 """
 
 import json
@@ -10,9 +12,13 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
+try:
+    import numpy as np
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+except ImportError as missing:
+    print(f"skipped: {sys.executable}: {missing}; `pip install -r scripts/requirements/tools.txt` brings it")
+    sys.exit(77)
 
 SHAPES = {"scale": (), "embed.weight": (13, 7), "block.weight": (5, 3, 4), "block.bias": (11,), "block.none": (0, 3)}
 NAMES = list(SHAPES)

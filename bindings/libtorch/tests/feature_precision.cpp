@@ -562,6 +562,64 @@ void sharded_again(const fsdp::Communicator& comm) {
   for (const at::Tensor& shard : model.parameters()) REQUIRE(shard.grad().defined());
 }
 
+/// Whole parameters are the float32 masters; what is written to them is computed with afterwards.
+void whole_parameters(const fsdp::Communicator& comm) {
+  auto [module, reference] = twins<Mlp>();
+  auto options = options_of(comm, fsdp::wrap_class("LinearImpl"));
+  options.mixed_precision.param_dtype = at::kBFloat16;
+  auto model = fsdp::fully_shard(module, options);
+  const at::Tensor x = batch_of(0, comm.rank(), {3, 13});
+  model.forward(x).sum().backward();
+  model.zero_grad();
+  {
+    const torch::NoGradGuard no_grad;
+    const auto scope = model.summon_full_params();
+    REQUIRE(module->first->weight.scalar_type() == at::kFloat);
+    REQUIRE(same_bits(module->first->weight, reference->first->weight));
+    module->first->weight.mul_(0.3);
+    reference->first->weight.mul_(0.3);
+  }
+  REQUIRE(module->first->weight.scalar_type() == at::kBFloat16);
+  reference->to(at::kBFloat16);
+  REQUIRE(same_bits(model.forward(x).detach(), reference->forward(x.to(at::kBFloat16)).detach()));
+}
+
+/// Each of two groups of ranks has copies of its own.
+void hybrid(const fsdp::Communicator& comm) {
+  if (comm.world_size() != 4) return;
+  auto [module, reference] = twins<Mlp>();
+  auto options = options_of(comm, fsdp::wrap_class("LinearImpl"));
+  options.strategy = fsdp::Strategy::hybrid_shard;
+  options.shard_size = 2;
+  options.mixed_precision.param_dtype = at::kBFloat16;
+  options.mixed_precision.reduce_dtype = at::kFloat;
+  options.mixed_precision.output_dtype = at::kFloat;
+  Masters full(*reference, at::kBFloat16, {});
+  auto model = fsdp::fully_shard(module, options);
+  auto optimizer = sgd()(model.parameters());
+  auto full_optimizer = sgd()(full.masters);
+  const auto input = vectors(at::kBFloat16);
+  const std::vector<at::ScalarType> reduce(full.names.size(), at::kFloat);
+  for (int step = 0; step < 3; ++step) {
+    at::Tensor wanted;
+    full.average(comm.world_size(), reduce, [&](int rank) {
+      const at::Tensor output = reference->forward(input(step, rank, true)).to(at::kFloat);
+      (output * output).mean().backward();
+      if (rank == comm.rank()) wanted = output.detach();
+    });
+    const at::Tensor output = model.forward(input(step, comm.rank(), false));
+    // Gradients are summed group by group, so later masters may differ in their last bits.
+    const double tolerance = step == 0 ? 0 : 2e-2;
+    REQUIRE(torch::allclose(output.detach(), wanted, tolerance, tolerance));
+    (output * output).mean().backward();
+    optimizer->step();
+    full_optimizer->step();
+    check_shards(model, full.masters, false, "hybrid", 1e-2);
+    model.zero_grad();
+    full_optimizer->zero_grad();
+  }
+}
+
 void wrong_options(const fsdp::Communicator& comm) {
   const auto refuse = [&](const std::function<void(fsdp::ShardOptions&)>& set,
                           const std::vector<std::string>& told) {
@@ -618,5 +676,7 @@ int main(int argc, char** argv) {
                            {"without storage", without_storage},
                            {"deferred", deferred},
                            {"sharded again", sharded_again},
+                           {"whole parameters", whole_parameters},
+                           {"hybrid", hybrid},
                            {"wrong options", wrong_options}});
 }

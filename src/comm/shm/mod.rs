@@ -74,8 +74,13 @@ impl Config {
 
 /// Collective: meets the other ranks of `config.job` and returns when all are there, or an error that all of them get.
 pub fn init(config: &Config) -> Result<Arc<dyn Communicator>> {
+    init_with(config, &|| Ok(()))
+}
+
+/// `init` that `hope` can give up.
+fn init_with(config: &Config, hope: rendezvous::Hope<'_>) -> Result<Arc<dyn Communicator>> {
     config.check()?;
-    let mesh = rendezvous::meet(config)?;
+    let mesh = rendezvous::meet(config, hope)?;
     let group = Group::new(config.rank, config.timeout, mesh)?;
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -331,14 +336,18 @@ impl Communicator for Shm {
             local.splits += 1;
             local.splits
         };
-        init(&Config {
+        let config = Config {
             job: format!("{}/{number}.{color}", self.config.job),
             rank: ranks.iter().position(|r| *r == self.group.rank).expect("this rank has its own color"),
             world_size: ranks.len(),
             // Everybody is here already.
             rendezvous_timeout: self.config.timeout.min(DEFAULT_RENDEZVOUS_TIMEOUT),
             ..self.config
-        })
+        };
+        // A rank that dies now is seen at the sockets of this communicator only.
+        let alive = || self.group.check_alive(&|| "while the communicator was split".into());
+        let hope = || self.group.check().and_then(|_| alive());
+        init_with(&config, &hope).map_err(|e| hope().err().unwrap_or(e))
     }
 
     fn abort(&self, reason: &str) {

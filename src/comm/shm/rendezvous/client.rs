@@ -1,7 +1,7 @@
 //! A rank's side of the rendezvous: connect to rank 0, greet, collect what it sends.
 
 use super::wire::{Answer, Hello, Report, VERSION};
-use super::{check_control, checked_peer, me, ms, socket_name, Mesh};
+use super::{check_control, checked_peer, me, ms, socket_name, Hope, Mesh};
 use crate::comm::shm::socket::{self, Received};
 use crate::comm::shm::Config;
 use crate::error::{err, Error, Result};
@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 const GRACE: Duration = Duration::from_secs(3);
 
 /// Meets rank 0 and, through it, everybody.
-pub fn join(config: &Config, deadline: Instant) -> Result<Mesh> {
+pub fn join(config: &Config, deadline: Instant, hope: Hope<'_>) -> Result<Mesh> {
     let mut pause = Duration::from_millis(1);
     loop {
         if let Some(mesh) = attempt(config, deadline)? {
             return Ok(mesh);
         }
+        hope()?;
         if Instant::now() >= deadline {
             return Err(err!(Rendezvous, "rank 0 of job {:?} did not appear within {} ms", config.job, ms(config)));
         }

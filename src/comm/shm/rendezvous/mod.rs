@@ -23,14 +23,19 @@ pub struct Mesh {
     pub peers: Vec<Option<(OwnedFd, u32)>>,
 }
 
-/// Meets the other ranks. The config has been checked, except for the rank.
-pub fn meet(config: &Config) -> Result<Mesh> {
+/// Asked now and then whether waiting for ranks that have not come yet still makes sense.
+pub type Hope<'a> = &'a dyn Fn() -> Result<()>;
+/// How often.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// Meets the other ranks. The config has been checked, except for the rank. An error of `hope` ends the waiting.
+pub fn meet(config: &Config, hope: Hope<'_>) -> Result<Mesh> {
     let deadline = Instant::now() + config.rendezvous_timeout;
     let (rank, world) = (config.rank, config.world_size);
     if rank >= world {
         // Tells a waiting rank 0, so that the job fails at once and not at its deadline.
         let soon = deadline.min(Instant::now() + Duration::from_millis(300));
-        let _ = client::join(config, soon);
+        let _ = client::join(config, soon, hope);
         return Err(err!(InvalidArgument, "rank {rank} is out of range for world size {world}"));
     }
     if world == 1 {
@@ -38,8 +43,8 @@ pub fn meet(config: &Config) -> Result<Mesh> {
         return Ok(Mesh { control, peers: vec![None] });
     }
     match rank {
-        0 => server::serve(config, deadline),
-        _ => client::join(config, deadline),
+        0 => server::serve(config, deadline, hope),
+        _ => client::join(config, deadline, hope),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Rank 0's side of the rendezvous: take greetings until every rank is there, then hand out the mesh.
 
 use super::wire::{Answer, Hello, Report, VERSION};
-use super::{checked_peer, client, control_segment, me, ms, socket_name, Mesh};
+use super::{checked_peer, client, control_segment, me, ms, socket_name, Hope, Mesh, SLICE};
 use crate::comm::shm::socket::{self, Received};
 use crate::comm::shm::wait::rank_list;
 use crate::comm::shm::Config;
@@ -34,7 +34,7 @@ pub(super) struct Server<'a> {
     told: Vec<bool>,
 }
 
-pub fn serve(config: &Config, deadline: Instant) -> Result<Mesh> {
+pub fn serve(config: &Config, deadline: Instant, hope: Hope<'_>) -> Result<Mesh> {
     let name = socket_name(me(), &config.job);
     let listener = loop {
         match socket::listen(&name) {
@@ -45,6 +45,7 @@ pub fn serve(config: &Config, deadline: Instant) -> Result<Mesh> {
         // Tells the process that serves the name, which answers why this one cannot; or it is just closing.
         let soon = deadline.min(Instant::now() + Duration::from_secs(2));
         client::attempt(config, soon)?;
+        hope()?;
         std::thread::sleep(Duration::from_millis(5));
         if Instant::now() >= deadline {
             let (job, ms) = (&config.job, ms(config));
@@ -52,7 +53,7 @@ pub fn serve(config: &Config, deadline: Instant) -> Result<Mesh> {
         }
     };
     let mut server = Server::new(config, deadline, listener);
-    let met = server.gather().and_then(|()| server.hand_out());
+    let met = server.gather(hope).and_then(|()| server.hand_out());
     if let Err(e) = &met {
         server.tell(e);
     }
@@ -72,7 +73,7 @@ impl Server<'_> {
     }
 
     /// Returns when every rank has joined.
-    fn gather(&mut self) -> Result<()> {
+    fn gather(&mut self, hope: Hope<'_>) -> Result<()> {
         loop {
             let missing = self.missing();
             if missing.is_empty() {
@@ -83,7 +84,8 @@ impl Server<'_> {
                 let (list, job, ms) = (rank_list(&missing), &self.config.job, self.started.elapsed().as_millis());
                 return Err(err!(Rendezvous, "{list} of job {job:?} did not appear within {ms} ms"));
             }
-            self.poll(self.deadline - now)?;
+            self.poll(SLICE.min(self.deadline - now))?;
+            hope()?;
             self.accept()?;
             for (hello, fd, pid) in self.greetings() {
                 self.judge(hello, fd, pid)?;

@@ -15,7 +15,7 @@ fn run(configs: Vec<Config>) -> Vec<Result<Mesh>> {
     let start = |(i, c): (usize, Config)| {
         thread::spawn(move || {
             thread::sleep(Duration::from_millis(20 * i as u64));
-            meet(&c)
+            meet(&c, &|| Ok(()))
         })
     };
     let threads: Vec<_> = configs.into_iter().enumerate().map(start).collect();
@@ -106,7 +106,7 @@ fn a_rank_out_of_range_ends_the_wait_of_the_others() {
 fn garbage_and_silence_do_not_disturb() {
     let first = config("garbage", 0, 2, 20_000);
     let name = socket_name(me(), &first.job);
-    let server = thread::spawn(move || meet(&first));
+    let server = thread::spawn(move || meet(&first, &|| Ok(())));
     let mut strangers = Vec::new();
     for i in 0..200 {
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -127,7 +127,7 @@ fn garbage_and_silence_do_not_disturb() {
             _ => strangers.push(connection),
         }
     }
-    let second = meet(&config("garbage", 1, 2, 20_000));
+    let second = meet(&config("garbage", 1, 2, 20_000), &|| Ok(()));
     assert!(second.is_ok() && server.join().unwrap().is_ok());
 }
 
@@ -135,7 +135,7 @@ fn garbage_and_silence_do_not_disturb() {
 fn another_job_behind_the_same_name_is_refused() {
     let first = config("collision", 0, 2, 20_000);
     let name = socket_name(me(), &first.job);
-    let server = thread::spawn(move || meet(&first));
+    let server = thread::spawn(move || meet(&first, &|| Ok(())));
     let other = wire::Hello {
         version: wire::VERSION,
         rank: 1,
@@ -163,7 +163,7 @@ fn another_job_behind_the_same_name_is_refused() {
         let wire::Answer::Failed(e) = answer else { panic!("{answer:?}") };
         assert!(e.message.contains("refused a process") && e.message.contains("\"another\""), "{e}");
     }
-    assert!(meet(&config("collision", 1, 2, 20_000)).is_ok());
+    assert!(meet(&config("collision", 1, 2, 20_000), &|| Ok(())).is_ok());
     assert!(server.join().unwrap().is_ok());
 }
 
@@ -172,7 +172,7 @@ fn a_rank_that_dies_before_the_others_come_is_named() {
     let first = config("dies", 0, 3, 20_000);
     let name = socket_name(me(), &first.job);
     let job = first.job.clone();
-    let server = thread::spawn(move || meet(&first));
+    let server = thread::spawn(move || meet(&first, &|| Ok(())));
     let hello = wire::Hello { version: wire::VERSION, rank: 2, world: 3, pid: 77, remaining_ms: 20_000, job };
     let deadline = Instant::now() + Duration::from_secs(10);
     let connection = loop {
