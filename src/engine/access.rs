@@ -1,0 +1,133 @@
+//! Parameters and gradients as a host reaches them: full ones in an iteration, this rank's pieces at any time.
+
+use super::Engine;
+use crate::dtype::DType;
+use crate::error::{err, Result};
+use crate::module::ParamId;
+use crate::plan::{ParamPlan, UnitId};
+use crate::precision;
+use crate::shards::ShardStore;
+
+/// A parameter's piece on this rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Shard {
+    pub data: *mut f32,
+    /// Null while there is no gradient.
+    pub grad: *mut f32,
+    /// Elements of each.
+    pub len: usize,
+}
+
+impl Engine {
+    /// The address of a full parameter in its compute dtype: in the unit buffer, or among the compute copies. An error
+    /// while its unit is sharded.
+    pub fn param_data(&self, param: ParamId) -> Result<*mut u8> {
+        let p = self.param(param)?;
+        self.lock()?.units[p.unit as usize].require_unsharded()?;
+        if p.compute != DType::F32 {
+            return Ok(self
+                .store(p.unit)
+                .copy_at(self.plan().units[p.unit as usize].compute_offset + p.compute_offset));
+        }
+        let offset = self.plan().units[p.unit as usize].layout.offsets[p.index] * DType::F32.size();
+        Ok(self.unit_buffer(p.unit).wrapping_add(offset))
+    }
+
+    /// The region for a parameter's full gradient, and whether it holds one already (add) or not (overwrite). Counts as
+    /// written. May wait for a slot.
+    pub fn param_grad(&self, param: ParamId) -> Result<(*mut f32, bool)> {
+        let p = self.param(param)?;
+        let mut state = self.lock()?;
+        if !state.requires_grad[param as usize] {
+            return Err(err!(InvalidState, "parameter \"{}\" does not require a gradient", p.fqn));
+        }
+        if !state.reading {
+            return Err(err!(
+                InvalidState,
+                "parameter \"{}\" gets a gradient outside an iteration: no unit was unsharded since the last one ended",
+                p.fqn
+            ));
+        }
+        state.gradients.region(self.plan(), p.unit, p.index)
+    }
+
+    /// Adds `grad` (the parameter's `numel` elements of `dtype`, in its shape's order) in float32 to what this backward has
+    /// collected for it. `dtype` is float32 or the one that the parameter is computed in.
+    ///
+    /// # Safety
+    /// `grad` must be readable for the parameter's elements, and aligned for them.
+    pub unsafe fn accumulate_grad(&self, param: ParamId, dtype: DType, grad: *const u8) -> Result<()> {
+        let p = self.param(param)?;
+        if dtype != DType::F32 && dtype != p.compute {
+            let (f32, compute) = (DType::F32, p.compute);
+            let or = if compute == f32 { String::new() } else { format!(" or {compute}, which it is computed in") };
+            return Err(err!(InvalidArgument, "the gradient of \"{}\" is {dtype}: it can be {f32}{or}", p.fqn));
+        }
+        let (region, held) = self.param_grad(param)?;
+        let len = self.plan().units[p.unit as usize].layout.numels[p.index];
+        if len == 0 {
+            return Ok(());
+        }
+        // SAFETY: the region has room for the parameter, and no peer reads it before its unit is reduced; `grad` is the
+        // caller's promise.
+        unsafe {
+            match held {
+                false => precision::widen(dtype, grad, region, len),
+                true => precision::add(dtype, grad, region, len),
+            }
+        }
+        Ok(())
+    }
+
+    /// This rank's piece of a parameter and of its gradient.
+    pub fn shard(&self, param: ParamId) -> Result<Shard> {
+        let p = self.param(param)?;
+        let holds = self.store(p.unit).holds(p.store_param);
+        let grad = if holds { self.shard_grad(p) } else { std::ptr::null_mut() };
+        Ok(Shard { data: self.shard_data(param as usize), grad, len: p.piece.len })
+    }
+
+    /// Forgets a parameter's gradient shard; the next reduction overwrites it. Local.
+    pub fn clear_grad(&self, param: ParamId) -> Result<()> {
+        let p = self.param(param)?;
+        let _one_at_a_time = self.lock()?;
+        self.store(p.unit).set_held(p.store_param, false);
+        Ok(())
+    }
+
+    /// Forgets all gradients, also those that backwards without reduction have left. Local.
+    pub fn zero_grad(&self) -> Result<()> {
+        let mut state = self.lock()?;
+        state.gradients.discard_kept();
+        state.gradients.take_reduced(self.plan());
+        self.plan().params.iter().for_each(|p| self.store(p.unit).set_held(p.store_param, false));
+        Ok(())
+    }
+
+    pub(super) fn store(&self, unit: UnitId) -> &ShardStore {
+        &self.model.stores[self.plan().units[unit as usize].store]
+    }
+
+    pub(super) fn unit_buffer(&self, unit: UnitId) -> *mut u8 {
+        match &self.plan().units[unit as usize] {
+            u if u.bytes() == 0 => std::ptr::null_mut(),
+            u => self.store(unit).arena.base.wrapping_add(u.arena_offset),
+        }
+    }
+
+    pub(super) fn shard_data(&self, param: usize) -> *mut f32 {
+        let p = &self.plan().params[param];
+        let offset = self.plan().units[p.unit as usize].arena_offset + p.piece.unit_offset * DType::F32.size();
+        self.store(p.unit).master_at(self.place_in_shards(p), offset)
+    }
+
+    /// The first float of a parameter's piece among this rank's gradient shards.
+    pub(super) fn place_in_shards(&self, p: &ParamPlan) -> usize {
+        let unit = &self.plan().units[p.unit as usize];
+        unit.grad_offset + p.piece.unit_offset - unit.layout.shard(self.comm().rank()).start
+    }
+
+    pub(super) fn shard_grad(&self, p: &ParamPlan) -> *mut f32 {
+        self.store(p.unit).grads.as_ptr().wrapping_add(self.place_in_shards(p))
+    }
+}
