@@ -59,16 +59,6 @@
 #define FSDP_REDUCE_MIN 3
 
 /**
- * fsdp_unit_info_t.state: the unit's parameters cannot be read.
- */
-#define FSDP_UNIT_SHARDED 0
-
-/**
- * The unit's parameters can be read as views of the unit buffer.
- */
-#define FSDP_UNIT_UNSHARDED 1
-
-/**
  * fsdp_engine_config_t.strategy: a unit is unsharded only while it computes, in forward and in backward (ZeRO-3).
  */
 #define FSDP_FULL_SHARD 0
@@ -111,6 +101,16 @@
  * The same without the comparison and without the warning.
  */
 #define FSDP_ORDER_CHECK_OFF 2
+
+/**
+ * fsdp_unit_info_t.state: the unit's parameters cannot be read.
+ */
+#define FSDP_UNIT_SHARDED 0
+
+/**
+ * The unit's parameters can be read as views of the unit buffer.
+ */
+#define FSDP_UNIT_UNSHARDED 1
 
 /**
  * fsdp_engine_set_reshard_after_forward: as the strategy says. FSDP_FULL_SHARD and FSDP_HYBRID_SHARD reshard every unit but
@@ -711,26 +711,6 @@ typedef struct {
 } fsdp_param_info_t;
 
 /**
- * This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
- * said at fsdp_engine_begin_write.
- */
-typedef struct {
-  /**
-   * numel elements.
-   */
-  float *data;
-  /**
-   * The mean gradient of the piece, numel elements; NULL while there is none. May be written any time outside
-   * backward, e.g. to clip it.
-   */
-  float *grad;
-  /**
-   * Elements; may be 0.
-   */
-  int64_t numel;
-} fsdp_shard_t;
-
-/**
  * What an engine uses and has done. Set struct_size before the call.
  */
 typedef struct {
@@ -1297,6 +1277,26 @@ typedef struct {
   int32_t enabled;
 } fsdp_grad_scaler_config_t;
 
+/**
+ * This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
+ * said at fsdp_engine_begin_write.
+ */
+typedef struct {
+  /**
+   * numel elements.
+   */
+  float *data;
+  /**
+   * The mean gradient of the piece, numel elements; NULL while there is none. May be written any time outside
+   * backward, e.g. to clip it.
+   */
+  float *grad;
+  /**
+   * Elements; may be 0.
+   */
+  int64_t numel;
+} fsdp_shard_t;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1660,174 +1660,6 @@ fsdp_status_t fsdp_engine_unit_of_module(const fsdp_engine_t *engine,
                                          uint32_t *out_unit);
 
 /**
- * Says whether a backward follows the forwards from here on (default: 1). With 0 the root's post_forward ends the
- * iteration. Local. Since 0.1.
- */
-fsdp_status_t fsdp_engine_set_grad_enabled(fsdp_engine_t *engine,
-                                           int32_t enabled);
-
-/**
- * Freezes or trains a parameter from the next iteration on: a frozen one gets no gradients (fsdp_engine_param_grad
- * refuses it). FSDP_ERR_INVALID_STATE while gradients are being collected. Local; may differ between ranks: those that
- * have no gradient for it count as zero. Since 0.1.
- */
-fsdp_status_t fsdp_engine_set_requires_grad(fsdp_engine_t *engine,
-                                            uint32_t param,
-                                            int32_t requires_grad);
-
-/**
- * Issues the all-gather of each unit when the one before it in the order of `trace` is unsharded (in backward: in the
- * reverse order). A unit that turns out not to be needed has been gathered in vain. Give the same trace on every rank,
- * between iterations; it is not needed afterwards. FSDP_ERR_INVALID_ARGUMENT for a trace of a model of another shape.
- * Local. Since 0.1.
- */
-fsdp_status_t fsdp_engine_set_prefetch_order(fsdp_engine_t *engine,
-                                             const fsdp_trace_t *trace);
-
-/**
- * Says that a forward of the whole model begins. Units that the last one left unsharded are resharded. The order of
- * unshards up to fsdp_engine_end_forward is recorded if `training` is not 0 and this is the first, else compared with the
- * first (order_check). Not needed by hosts that call pre_forward of the root, which begins a forward by itself
- * (training: as fsdp_engine_set_grad_enabled says). Local. Since 0.1.
- */
-fsdp_status_t fsdp_engine_begin_forward(fsdp_engine_t *engine,
-                                        int32_t training);
-
-/**
- * Says that the forward has ended: what is unsharded from here on is for a backward. Not needed by hosts that call
- * post_forward of the root. Local. Since 0.1.
- */
-fsdp_status_t fsdp_engine_end_forward(fsdp_engine_t *engine);
-
-/**
- * Call before a unit's forward, in the same order on every rank: unshards the unit. A unit may be used several times
- * and nested in itself. Collective. Since 0.1.
- */
-fsdp_status_t fsdp_engine_pre_forward(fsdp_engine_t *engine,
-                                      uint32_t unit);
-
-/**
- * Call after a unit's forward: reshards it, except under FSDP_SHARD_GRAD_OP when a backward follows. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
- */
-fsdp_status_t fsdp_engine_post_forward(fsdp_engine_t *engine,
-                                       uint32_t unit);
-
-/**
- * Call before the backward of each use of a unit: unshards it. FSDP_ERR_INVALID_STATE without a forward that had
- * gradients enabled. Collective. Since 0.1.
- */
-fsdp_status_t fsdp_engine_pre_backward(fsdp_engine_t *engine,
-                                       uint32_t unit);
-
-/**
- * Call after the backward of each use of a unit. After that of its last use, its gradients (all uses summed) are
- * reduced to their mean over the ranks (a rank may have none) and the unit is resharded. The root's ends the iteration: when it returns, every
- * gradient is in its shard and this rank may write its shards. Collective. Since 0.1.
- */
-fsdp_status_t fsdp_engine_post_backward(fsdp_engine_t *engine,
-                                        uint32_t unit);
-
-/**
- * Unshards a unit; nothing happens if it is unsharded already. *out_unit_buffer is the unit buffer (NULL for a unit
- * without elements), readable until the unit is resharded; it is at the same address every time. Collective. For hosts
- * that see parameters being touched instead of modules being entered. Since 0.1.
- *
- * # Safety
- * `out_unit_buffer` is NULL or writable.
- */
-fsdp_status_t fsdp_engine_unshard(fsdp_engine_t *engine,
-                                  uint32_t unit,
-                                  void **out_unit_buffer);
-
-/**
- * Reshards a unit; nothing happens if it is sharded already. Local. Since 0.1.
- */
-fsdp_status_t fsdp_engine_reshard(fsdp_engine_t *engine, uint32_t unit);
-
-/**
- * Starts the reduction of the gradients collected for a unit; a rank that has none takes part with none. More gradients
- * may come later in the same backward: they are reduced again, and added. Collective: same order on every rank.
- * FSDP_ERR_INVALID_STATE if nothing was unsharded since the last iteration ended. Since 0.1.
- */
-fsdp_status_t fsdp_engine_reduce(fsdp_engine_t *engine,
-                                 uint32_t unit);
-
-/**
- * Ends an iteration that has no backward: reshards all units and drops gradients being collected. Waits for reductions
- * that were started, else local. Since 0.1.
- */
-fsdp_status_t fsdp_engine_finish_forward(fsdp_engine_t *engine);
-
-/**
- * Ends a backward: reduces what is left, and returns when every gradient is in its shard, all units are resharded, and
- * this rank may write its shards. Collective. Since 0.1.
- */
-fsdp_status_t fsdp_engine_finish_backward(fsdp_engine_t *engine);
-
-/**
- * From its return until the next unshard this rank may write the data of its shards. Needed for writes that do not
- * follow a backward (loading, clamping, averaging weights): it ends a forward without backward and waits until no rank
- * reads any more. Collective; returns at once after a backward. FSDP_ERR_INVALID_STATE during a backward. Since 0.1.
- */
-fsdp_status_t fsdp_engine_begin_write(fsdp_engine_t *engine);
-
-/**
- * The full parameter in the dtype that it is computed in, to be read until its unit is resharded: a view of the unit
- * buffer, or of the unit's copy in 16 bits, at the same address every time. FSDP_ERR_INVALID_STATE while the unit is
- * sharded. Local. Since 0.1.
- *
- * # Safety
- * `out` is NULL or writable.
- */
-fsdp_status_t fsdp_engine_param_data(const fsdp_engine_t *engine,
-                                     uint32_t param,
-                                     fsdp_tensor_t *out);
-
-/**
- * The memory that collects a parameter's full gradient in this backward, in the parameter's shape: float32, whatever the
- * parameter is computed in. *out_accumulate 0:
- * overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
- * on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
- * if the parameter is frozen or nothing was unsharded since the last iteration ended. Since 0.1.
- *
- * # Safety
- * `out` and `out_accumulate` are NULL or writable.
- */
-fsdp_status_t fsdp_engine_param_grad(fsdp_engine_t *engine,
-                                     uint32_t param,
-                                     fsdp_tensor_t *out,
-                                     int32_t *out_accumulate);
-
-/**
- * Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
- * the call) in float32 to what this backward has collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
- *
- * # Safety
- * `grad` is NULL or describes readable memory.
- */
-fsdp_status_t fsdp_engine_accumulate_grad(fsdp_engine_t *engine,
-                                          uint32_t param,
-                                          const fsdp_tensor_t *grad);
-
-/**
- * This rank's piece of a parameter and of its gradient. Local. Since 0.1.
- *
- * # Safety
- * `out` is NULL or writable.
- */
-fsdp_status_t fsdp_engine_shard(const fsdp_engine_t *engine, uint32_t param, fsdp_shard_t *out);
-
-/**
- * Forgets a parameter's gradient: the next reduction overwrites it. Local. Since 0.1.
- */
-fsdp_status_t fsdp_engine_clear_grad(fsdp_engine_t *engine, uint32_t param);
-
-/**
- * Forgets all gradients. Without it the next backward adds to them. Local. Since 0.1.
- */
-fsdp_status_t fsdp_engine_zero_grad(fsdp_engine_t *engine);
-
-/**
  * What the engine uses and has done so far. Local. Since 0.1.
  *
  * # Safety
@@ -1982,6 +1814,118 @@ fsdp_status_t fsdp_engine_set_is_last_backward(fsdp_engine_t *engine,
  */
 fsdp_status_t fsdp_engine_set_requires_all_reduce(fsdp_engine_t *engine,
                                                   int32_t required);
+
+/**
+ * Says whether a backward follows the forwards from here on (default: 1). With 0 the root's post_forward ends the
+ * iteration. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_grad_enabled(fsdp_engine_t *engine,
+                                           int32_t enabled);
+
+/**
+ * Freezes or trains a parameter from the next iteration on: a frozen one gets no gradients (fsdp_engine_param_grad
+ * refuses it). FSDP_ERR_INVALID_STATE while gradients are being collected. Local; may differ between ranks: those that
+ * have no gradient for it count as zero. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_requires_grad(fsdp_engine_t *engine,
+                                            uint32_t param,
+                                            int32_t requires_grad);
+
+/**
+ * Issues the all-gather of each unit when the one before it in the order of `trace` is unsharded (in backward: in the
+ * reverse order). A unit that turns out not to be needed has been gathered in vain. Give the same trace on every rank,
+ * between iterations; it is not needed afterwards. FSDP_ERR_INVALID_ARGUMENT for a trace of a model of another shape.
+ * Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_set_prefetch_order(fsdp_engine_t *engine,
+                                             const fsdp_trace_t *trace);
+
+/**
+ * Says that a forward of the whole model begins. Units that the last one left unsharded are resharded. The order of
+ * unshards up to fsdp_engine_end_forward is recorded if `training` is not 0 and this is the first, else compared with the
+ * first (order_check). Not needed by hosts that call pre_forward of the root, which begins a forward by itself
+ * (training: as fsdp_engine_set_grad_enabled says). Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_begin_forward(fsdp_engine_t *engine,
+                                        int32_t training);
+
+/**
+ * Says that the forward has ended: what is unsharded from here on is for a backward. Not needed by hosts that call
+ * post_forward of the root. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_end_forward(fsdp_engine_t *engine);
+
+/**
+ * Call before a unit's forward, in the same order on every rank: unshards the unit. A unit may be used several times
+ * and nested in itself. Collective. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_pre_forward(fsdp_engine_t *engine,
+                                      uint32_t unit);
+
+/**
+ * Call after a unit's forward: reshards it, except under FSDP_SHARD_GRAD_OP when a backward follows. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_post_forward(fsdp_engine_t *engine,
+                                       uint32_t unit);
+
+/**
+ * Call before the backward of each use of a unit: unshards it. FSDP_ERR_INVALID_STATE without a forward that had
+ * gradients enabled. Collective. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_pre_backward(fsdp_engine_t *engine,
+                                       uint32_t unit);
+
+/**
+ * Call after the backward of each use of a unit. After that of its last use, its gradients (all uses summed) are
+ * reduced to their mean over the ranks (a rank may have none) and the unit is resharded. The root's ends the iteration: when it returns, every
+ * gradient is in its shard and this rank may write its shards. Collective. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_post_backward(fsdp_engine_t *engine,
+                                        uint32_t unit);
+
+/**
+ * Unshards a unit; nothing happens if it is unsharded already. *out_unit_buffer is the unit buffer (NULL for a unit
+ * without elements), readable until the unit is resharded; it is at the same address every time. Collective. For hosts
+ * that see parameters being touched instead of modules being entered. Since 0.1.
+ *
+ * # Safety
+ * `out_unit_buffer` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_unshard(fsdp_engine_t *engine,
+                                  uint32_t unit,
+                                  void **out_unit_buffer);
+
+/**
+ * Reshards a unit; nothing happens if it is sharded already. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_reshard(fsdp_engine_t *engine, uint32_t unit);
+
+/**
+ * Starts the reduction of the gradients collected for a unit; a rank that has none takes part with none. More gradients
+ * may come later in the same backward: they are reduced again, and added. Collective: same order on every rank.
+ * FSDP_ERR_INVALID_STATE if nothing was unsharded since the last iteration ended. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_reduce(fsdp_engine_t *engine,
+                                 uint32_t unit);
+
+/**
+ * Ends an iteration that has no backward: reshards all units and drops gradients being collected. Waits for reductions
+ * that were started, else local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_finish_forward(fsdp_engine_t *engine);
+
+/**
+ * Ends a backward: reduces what is left, and returns when every gradient is in its shard, all units are resharded, and
+ * this rank may write its shards. Collective. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_finish_backward(fsdp_engine_t *engine);
+
+/**
+ * From its return until the next unshard this rank may write the data of its shards. Needed for writes that do not
+ * follow a backward (loading, clamping, averaging weights): it ends a forward without backward and waits until no rank
+ * reads any more. Collective; returns at once after a backward. FSDP_ERR_INVALID_STATE during a backward. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_begin_write(fsdp_engine_t *engine);
 
 /**
  * Messages below this level, FSDP_LOG_*, are not made from now on, in the whole process; FSDP_LOG_OFF: none are. At first
@@ -2457,6 +2401,62 @@ fsdp_status_t fsdp_grad_scaler_get_state(const fsdp_grad_scaler_t *scaler,
  */
 fsdp_status_t fsdp_grad_scaler_set_state(fsdp_grad_scaler_t *scaler,
                                          const fsdp_grad_scaler_config_t *config);
+
+/**
+ * The full parameter in the dtype that it is computed in, to be read until its unit is resharded: a view of the unit
+ * buffer, or of the unit's copy in 16 bits, at the same address every time. FSDP_ERR_INVALID_STATE while the unit is
+ * sharded. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_param_data(const fsdp_engine_t *engine,
+                                     uint32_t param,
+                                     fsdp_tensor_t *out);
+
+/**
+ * The memory that collects a parameter's full gradient in this backward, in the parameter's shape: float32, whatever the
+ * parameter is computed in. *out_accumulate 0:
+ * overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
+ * on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
+ * if the parameter is frozen or nothing was unsharded since the last iteration ended. Since 0.1.
+ *
+ * # Safety
+ * `out` and `out_accumulate` are NULL or writable.
+ */
+fsdp_status_t fsdp_engine_param_grad(fsdp_engine_t *engine,
+                                     uint32_t param,
+                                     fsdp_tensor_t *out,
+                                     int32_t *out_accumulate);
+
+/**
+ * Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
+ * the call) in float32 to what this backward has collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
+ *
+ * # Safety
+ * `grad` is NULL or describes readable memory.
+ */
+fsdp_status_t fsdp_engine_accumulate_grad(fsdp_engine_t *engine,
+                                          uint32_t param,
+                                          const fsdp_tensor_t *grad);
+
+/**
+ * This rank's piece of a parameter and of its gradient. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_engine_shard(const fsdp_engine_t *engine, uint32_t param, fsdp_shard_t *out);
+
+/**
+ * Forgets a parameter's gradient: the next reduction overwrites it. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_clear_grad(fsdp_engine_t *engine, uint32_t param);
+
+/**
+ * Forgets all gradients. Without it the next backward adds to them. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_zero_grad(fsdp_engine_t *engine);
 
 /**
  * What went wrong in this thread's latest call that returns a status: a sentence that names the parameter, unit, rank

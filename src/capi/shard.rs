@@ -1,0 +1,133 @@
+//! Parameters and gradients of an engine: full ones in an iteration, this rank's pieces at any time.
+
+use super::engine::with;
+use super::handle::{fsdp_engine_t, get};
+use super::status::{boundary, fsdp_status_t, out};
+use super::tensor::{self, fsdp_tensor_t, HostTensor};
+use crate::dtype::DType;
+use crate::error::err;
+
+/// This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
+/// said at fsdp_engine_begin_write.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_shard_t {
+    /// numel elements.
+    pub data: *mut f32,
+    /// The mean gradient of the piece, numel elements; NULL while there is none. May be written any time outside
+    /// backward, e.g. to clip it.
+    pub grad: *mut f32,
+    /// Elements; may be 0.
+    pub numel: i64,
+}
+
+/// The full parameter in the dtype that it is computed in, to be read until its unit is resharded: a view of the unit
+/// buffer, or of the unit's copy in 16 bits, at the same address every time. FSDP_ERR_INVALID_STATE while the unit is
+/// sharded. Local. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_param_data(
+    engine: *const fsdp_engine_t,
+    param: u32,
+    out: *mut fsdp_tensor_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine)?;
+        let (data, p) = (object.engine.param_data(param)?, object.engine.param(param)?);
+        // SAFETY: the caller's promise; the shape lives as long as the engine.
+        unsafe { tensor::write(out, data, p.compute, &p.shape) }
+    })
+}
+
+/// The memory that collects a parameter's full gradient in this backward, in the parameter's shape: float32, whatever the
+/// parameter is computed in. *out_accumulate 0:
+/// overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
+/// on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
+/// if the parameter is frozen or nothing was unsharded since the last iteration ended. Since 0.1.
+///
+/// # Safety
+/// `out` and `out_accumulate` are NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_param_grad(
+    engine: *mut fsdp_engine_t,
+    param: u32,
+    out: *mut fsdp_tensor_t,
+    out_accumulate: *mut i32,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine as *const fsdp_engine_t)?;
+        // SAFETY: the caller's promise; both are checked before anything changes.
+        let (_, out_accumulate) = unsafe { (self::out(out, "out")?, self::out(out_accumulate, "out_accumulate")?) };
+        let (region, held) = object.engine.param_grad(param)?;
+        out_accumulate.write(held.into());
+        // SAFETY: the caller's promise; the shape lives as long as the engine.
+        unsafe { tensor::write(out, region.cast(), DType::F32, &object.engine.param(param)?.shape) }
+    })
+}
+
+/// Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
+/// the call) in float32 to what this backward has collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
+///
+/// # Safety
+/// `grad` is NULL or describes readable memory.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_accumulate_grad(
+    engine: *mut fsdp_engine_t,
+    param: u32,
+    grad: *const fsdp_tensor_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine as *const fsdp_engine_t)?;
+        let p = object.engine.param(param)?;
+        let name = format!("the gradient of \"{}\"", p.fqn);
+        // SAFETY: the caller's promise.
+        let grad = unsafe { HostTensor::read(grad, &name) }?;
+        if (grad.dtype != DType::F32 && grad.dtype != p.compute) || grad.shape != p.shape {
+            return Err(err!(
+                InvalidArgument,
+                "{name} is {} of shape {:?}, the parameter is {} of shape {:?}",
+                grad.dtype,
+                grad.shape,
+                p.compute,
+                p.shape
+            ));
+        }
+        // SAFETY: the caller's promise; NULL with elements is refused.
+        let data = unsafe { grad.slice(&name) }?;
+        // SAFETY: as large as the parameter: the shapes are equal.
+        unsafe { object.engine.accumulate_grad(param, grad.dtype, data.as_ptr()) }
+    })
+}
+
+/// This rank's piece of a parameter and of its gradient. Local. Since 0.1.
+///
+/// # Safety
+/// `out` is NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_shard(
+    engine: *const fsdp_engine_t,
+    param: u32,
+    out: *mut fsdp_shard_t,
+) -> fsdp_status_t {
+    boundary(|| {
+        // SAFETY: the caller's promise.
+        let out = unsafe { self::out(out, "out") }?;
+        let shard = with(engine, |e| e.shard(param))?;
+        out.write(fsdp_shard_t { data: shard.data, grad: shard.grad, numel: shard.len as i64 });
+        Ok(())
+    })
+}
+
+/// Forgets a parameter's gradient: the next reduction overwrites it. Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_clear_grad(engine: *mut fsdp_engine_t, param: u32) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.clear_grad(param)))
+}
+
+/// Forgets all gradients. Without it the next backward adds to them. Local. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_engine_zero_grad(engine: *mut fsdp_engine_t) -> fsdp_status_t {
+    boundary(|| with(engine, |e| e.zero_grad()))
+}
