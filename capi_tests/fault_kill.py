@@ -1,7 +1,8 @@
 """Kills one of four training ranks with SIGKILL, 20 times, in every phase and at random moments.
 
 Each survivor must notice within one second of the kill, by an error of a call of the library that names the killed rank,
-and end by itself with a non-zero exit status; nothing of the job may be left. All repetitions use the same job name.
+and end by itself with a non-zero exit status; nothing of the job may be left. All repetitions use the same job name. Eight
+more times with shard groups of two ranks: there the error may be that of a rank that has noticed before.
 
 usage: fault_kill.py WORKER [SEED]
 """
@@ -16,6 +17,18 @@ WORLD = 4
 LIMIT = 1.0
 # Where the victim is when it is killed; "moment": wherever it happens to be.
 PLACES = ["moment"] * 8 + ["forward", "backward", "optimizer"] * 3 + ["rendezvous"] * 3
+
+
+def check_group_survivor(rank, killed_at, what):
+    seconds = rank.ended_at - killed_at
+    if rank.status != EXIT_OF_AN_ERROR:
+        fail(f"{what}: rank {rank.number} ended with status {rank.status}: {rank.err.decode()}")
+    code, message = rank.error()
+    if code not in (STATUS["PEER_DIED"], STATUS["ABORTED"], STATUS["MISMATCH"]):
+        fail(f"{what}: rank {rank.number} got status {code}: {message}")
+    if seconds > 2 * LIMIT:
+        fail(f"{what}: rank {rank.number} needed {seconds:.2f} s to notice: {message}")
+    return seconds
 
 
 def check_survivor(rank, victim, killed_at, status, what):
@@ -34,10 +47,11 @@ def check_survivor(rank, victim, killed_at, status, what):
     return seconds
 
 
-def kill_in_training(worker, port, victim_number, place, pick):
+def kill_in_training(worker, port, victim_number, place, pick, groups=0):
     with Job(worker, WORLD, port) as job:
         step = pick.randrange(1, 30)
-        ranks = [job.start(r, *(["--pause", place, step] if r == victim_number and place != "moment" else []))
+        ranks = [job.start(r, "--groups", groups,
+                           *(["--pause", place, step] if r == victim_number and place != "moment" else []))
                  for r in range(WORLD)]
         victim = ranks[victim_number]
         if place == "moment":
@@ -54,6 +68,8 @@ def kill_in_training(worker, port, victim_number, place, pick):
         killed_at = job.kill(victim)
         job.wait_for_end(ranks, 15)
         survivors = [r for r in ranks if r is not victim]
+        if groups > 0:
+            return max(check_group_survivor(r, killed_at, place) for r in survivors)
         return max(check_survivor(r, victim, killed_at, STATUS["PEER_DIED"], place) for r in survivors)
 
 
@@ -89,6 +105,12 @@ def main():
         else:
             slowest = kill_in_training(worker, port, victim, place, pick)
         what = f"{number + 1:2}/{len(places)} rank {victim} killed: {place}"
+        traces.check(what)
+        print(f"{what}: the last survivor ended after {slowest * 1000:.0f} ms", flush=True)
+    for place in ["moment", "forward", "backward", "optimizer"] * 2:
+        victim = pick.randrange(WORLD)
+        slowest = kill_in_training(worker, port, victim, place, pick, groups=2)
+        what = f"groups of two, rank {victim} killed: {place}"
         traces.check(what)
         print(f"{what}: the last survivor ended after {slowest * 1000:.0f} ms", flush=True)
 

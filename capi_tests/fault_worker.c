@@ -1,12 +1,12 @@
 /* A rank for the fault tests: trains a small model until it has done its steps or a call of the
  * library fails.
  *
- *   fault_worker [--steps N] [--width N] [--pause PHASE STEP] [--after MS]
+ *   fault_worker [--steps N] [--width N] [--pause PHASE STEP] [--after MS] [--groups RANKS]
  *
  * Prints "at PHASE" in its first step, and again when it pauses, as told, in that phase and step:
  *   start (before joining), joined, forward, backward, optimizer, done
  * When a call fails it prints "error STATUS: MESSAGE" to stderr and exits with status 3. --after
- * sleeps before joining. Written without the checks of test.h: an error is what the drivers wait for.
+ * sleeps before joining; --groups shards over groups of so many ranks (HYBRID_SHARD). Written without the checks of test.h: an error is what the drivers wait for.
  */
 #include "test.h"
 
@@ -21,7 +21,8 @@ static struct {
   const char *pause_phase;
   long pause_step;
   long after_ms;
-} options = {0, 3001, "", -1, 0};
+  long groups;
+} options = {0, 3001, "", -1, 0, 0};
 
 static void sleep_ms(long ms) {
   struct timespec time;
@@ -62,7 +63,12 @@ static fsdp_engine_t *build(fsdp_comm_t *comm) {
     try_call(fsdp_model_add_parameter(model, module, "weight", &t, 1, &param));
   }
   try_call(fsdp_model_wrap_class(model, "Layer"));
-  try_call(fsdp_engine_create(model, comm, NULL, &engine));
+  fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
+  if (options.groups > 0) {
+    config.strategy = FSDP_HYBRID_SHARD;
+    config.shard_size = (uint32_t)options.groups;
+  }
+  try_call(fsdp_engine_create(model, comm, &config, &engine));
   fsdp_model_destroy(model);
   return engine;
 }
@@ -111,6 +117,8 @@ static void parse(int argc, char **argv) {
       options.width = atol(argv[++i]);
     } else if (strcmp(argv[i], "--after") == 0 && left >= 1) {
       options.after_ms = atol(argv[++i]);
+    } else if (strcmp(argv[i], "--groups") == 0 && left >= 1) {
+      options.groups = atol(argv[++i]);
     } else if (strcmp(argv[i], "--pause") == 0 && left >= 2) {
       options.pause_phase = argv[++i];
       options.pause_step = atol(argv[++i]);

@@ -70,14 +70,26 @@ impl Mesh {
     }
 
     /// Passes on a result of a collective. The error of one communicator breaks the others too, so that no rank waits for
-    /// one that has failed elsewhere.
+    /// one that has failed elsewhere; and it says whose ranks its numbers are.
     pub fn spread<T>(&self, result: Result<T>) -> Result<T> {
-        if let (Err(e), Some(_)) = (&result, &self.replicate) {
-            if breaks(e) {
-                self.comms().iter().for_each(|comm| comm.abort(&e.message));
+        let Some(replicate) = &self.replicate else { return result };
+        result.map_err(|e| {
+            if !breaks(&e) {
+                return e;
             }
-        }
-        result
+            let e = match self.shard.async_error() {
+                Some(_) if self.shard.world_size() > 1 => {
+                    let first = self.replica() * self.shard.world_size();
+                    e.context(format_args!("in the shard group that begins at rank {first}"))
+                }
+                _ if !Arc::ptr_eq(replicate, &self.world) => {
+                    e.context(format_args!("among the replicas of rank {}", self.shard.rank()))
+                }
+                _ => e,
+            };
+            self.comms().iter().for_each(|comm| comm.abort(&e.message));
+            e
+        })
     }
 }
 
