@@ -273,6 +273,51 @@ void unused_parameters(const fsdp::Communicator& comm) {
   }
 }
 
+/// A branch that only some ranks take: what they have not used counts as zero there.
+void unused_on_some_ranks(const fsdp::Communicator& comm) {
+  train_and_compare(
+      comm, [] { return Partial(); },
+      [](auto forward, int step, int rank) {
+        return forward(batch_of(step, rank, {4, 5}), (step + rank) % 2 == 1).pow(2).mean();
+      },
+      sgd(), fsdp::WrapPolicy());
+}
+
+/// Parameters are frozen and trained in turns; a frozen one keeps its value and its momentum.
+void requires_grad_flips(const fsdp::Communicator& comm) {
+  for (const auto& wrap : {fsdp::WrapPolicy(), fsdp::wrap_class("BlockImpl")}) {
+    torch::manual_seed(7);
+    Mlp reference;
+    torch::manual_seed(7);
+    Mlp module;
+    fsdp::ShardOptions options;
+    options.comm = comm;
+    options.wrap = wrap;
+    auto model = fsdp::fully_shard(module, options);
+    const std::vector<at::Tensor> full = reference->parameters();
+    auto optimizer = sgd()(model.parameters());
+    auto full_optimizer = sgd()(full);
+    for (int step = 0; step < 2 * kSteps; ++step) {
+      const std::string when = "step " + std::to_string(step);
+      for (std::size_t i = 0; i < full.size(); ++i) {
+        const bool trained = (i + static_cast<std::size_t>(step)) % 3 != 0;
+        full[i].set_requires_grad(trained);
+        module->parameters()[i].set_requires_grad(trained);
+      }
+      model.zero_grad();
+      full_optimizer->zero_grad();
+      average_gradients(full, comm.world_size(), [&](int rank) {
+        reference->forward(batch_of(step, rank, {6, 13})).pow(2).mean().backward();
+      });
+      model.forward(batch_of(step, comm.rank(), {6, 13})).pow(2).mean().backward();
+      check_shards(model, full, true, when);
+      optimizer->step();
+      full_optimizer->step();
+      check_shards(model, full, false, when);
+    }
+  }
+}
+
 /// Frozen and trainable parameters in one unit, and a unit that is frozen as a whole.
 struct FrozenImpl : nn::Module {
   FrozenImpl()
@@ -367,7 +412,9 @@ int main(int argc, char** argv) {
                   {"module called twice", module_called_twice},
                   {"model called twice", model_called_twice},
                   {"unused parameters", unused_parameters},
+                  {"unused on some ranks", unused_on_some_ranks},
                   {"frozen parameters", frozen_parameters},
+                  {"requires_grad flips", requires_grad_flips},
                   {"LSTM and attention", recurrent},
                   {"shared modules", shared_modules},
                   {"Sequential", library_containers}});
