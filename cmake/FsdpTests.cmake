@@ -34,12 +34,14 @@ function(_fsdp_check_name name)
   endif()
 endfunction()
 
-# The target whose precompiled torch/torch.h the LibTorch tests share.
+# The target whose precompiled torch/torch.h the LibTorch tests share. They are compiled without optimization, which takes
+# half the time; what they test is LibTorch and the core, which are not.
 function(_fsdp_torch_pch)
   if(FSDP_TEST_PCH AND NOT TARGET fsdp_torch_pch)
     file(WRITE "${PROJECT_BINARY_DIR}/torch_pch.cpp" "// Holds the precompiled header that the LibTorch tests share.\n")
     add_library(fsdp_torch_pch OBJECT "${PROJECT_BINARY_DIR}/torch_pch.cpp")
     target_link_libraries(fsdp_torch_pch PRIVATE fsdp::torch fsdp_build_flags)
+    target_compile_options(fsdp_torch_pch PRIVATE -O0)
     target_precompile_headers(fsdp_torch_pch PRIVATE <torch/torch.h>)
   endif()
 endfunction()
@@ -73,6 +75,7 @@ function(fsdp_add_test)
     target_link_libraries(${T_TARGET} PRIVATE fsdp_build_flags)
     if(T_TORCH)
       target_link_libraries(${T_TARGET} PRIVATE fsdp::torch)
+      target_compile_options(${T_TARGET} PRIVATE -O0)
       _fsdp_torch_pch()
       if(TARGET fsdp_torch_pch)
         target_precompile_headers(${T_TARGET} REUSE_FROM fsdp_torch_pch)
