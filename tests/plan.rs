@@ -86,7 +86,8 @@ fn a_description_is_planned_as_it_is_wrapped() {
     // Rank 0 has 20 of the root and 20 of each block, all trained.
     assert_eq!((&p["rank"], &p["optimizer_bytes"]), (&json!(0), &json!(8 * 60)));
     let traffic = |count: u64, bytes: u64| json!({"collectives": count, "bytes": bytes, "sent_bytes": bytes / 2, "sent_messages": count});
-    assert_eq!((&p["all_gather"], &p["reduce_scatter"]), (&traffic(6, 2 * 480), &traffic(3, 480)));
+    // The root's 160 bytes once, the blocks' for forward and for backward.
+    assert_eq!((&p["all_gather"], &p["reduce_scatter"]), (&traffic(5, 160 + 4 * 160), &traffic(3, 480)));
 
     let p = planned(&[
         "-n",
@@ -130,7 +131,7 @@ fn a_table_has_human_numbers_and_units() {
     let has = |words: &[&str]| out.lines().any(|l| words.iter().all(|w| l.contains(w)));
     assert!(has(&["model", "1.57 million", "3 units"]), "{out}");
     assert!(has(&["parameter shards", "1.50 MiB"]) && has(&["optimizer state", "3.00 MiB"]), "{out}");
-    assert!(has(&["unit buffers", "6.00 MiB"]) && has(&["all-gathers", " 3 "]), "{out}");
+    assert!(has(&["unit buffers", "6.00 MiB"]) && has(&["all-gathers", " 4 ", "12.00 MiB"]), "{out}");
     assert!(has(&["b ", "524.29 thousand", "512.00 KiB", "0 B"]) && has(&["planned in"]), "{out}");
     // No host holds so many ranks: nothing is said about one.
     let (_, out, _) = plan(&["-n", "1000", &net]);

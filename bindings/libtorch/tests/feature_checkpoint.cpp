@@ -73,9 +73,7 @@ void require_same(const std::vector<at::Tensor>& a, const std::vector<at::Tensor
   for (std::size_t i = 0; i < a.size(); ++i) REQUIRE_SAY(same_bits(a[i], b[i]), "tensor " << i);
 }
 
-std::string scratch;  // a folder of this run, made before the ranks are
-
-std::string path(const std::string& name) { return scratch + "/" + name; }
+std::string path(const std::string& name) { return scratch() + "/" + name; }
 
 void buffers_are_rank_zeros(const fsdp::Communicator& comm) {
   auto model = shard(comm, 3);
@@ -239,21 +237,11 @@ void load_at_another_size(const fsdp::Communicator& comm) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int ranks = argc > 1 ? std::atoi(argv[1]) : 1;
-  std::string pattern = (std::filesystem::temp_directory_path() / "fsdp-test-XXXXXX").string();
-  scratch = mkdtemp(pattern.data()) == nullptr ? "" : pattern;
-  int code = main_of(argc, argv,
-                     {{"buffers are rank 0's", buffers_are_rank_zeros},
-                      {"in the background", in_the_background},
-                      {"consolidated", consolidated},
-                      {"failures change nothing", failures_change_nothing},
-                      {"save for other sizes", save_for_other_sizes}});
-  for (const int other : {1, 2, 3}) {
-    if (code == 0 && other != ranks) {
-      code = run_ranks(other, load_at_another_size);
-      std::printf("%s load on %d ranks\n", code == 0 ? "ok    " : "FAILED", other);
-    }
-  }
-  std::filesystem::remove_all(scratch);
-  return code;
+  return main_with_scratch(argc, argv,
+                           {{"buffers are rank 0's", buffers_are_rank_zeros},
+                            {"in the background", in_the_background},
+                            {"consolidated", consolidated},
+                            {"failures change nothing", failures_change_nothing},
+                            {"save for other sizes", save_for_other_sizes}},
+                           load_at_another_size);
 }

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <functional>
 #include <sstream>
 #include <stdexcept>
@@ -146,6 +147,34 @@ inline int main_of(int argc, char** argv, const std::vector<Part>& parts) {
     failed += code != 0;
   }
   return failed == 0 ? 0 : 1;
+}
+
+/// A folder of this run: main_with_scratch makes it before the ranks are forked.
+inline std::string& scratch() {
+  static std::string folder;
+  return folder;
+}
+
+/// main_of with a scratch folder. Afterwards, if all went well, `elsewhere` runs on those of 1, 2 and 3
+/// ranks that were not asked for: on what the parts have left in the folder.
+inline int main_with_scratch(int argc, char** argv, const std::vector<Part>& parts,
+                             const std::function<void(fsdp::Communicator)>& elsewhere) {
+  const int ranks = argc > 1 ? std::atoi(argv[1]) : 1;
+  std::string pattern = (std::filesystem::temp_directory_path() / "fsdp-test-XXXXXX").string();
+  if (mkdtemp(pattern.data()) == nullptr) {
+    std::perror("a folder for the test");
+    return 1;
+  }
+  scratch() = pattern;
+  int code = main_of(argc, argv, parts);
+  for (const int other : {1, 2, 3}) {
+    if (code == 0 && other != ranks) {
+      code = run_ranks(other, elsewhere);
+      std::printf("%s then on %d ranks\n", code == 0 ? "ok    " : "FAILED", other);
+    }
+  }
+  std::filesystem::remove_all(scratch());
+  return code;
 }
 
 }  // namespace harness

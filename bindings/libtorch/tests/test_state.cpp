@@ -151,8 +151,6 @@ void gradient_norm(const fsdp::Communicator& comm) {
   }
 }
 
-std::string scratch;  // a folder of this run, made before the ranks are
-
 MakeOptimizer optimizer_named(const std::string& name) {
   if (name == "SGD") return sgd();
   return name == "Adam" ? adam() : adamw();
@@ -161,7 +159,7 @@ MakeOptimizer optimizer_named(const std::string& name) {
 void resume_at_the_same_size(const fsdp::Communicator& comm) {
   for (const std::string name : {"SGD", "Adam", "AdamW"}) {
     const auto make = optimizer_named(name);
-    const std::string dir = scratch + "/same-" + name + std::to_string(comm.world_size());
+    const std::string dir = scratch() + "/same-" + name + std::to_string(comm.world_size());
     auto model = shard(comm, fsdp::wrap_always());
     auto optimizer = make(model.parameters());
     train(model, *optimizer, 0, 3, comm);
@@ -206,7 +204,7 @@ void resume_at_the_same_size(const fsdp::Communicator& comm) {
 }
 
 void wrong_checkpoints(const fsdp::Communicator& comm) {
-  const std::string dir = scratch + "/wrong" + std::to_string(comm.world_size());
+  const std::string dir = scratch() + "/wrong" + std::to_string(comm.world_size());
   auto model = shard(comm, fsdp::wrap_always());
   auto optimizer = adamw()(model.parameters());
   train(model, *optimizer, 0, 1, comm);
@@ -249,14 +247,14 @@ void save_for_other_sizes(const fsdp::Communicator& comm) {
   auto model = shard(comm, fsdp::wrap_always());
   auto optimizer = adamw()(model.parameters());
   train(model, *optimizer, 0, 3, comm);
-  model.save_checkpoint(scratch + "/resize", *optimizer);
+  model.save_checkpoint(scratch() + "/resize", *optimizer);
 }
 
 /// Goes on from save_for_other_sizes at another world size; equal to a run that never stopped.
 void resume_at_another_size(const fsdp::Communicator& comm) {
   auto model = shard(comm, fsdp::wrap_always(), /*seed=*/77);
   auto optimizer = adamw()(model.parameters());
-  model.load_checkpoint(scratch + "/resize", *optimizer);
+  model.load_checkpoint(scratch() + "/resize", *optimizer);
   train(model, *optimizer, 3, 6, comm);
 
   torch::manual_seed(3);
@@ -275,22 +273,12 @@ void resume_at_another_size(const fsdp::Communicator& comm) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int ranks = argc > 1 ? std::atoi(argv[1]) : 1;
-  std::string pattern = (std::filesystem::temp_directory_path() / "fsdp-test-XXXXXX").string();
-  scratch = mkdtemp(pattern.data()) == nullptr ? "" : pattern;
-  int code = main_of(argc, argv,
-                     {{"names and sizes", names_and_sizes},
-                      {"collectives on tensors", communicator_tensors},
-                      {"gradient norm", gradient_norm},
-                      {"resume at the same size", resume_at_the_same_size},
-                      {"wrong checkpoints", wrong_checkpoints},
-                      {"save for other sizes", save_for_other_sizes}});
-  for (const int other : {1, 2, 3}) {
-    if (code == 0 && other != ranks) {
-      code = run_ranks(other, resume_at_another_size);
-      std::printf("%s resume on %d ranks\n", code == 0 ? "ok    " : "FAILED", other);
-    }
-  }
-  std::filesystem::remove_all(scratch);
-  return code;
+  return main_with_scratch(argc, argv,
+                           {{"names and sizes", names_and_sizes},
+                            {"collectives on tensors", communicator_tensors},
+                            {"gradient norm", gradient_norm},
+                            {"resume at the same size", resume_at_the_same_size},
+                            {"wrong checkpoints", wrong_checkpoints},
+                            {"save for other sizes", save_for_other_sizes}},
+                           resume_at_another_size);
 }
