@@ -119,7 +119,10 @@ void communicator_tensors(const fsdp::Communicator& comm) {
   comm.broadcast(sent, ranks - 1);
   REQUIRE(torch::equal(sent, torch::arange(4) * ranks));
   REQUIRE_THROWS(comm.all_reduce(torch::zeros({4, 4}).t(), fsdp::ReduceOp::sum), "contiguous");
-  REQUIRE_THROWS(comm.all_reduce(torch::zeros({4}, at::kHalf), fsdp::ReduceOp::sum), "Half");
+  at::Tensor half = torch::full({4}, comm.rank() + 1, at::kHalf);
+  comm.all_reduce(half, fsdp::ReduceOp::sum);
+  REQUIRE(half.eq(ranks * (ranks + 1) / 2).all().item<bool>());
+  REQUIRE_THROWS(comm.all_reduce(torch::zeros({4}, at::kBool), fsdp::ReduceOp::sum), "Bool");
 }
 
 void gradient_norm(const fsdp::Communicator& comm) {
