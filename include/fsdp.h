@@ -1863,7 +1863,8 @@ fsdp_status_t fsdp_engine_pre_forward(fsdp_engine_t *engine,
                                       uint32_t unit);
 
 /**
- * Call after a unit's forward: reshards it, except under FSDP_SHARD_GRAD_OP when a backward follows. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
+ * Call after a unit's forward: reshards it or, when a backward follows, does what fsdp_engine_set_reshard_after_forward says.
+ * FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
  */
 fsdp_status_t fsdp_engine_post_forward(fsdp_engine_t *engine,
                                        uint32_t unit);

@@ -132,7 +132,8 @@ pub extern "C" fn fsdp_engine_pre_forward(engine: *mut fsdp_engine_t, unit: u32)
     boundary(|| with(engine, |e| e.pre_forward(unit)))
 }
 
-/// Call after a unit's forward: reshards it, except under FSDP_SHARD_GRAD_OP when a backward follows. FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
+/// Call after a unit's forward: reshards it or, when a backward follows, does what fsdp_engine_set_reshard_after_forward says.
+/// FSDP_ERR_INVALID_STATE without a pre_forward. Local. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_engine_post_forward(engine: *mut fsdp_engine_t, unit: u32) -> fsdp_status_t {
     boundary(|| with(engine, |e| e.post_forward(unit)))
