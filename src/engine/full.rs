@@ -4,6 +4,7 @@
 //! Both run an iteration of their own without a backward. Values are the float32 masters, whatever the parameters are
 //! computed in.
 
+use super::values::{broadcast_floats, copy_into_piece};
 use super::Engine;
 use crate::agree;
 use crate::dtype::DType;
@@ -13,9 +14,6 @@ use crate::module::ParamId;
 use crate::plan::UnitId;
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 use std::sync::Arc;
-
-/// Floats of a broadcast: bounds the memory that it takes.
-const CHUNK: usize = 1 << 20;
 
 /// What a scope holds and what becomes of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -174,29 +172,14 @@ impl FullParams {
             unsafe { std::ptr::copy_nonoverlapping(from.wrapping_add(p.piece.param_offset), to, p.piece.len) };
             return Ok(());
         }
-        let mut chunk = Vec::new();
-        for first in (0..numel).step_by(CHUNK) {
-            let len = CHUNK.min(numel - first);
-            chunk.clear();
-            match self.holds() {
-                // SAFETY: rank 0 holds the whole parameter.
-                true => chunk.extend_from_slice(unsafe { from_raw_parts(from.wrapping_add(first), len) }),
-                false => chunk.resize(len, 0f32),
-            }
-            // SAFETY: floats may be seen, and written, as bytes.
-            let bytes = unsafe { from_raw_parts_mut(chunk.as_mut_ptr().cast::<u8>(), len * size_of::<f32>()) };
-            self.engine.world().broadcast(bytes, DType::F32, 0)?;
-            let start = p.piece.param_offset.max(first);
-            let end = (p.piece.param_offset + p.piece.len).min(first + len);
-            if start < end {
-                // SAFETY: the range lies in the chunk and in this rank's piece.
-                unsafe {
-                    let piece = to.add(start - p.piece.param_offset);
-                    std::ptr::copy_nonoverlapping(chunk.as_ptr().add(start - first), piece, end - start);
-                }
-            }
-        }
-        Ok(())
+        let fill = &mut |first: usize, chunk: &mut [f32]| {
+            // SAFETY: rank 0 holds the whole parameter.
+            chunk.copy_from_slice(unsafe { from_raw_parts(from.wrapping_add(first), chunk.len()) });
+        };
+        broadcast_floats(self.engine.world().as_ref(), numel, fill, &mut |first, chunk| {
+            // SAFETY: the chunk is as long as it says, `to` is this rank's shard, which may be written.
+            unsafe { copy_into_piece(&p.piece, first, DType::F32, chunk.as_ptr().cast(), chunk.len(), to) };
+        })
     }
 }
 

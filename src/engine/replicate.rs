@@ -4,6 +4,7 @@
 //! new mean in any group, in float32, summed in the order of the groups. What a shard held from earlier iterations is equal
 //! in all groups and is averaged with it, which changes nothing but, for group counts that are no power of two, its rounding.
 
+use super::values::as_bytes;
 use super::{Engine, State};
 use crate::comm::{Communicator, ReduceOp};
 use crate::dtype::DType;
@@ -52,8 +53,7 @@ impl Engine {
             means.resize(end, 0.0);
         }
         if !means.is_empty() {
-            // SAFETY: floats may be seen as bytes.
-            let bytes = unsafe { std::slice::from_raw_parts_mut(means.as_mut_ptr().cast(), size_of_val(&means[..])) };
+            let bytes = as_bytes(&mut means);
             comm.all_reduce(bytes, DType::F32, ReduceOp::Avg)?;
             state.replicas.all_reduces += 1;
             state.replicas.all_reduce_bytes += bytes.len() as u64;

@@ -3,14 +3,16 @@
 
 use super::Engine;
 use crate::agree;
+use crate::comm::Communicator;
 use crate::config::EngineConfig;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::layout::Piece;
 use crate::materialize::materialize;
 use crate::module::{ModuleTree, ParamId};
 use crate::precision;
 
-/// Floats of a broadcast: bounds the memory that it takes.
+/// Floats of a broadcast.
 const CHUNK: usize = 1 << 20;
 /// In place of a parameter's number: there are no more, or rank 0 has failed.
 const END: u64 = u64::MAX;
@@ -53,56 +55,85 @@ impl Engine {
     /// `data` must be readable for `len` elements of `dtype`, and aligned for them.
     unsafe fn copy_range(&self, param: ParamId, first: usize, dtype: DType, data: *const u8, len: usize) {
         let piece = &self.plan().params[param as usize].piece;
-        let from = piece.param_offset.max(first);
-        let to = (piece.param_offset + piece.len).min(first + len);
-        if from < to {
-            // SAFETY: the range lies inside `data`, and inside this rank's shard, which no rank reads before this one
-            // opens a READ phase.
-            unsafe {
-                let shard = self.shard_data(param as usize).add(from - piece.param_offset);
-                precision::widen(dtype, data.add((from - first) * dtype.size()), shard, to - from);
-            }
-        }
+        // SAFETY: the caller's promise; no rank reads this one's shard before it opens a READ phase.
+        unsafe { copy_into_piece(piece, first, dtype, data, len, self.shard_data(param as usize)) };
     }
 
-    /// Rank 0's part for one parameter: its number, then its values in chunks.
+    /// Rank 0's part for one parameter: its number, then its values.
     ///
     /// # Safety
     /// `data` must be readable for `len` elements of `dtype`, and aligned for them.
     unsafe fn send(&self, param: ParamId, dtype: DType, data: *const u8, len: usize) -> Result<()> {
-        let world = self.world().as_ref();
-        world.broadcast(&mut u64::from(param).to_ne_bytes(), DType::I64, 0)?;
-        let mut chunk = Vec::new();
-        for first in (0..len).step_by(CHUNK) {
-            chunk.resize(CHUNK.min(len - first), 0f32);
+        self.world().broadcast(&mut u64::from(param).to_ne_bytes(), DType::I64, 0)?;
+        self.broadcast_values(param, len, &mut |first, chunk| {
             // SAFETY: the caller's promise; the chunk is as long as it says.
             unsafe { precision::widen(dtype, data.add(first * dtype.size()), chunk.as_mut_ptr(), chunk.len()) };
-            world.broadcast(as_bytes(&mut chunk), DType::F32, 0)?;
-        }
-        // SAFETY: the caller's promise.
-        unsafe { self.copy_range(param, 0, dtype, data, len) };
-        Ok(())
+        })
     }
 
     /// The part of the other ranks, for all parameters.
     fn receive(&self) -> Result<()> {
-        let world = self.world().as_ref();
-        let mut chunk = Vec::new();
         loop {
             let mut param = [0; 8];
-            world.broadcast(&mut param, DType::I64, 0)?;
+            self.world().broadcast(&mut param, DType::I64, 0)?;
             let param = match u64::from_ne_bytes(param) {
                 END => return Ok(()),
                 param => param as ParamId,
             };
             let p = self.param(param)?;
             let len = self.plan().units[p.unit as usize].layout.numels[p.index];
-            for first in (0..len).step_by(CHUNK) {
-                chunk.resize(CHUNK.min(len - first), 0f32);
-                world.broadcast(as_bytes(&mut chunk), DType::F32, 0)?;
-                // SAFETY: as long as it says.
-                unsafe { self.copy_range(param, first, DType::F32, chunk.as_ptr().cast(), chunk.len()) };
-            }
+            self.broadcast_values(param, len, &mut |_, _| ())?;
+        }
+    }
+
+    /// Every rank's piece of a parameter of `len` elements gets rank 0's values.
+    fn broadcast_values(&self, param: ParamId, len: usize, fill: &mut dyn FnMut(usize, &mut [f32])) -> Result<()> {
+        broadcast_floats(self.world().as_ref(), len, fill, &mut |first, chunk| {
+            // SAFETY: as long as it says.
+            unsafe { self.copy_range(param, first, DType::F32, chunk.as_ptr().cast(), chunk.len()) };
+        })
+    }
+}
+
+/// Rank 0's `len` floats on every rank, in chunks that bound the memory it takes: rank 0 fills each (`fill` gets its first
+/// element's number), then every rank takes it. Collective.
+pub(super) fn broadcast_floats(
+    world: &dyn Communicator,
+    len: usize,
+    fill: &mut dyn FnMut(usize, &mut [f32]),
+    take: &mut dyn FnMut(usize, &[f32]),
+) -> Result<()> {
+    let mut chunk = Vec::new();
+    for first in (0..len).step_by(CHUNK) {
+        chunk.resize(CHUNK.min(len - first), 0f32);
+        if world.rank() == 0 {
+            fill(first, &mut chunk);
+        }
+        world.broadcast(as_bytes(&mut chunk), DType::F32, 0)?;
+        take(first, &chunk);
+    }
+    Ok(())
+}
+
+/// Widens what of `data`, the `len` elements (of `dtype`) of a parameter from `first` on, lies in `piece`, which is at `to`.
+///
+/// # Safety
+/// `data` must be readable for `len` elements of `dtype`, and aligned for them; `to` writable for the piece.
+pub(super) unsafe fn copy_into_piece(
+    piece: &Piece,
+    first: usize,
+    dtype: DType,
+    data: *const u8,
+    len: usize,
+    to: *mut f32,
+) {
+    let start = piece.param_offset.max(first);
+    let end = (piece.param_offset + piece.len).min(first + len);
+    if start < end {
+        // SAFETY: the range lies inside `data` and inside the piece.
+        unsafe {
+            let from = data.add((start - first) * dtype.size());
+            precision::widen(dtype, from, to.add(start - piece.param_offset), end - start);
         }
     }
 }
@@ -129,7 +160,8 @@ unsafe fn each_value(
     })
 }
 
-fn as_bytes(floats: &mut [f32]) -> &mut [u8] {
+/// Floats as what a collective takes.
+pub(super) fn as_bytes(floats: &mut [f32]) -> &mut [u8] {
     // SAFETY: floats may be seen, and written, as bytes.
     unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), size_of_val(floats)) }
 }
