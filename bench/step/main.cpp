@@ -1,0 +1,105 @@
+// One rank of a system that bench/ measures: reads commands, runs training steps, prints their times and losses. The
+// protocol is described in bench/NOTES.md.
+//
+// Systems: fsdp_shm (torch::optim::AdamW on the shards), fsdp_shm_fused (the engine's AdamW), bound (no communication
+// and no engine: this rank computes alone and updates the 1/W of the parameters that would be its shard).
+#include <torch/torch.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fsdp/torch.hpp>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "data.hpp"
+#include "models.hpp"
+#include "systems.hpp"
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// `[a,b,...]` with enough digits for a float or a time.
+std::string json_list(const std::vector<double>& values) {
+  std::ostringstream out;
+  out.precision(9);
+  for (std::size_t i = 0; i < values.size(); ++i) out << (i == 0 ? "[" : ",") << values[i];
+  out << (values.empty() ? "[]" : "]");
+  return out.str();
+}
+
+void say(const std::string& line) { std::cout << line << std::endl; }
+
+template <class Work>
+int serve(System<Work>& system, const Work& work) {
+  say("{\"ready\": true}");
+  std::int64_t step = 0;
+  for (std::string line; std::getline(std::cin, line);) {
+    std::istringstream words(line);
+    std::string command;
+    words >> command;
+    if (command == "steps") {
+      std::int64_t count = 0;
+      if (!(words >> count) || count < 0) throw std::runtime_error("steps: a number is expected");
+      std::vector<double> seconds, losses;
+      for (std::int64_t i = 0; i < count; ++i, ++step) {
+        const auto batch = work.batch(step);
+        const auto start = Clock::now();
+        const double loss = system.step(batch);
+        seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+        losses.push_back(loss);
+      }
+      say("{\"step_s\": " + json_list(seconds) + ", \"loss\": " + json_list(losses) + "}");
+    } else if (command == "reload") {
+      system.reload();
+      step = 0;
+      say("{\"reloaded\": true}");
+    } else if (command == "stats") {
+      say(system.stats());
+    } else if (command == "quit") {
+      break;
+    } else {
+      throw std::runtime_error("unknown command '" + line + "'");
+    }
+  }
+  return 0;
+}
+
+template <class Work>
+int run(const Arguments& args) {
+  const Work work(args);
+  if (args.system == "bound") {
+    Bound<Work> system(args, work);
+    return serve<Work>(system, work);
+  }
+  Sharded<Work> system(args, work);
+  return serve<Work>(system, work);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  at::set_num_threads(1);
+  const Arguments args = parse(argc, argv);
+  if (args.load_only) {
+    (void)(torch::ones({2, 2}) + 1).sum().item<float>();
+    (void)fsdp_version();
+    say("{\"ready\": true}");
+    for (std::string line; std::getline(std::cin, line) && line != "quit";) {
+    }
+    return 0;
+  }
+  if (args.workload == "gpt33m") return run<GptWork>(args);
+  if (args.workload == "tiny200") return run<TinyWork>(args);
+  throw std::runtime_error("--workload " + args.workload + ": gpt33m or tiny200 is expected");
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "fsdp_bench_step: %s\n", error.what());
+  return 1;
+}

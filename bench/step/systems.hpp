@@ -1,0 +1,147 @@
+// The systems that fsdp_bench_step runs: one training step each, the same but for who communicates.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <fsdp/torch.hpp>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "data.hpp"
+
+inline torch::optim::AdamWOptions adamw_options() {
+  return torch::optim::AdamWOptions(1e-3).betas({0.9, 0.95}).eps(1e-8).weight_decay(0.1);
+}
+
+template <class Work>
+class System {
+ public:
+  virtual ~System() = default;
+  /// One step on this rank's batch; its loss.
+  virtual double step(const typename Work::Batch& batch) = 0;
+  /// Parameters and optimizer as at the start.
+  virtual void reload() = 0;
+  /// A line of JSON.
+  virtual std::string stats() = 0;
+};
+
+/// Our engine: every block a unit, the default strategy.
+template <class Work>
+class Sharded final : public System<Work> {
+ public:
+  Sharded(const Arguments& args, const Work& work)
+      : args_(args), work_(work), model_(make(args)) {
+    make_optimizer();
+  }
+
+  double step(const typename Work::Batch& batch) override {
+    model_.zero_grad();
+    const torch::Tensor loss = work_.loss(model_, batch);
+    loss.backward();
+    if (fused_) fused_->step();
+    else adamw_->step();
+    return loss.template item<double>();
+  }
+
+  void reload() override {
+    fused_.reset();
+    adamw_.reset();
+    typename Work::Module module;
+    load_parameters(*module, args_.data);
+    fsdp::StateDict values;
+    for (const auto& item : module->named_parameters()) values.insert(item.key(), item.value());
+    model_.load_full_state_dict(values);
+    make_optimizer();
+  }
+
+  std::string stats() override {
+    const fsdp::Stats s = model_.stats();
+    const auto number = [](const char* name, std::uint64_t value) {
+      return std::string("\"") + name + "\": " + std::to_string(value);
+    };
+    return "{" + number("param_shard_bytes", s.param_shard_bytes) + ", " +
+           number("grad_shard_bytes", s.grad_shard_bytes) + ", " +
+           number("unit_buffer_bytes", s.unit_buffer_bytes) + ", " +
+           number("gradient_slot_bytes", s.gradient_slot_bytes) + "}";
+  }
+
+ private:
+  using Model = decltype(fsdp::fully_shard(std::declval<typename Work::Module>(),
+                                           std::declval<fsdp::ShardOptions>()));
+
+  static Model make(const Arguments& args) {
+    typename Work::Module module;
+    load_parameters(*module, args.data);
+    fsdp::ShardOptions options;
+    options.comm = fsdp::Communicator::from_env();
+    options.wrap = fsdp::wrap_class(Work::kUnit);
+    return fsdp::fully_shard(module, options);
+  }
+
+  void make_optimizer() {
+    if (args_.system == "fsdp_shm_fused") {
+      fsdp::AdamWConfig config;
+      config.lr = 1e-3;
+      config.beta1 = 0.9;
+      config.beta2 = 0.95;
+      config.eps = 1e-8;
+      config.weight_decay = 0.1;
+      fused_ = std::make_unique<fsdp::FusedOptimizer>(model_.adamw(config));
+    } else {
+      adamw_ = std::make_unique<torch::optim::AdamW>(model_.parameters(), adamw_options());
+    }
+  }
+
+  const Arguments& args_;
+  const Work& work_;
+  Model model_;
+  std::unique_ptr<torch::optim::AdamW> adamw_;
+  std::unique_ptr<fsdp::FusedOptimizer> fused_;
+};
+
+/// What no engine can beat: each process computes its batch alone, and updates 1/W of the parameters.
+template <class Work>
+class Bound final : public System<Work> {
+ public:
+  Bound(const Arguments& args, const Work& work) : args_(args), work_(work) { reload(); }
+
+  double step(const typename Work::Batch& batch) override {
+    module_->zero_grad();
+    const torch::Tensor loss = work_.loss(*module_, batch);
+    loss.backward();
+    for (std::size_t i = 0; i < shards_.size(); ++i) {
+      shards_[i].mutable_grad() = shard_of(all_[i].grad().view({-1}));
+    }
+    adamw_->step();
+    return loss.template item<double>();
+  }
+
+  void reload() override {
+    adamw_.reset();
+    module_ = typename Work::Module();
+    load_parameters(*module_, args_.data);
+    all_ = module_->parameters();
+    shards_.clear();
+    for (const auto& param : all_) {
+      shards_.push_back(shard_of(param.detach().view({-1})).set_requires_grad(true));
+    }
+    adamw_ = std::make_unique<torch::optim::AdamW>(shards_, adamw_options());
+  }
+
+  std::string stats() override { return "{}"; }
+
+ private:
+  /// This rank's W-th of a flat tensor, a view.
+  torch::Tensor shard_of(const torch::Tensor& flat) const {
+    const auto numel = flat.size(0), begin = numel * args_.rank / args_.world_size;
+    return flat.narrow(0, begin, numel * (args_.rank + 1) / args_.world_size - begin);
+  }
+
+  const Arguments& args_;
+  const Work& work_;
+  typename Work::Module module_{nullptr};
+  std::vector<torch::Tensor> all_, shards_;
+  std::unique_ptr<torch::optim::AdamW> adamw_;
+};
