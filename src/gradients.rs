@@ -55,6 +55,10 @@ pub struct Gradients {
     comm: Arc<dyn Communicator>,
     memory: Slots,
     uses: Vec<SlotUse>,
+    /// The slots whose reduce-scatters were started and not yet seen done.
+    in_flight: Vec<usize>,
+    /// How many regular and spare slots are in use.
+    used: [usize; 2],
     /// Regular slots come first.
     regular: usize,
     /// The spare slot of each unit that has elements.
@@ -132,6 +136,8 @@ impl Gradients {
         let numbers = |p: &u32| plan.params[*p as usize].store_param;
         Ok(Gradients {
             uses: vec![SlotUse::Free; sizes.len()],
+            in_flight: Vec::new(),
+            used: [0; 2],
             regular,
             spare,
             open: (0..units).map(|_| None).collect(),
@@ -230,6 +236,7 @@ impl Gradients {
         let tag = Tag { kind: crate::comm::Kind::ReduceScatter, unit: number, dtype, bytes };
         let ticket = self.comm.reduce_start(tag, &self.memory.slots[slot], &open.present)?;
         self.uses[slot] = SlotUse::Started(ticket);
+        self.in_flight.push(slot);
         self.started = true;
         self.counters.reduce_scatters += 1;
         self.reductions[unit as usize] += 1;
@@ -308,10 +315,12 @@ impl Gradients {
         };
         if let Some(slot) = slot {
             self.uses[slot] = SlotUse::Open;
+            self.used[(slot >= self.regular) as usize] += 1;
         }
         let present = vec![false; u.params.len()];
         self.open[unit as usize] = Some(OpenUnit { slot, present, kept: false, touched: false });
-        self.count();
+        self.counters.slots_peak = self.counters.slots_peak.max(self.used[0]);
+        self.counters.overflow_peak = self.counters.overflow_peak.max(self.used[1]);
         Ok(())
     }
 
@@ -344,26 +353,24 @@ impl Gradients {
 
     /// Frees the slots that every rank has read.
     fn release(&mut self) -> Result<()> {
-        for slot in 0..self.uses.len() {
-            if let SlotUse::Started(ticket) = self.uses[slot] {
-                if self.comm.reduce_done(ticket)? {
-                    self.free(slot);
-                }
+        let mut at = 0;
+        while at < self.in_flight.len() {
+            let slot = self.in_flight[at];
+            match self.uses[slot] {
+                SlotUse::Started(ticket) if self.comm.reduce_done(ticket)? => self.free(slot),
+                _ => at += 1,
             }
         }
         Ok(())
     }
 
+    /// The slot is free.
     fn free(&mut self, slot: usize) {
         self.uses[slot] = SlotUse::Free;
+        self.in_flight.retain(|s| *s != slot);
+        self.used[(slot >= self.regular) as usize] -= 1;
         if slot >= self.regular {
             self.comm.trim_slot(self.memory.id, &self.memory.slots[slot]);
         }
-    }
-
-    fn count(&mut self) {
-        let used = |uses: &[SlotUse]| uses.iter().filter(|u| !matches!(u, SlotUse::Free)).count();
-        self.counters.slots_peak = self.counters.slots_peak.max(used(&self.uses[..self.regular]));
-        self.counters.overflow_peak = self.counters.overflow_peak.max(used(&self.uses[self.regular..]));
     }
 }

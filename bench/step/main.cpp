@@ -48,15 +48,20 @@ int serve(System<Work>& system, const Work& work) {
     if (command == "steps") {
       std::int64_t count = 0;
       if (!(words >> count) || count < 0) throw std::runtime_error("steps: a number is expected");
-      std::vector<double> seconds, losses;
+      std::vector<double> seconds, losses, forward, backward, optimizer;
       for (std::int64_t i = 0; i < count; ++i, ++step) {
         const auto batch = work.batch(step);
         const auto start = Clock::now();
         const double loss = system.step(batch);
         seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
         losses.push_back(loss);
+        forward.push_back(system.phases().forward);
+        backward.push_back(system.phases().backward);
+        optimizer.push_back(system.phases().optimizer);
       }
-      say("{\"step_s\": " + json_list(seconds) + ", \"loss\": " + json_list(losses) + "}");
+      say("{\"step_s\": " + json_list(seconds) + ", \"loss\": " + json_list(losses) +
+          ", \"forward_s\": " + json_list(forward) + ", \"backward_s\": " + json_list(backward) +
+          ", \"optimizer_s\": " + json_list(optimizer) + "}");
     } else if (command == "reload") {
       system.reload();
       step = 0;

@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 
+#include <chrono>
 #include <cstdint>
 #include <fsdp/torch.hpp>
 #include <memory>
@@ -15,16 +16,43 @@ inline torch::optim::AdamWOptions adamw_options() {
   return torch::optim::AdamWOptions(1e-3).betas({0.9, 0.95}).eps(1e-8).weight_decay(0.1);
 }
 
+/// Seconds of the parts of a step.
+struct Phases {
+  double forward = 0, backward = 0, optimizer = 0;
+};
+
+/// Runs the parts of a step and times each.
+template <class Forward, class Backward, class Optimizer>
+double timed_step(Phases& phases, Forward&& forward, Backward&& backward, Optimizer&& optimizer) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds = [](auto from, auto to) {
+    return std::chrono::duration<double>(to - from).count();
+  };
+  const auto start = Clock::now();
+  const torch::Tensor loss = forward();
+  const auto forwarded = Clock::now();
+  backward(loss);
+  const auto reduced = Clock::now();
+  optimizer();
+  phases = {seconds(start, forwarded), seconds(forwarded, reduced), seconds(reduced, Clock::now())};
+  return loss.item<double>();
+}
+
 template <class Work>
 class System {
  public:
   virtual ~System() = default;
   /// One step on this rank's batch; its loss.
   virtual double step(const typename Work::Batch& batch) = 0;
+  /// Of the last step.
+  const Phases& phases() const { return phases_; }
   /// Parameters and optimizer as at the start.
   virtual void reload() = 0;
   /// A line of JSON.
   virtual std::string stats() = 0;
+
+ protected:
+  Phases phases_;
 };
 
 /// Our engine: every block a unit, the default strategy.
@@ -37,12 +65,17 @@ class Sharded final : public System<Work> {
   }
 
   double step(const typename Work::Batch& batch) override {
-    model_.zero_grad();
-    const torch::Tensor loss = work_.loss(model_, batch);
-    loss.backward();
-    if (fused_) fused_->step();
-    else adamw_->step();
-    return loss.template item<double>();
+    return timed_step(
+        this->phases_,
+        [&] {
+          model_.zero_grad();
+          return work_.loss(model_, batch);
+        },
+        [](const torch::Tensor& loss) { loss.backward(); },
+        [&] {
+          if (fused_) fused_->step();
+          else adamw_->step();
+        });
   }
 
   void reload() override {
@@ -108,14 +141,19 @@ class Bound final : public System<Work> {
   Bound(const Arguments& args, const Work& work) : args_(args), work_(work) { reload(); }
 
   double step(const typename Work::Batch& batch) override {
-    module_->zero_grad();
-    const torch::Tensor loss = work_.loss(*module_, batch);
-    loss.backward();
-    for (std::size_t i = 0; i < shards_.size(); ++i) {
-      shards_[i].mutable_grad() = shard_of(all_[i].grad().view({-1}));
-    }
-    adamw_->step();
-    return loss.template item<double>();
+    return timed_step(
+        this->phases_,
+        [&] {
+          module_->zero_grad();
+          return work_.loss(*module_, batch);
+        },
+        [](const torch::Tensor& loss) { loss.backward(); },
+        [&] {
+          for (std::size_t i = 0; i < shards_.size(); ++i) {
+            shards_[i].mutable_grad() = shard_of(all_[i].grad().view({-1}));
+          }
+          adamw_->step();
+        });
   }
 
   void reload() override {

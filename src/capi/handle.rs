@@ -10,6 +10,7 @@ use crate::optim::Optimizer;
 use crate::scaler::GradScaler;
 use crate::trace::Trace;
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 /// A communicator: how this process and the other ranks reach each other.
@@ -82,7 +83,28 @@ impl Object {
 #[derive(Default)]
 struct Table {
     last: usize,
-    objects: HashMap<usize, Object>,
+    objects: HashMap<usize, Object, BuildHasherDefault<NumberHasher>>,
+}
+
+/// Handles are numbers of our own making, looked up in every call: no hash against malice is needed.
+#[derive(Default)]
+struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_usize(*byte as usize);
+        }
+    }
+
+    /// Fibonacci hashing: the table takes the upper bits (Knuth, The Art of Computer Programming, volume 3, 6.4).
+    fn write_usize(&mut self, number: usize) {
+        self.0 = (self.0 ^ number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
 }
 
 fn table() -> &'static RwLock<Table> {

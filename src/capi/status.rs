@@ -72,17 +72,19 @@ pub fn boundary(f: impl FnOnce() -> Result<()>) -> fsdp_status_t {
         let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
         Err(err!(Panic, "internal error, please report it: {text}"))
     });
-    let (status, message) = match outcome {
-        Ok(()) => (FSDP_OK, CString::default()),
-        Err(Error { status, message }) => (status as i32, CString::new(message.replace('\0', "?")).unwrap_or_default()),
-    };
-    LAST_ERROR.with(|last| {
-        let mut last = last.borrow_mut();
-        if status != FSDP_OK || !last.is_empty() {
-            *last = message;
+    LAST_ERROR.with_borrow_mut(|last| match outcome {
+        Ok(()) => {
+            // Allocates, so only where there is something to forget.
+            if !last.is_empty() {
+                *last = CString::default();
+            }
+            FSDP_OK
         }
-    });
-    status
+        Err(Error { status, message }) => {
+            *last = CString::new(message.replace('\0', "?")).unwrap_or_default();
+            status as i32
+        }
+    })
 }
 
 /// Runs the body of a function that returns no status. The last error message stays, so that a host can free things

@@ -8,6 +8,10 @@ use crate::dtype::DType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+/// Outputs of at least this many floats are written past the cache: they are not read before it is full of other things,
+/// and fetching their lines only to overwrite them would cost a third of the memory's bandwidth.
+const STREAM: usize = 1 << 16;
+
 /// Floats of a block: small enough that the running sum stays in the first-level cache while ranks are added.
 const BLOCK: usize = 2048;
 
@@ -113,73 +117,106 @@ pub(crate) unsafe fn mean_f32(sources: &[*const f32], world: usize, out: *mut f3
     }
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2; the rest is the caller's promise.
-        return unsafe { mean_avx2(sources, world, out, len, accumulate) };
+        // Up to the next cache line, and what is less than a line at the end, in the ordinary way.
+        let head = (out.align_offset(64)).min(len);
+        let body = if accumulate || len < STREAM { 0 } else { (len - head) / 16 * 16 };
+        // SAFETY: the processor has AVX2; `head + body <= len`, and `out + head` is aligned to 64 bytes; the rest is the
+        // caller's promise.
+        return unsafe {
+            if body == 0 {
+                return mean_avx2(sources, 0, world, out, len, accumulate);
+            }
+            mean_avx2(sources, 0, world, out, head, false);
+            mean_streamed(sources, head, world, out.add(head), body);
+            let done = head + body;
+            mean_avx2(sources, done, world, out.add(done), len - done, false)
+        };
     }
     // SAFETY: the caller's promise.
-    unsafe { mean_any(sources, world, out, len, accumulate) }
+    unsafe { mean_any(sources, 0, world, out, len, accumulate) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn mean_avx2(sources: &[*const f32], world: usize, out: *mut f32, len: usize, accumulate: bool) {
+unsafe fn mean_avx2(sources: &[*const f32], from: usize, world: usize, out: *mut f32, len: usize, accumulate: bool) {
     // SAFETY: the caller's promise.
-    unsafe { mean_any(sources, world, out, len, accumulate) }
+    unsafe { mean_any(sources, from, world, out, len, accumulate) }
 }
 
+/// The same for an `out` on a cache line and a `len` of whole lines, block by block through the cache and then past it.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn mean_streamed(sources: &[*const f32], from: usize, world: usize, out: *mut f32, len: usize) {
+    use std::arch::x86_64::{_mm256_loadu_ps, _mm256_stream_ps, _mm_sfence};
+    let mut block = [0f32; BLOCK];
+    let mut at = 0;
+    while at < len {
+        let n = BLOCK.min(len - at);
+        // SAFETY: the caller's promise, `at + n <= len`, and `n` is a multiple of 16: 8 floats from `i` on lie in the
+        // block and in the output, there aligned to 32 bytes.
+        unsafe {
+            mean_any(sources, from + at, world, block.as_mut_ptr(), n, false);
+            for i in (0..n).step_by(8) {
+                _mm256_stream_ps(out.add(at + i), _mm256_loadu_ps(block.as_ptr().add(i)));
+            }
+        }
+        at += n;
+    }
+    // Such stores are ordered by nothing else before the mark that this part is done.
+    _mm_sfence();
+}
+
+/// `from` is where in the sources the first element of `out` comes from.
 #[inline(always)]
-unsafe fn mean_any(sources: &[*const f32], world: usize, out: *mut f32, len: usize, accumulate: bool) {
+unsafe fn mean_any(sources: &[*const f32], from: usize, world: usize, out: *mut f32, len: usize, accumulate: bool) {
     let w = world as f32;
     let reciprocal = 1.0 / w;
     // SAFETY: the caller's promise, in all four.
     unsafe {
         match (world.is_power_of_two(), accumulate) {
-            (true, false) => blocks(sources, out, len, |_, sum| sum * reciprocal),
-            (true, true) => blocks(sources, out, len, |old, sum| old + sum * reciprocal),
-            (false, false) => blocks(sources, out, len, |_, sum| sum / w),
-            (false, true) => blocks(sources, out, len, |old, sum| old + sum / w),
+            (true, false) => blocks(sources, from, out, len, |_, sum| sum * reciprocal),
+            (true, true) => blocks(sources, from, out, len, |old, sum| old + sum * reciprocal),
+            (false, false) => blocks(sources, from, out, len, |_, sum| sum / w),
+            (false, true) => blocks(sources, from, out, len, |old, sum| old + sum / w),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn blocks(sources: &[*const f32], out: *mut f32, len: usize, last: impl Fn(f32, f32) -> f32) {
-    let mut sum = [0f32; BLOCK];
-    let mut at = 0;
-    while at < len {
-        let n = BLOCK.min(len - at);
-        // SAFETY: `at + n <= len`, and the caller promised `len` readable floats of each source.
-        let source = |i: usize| unsafe { std::slice::from_raw_parts(sources[i].add(at), n) };
-        // SAFETY: as above, for the output, which overlaps no source.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.add(at), n) };
-        let count = sources.len();
-        match count {
-            1 => {
-                for (o, a) in out.iter_mut().zip(source(0)) {
-                    *o = last(*o, *a);
-                }
+unsafe fn blocks(sources: &[*const f32], from: usize, out: *mut f32, len: usize, last: impl Fn(f32, f32) -> f32) {
+    // SAFETY: the caller promised `len` readable floats of each source from `from` on.
+    let source = |i: usize, at: usize, n: usize| unsafe { std::slice::from_raw_parts(sources[i].add(from + at), n) };
+    // SAFETY: as above, for the output, which overlaps no source.
+    let out = unsafe { std::slice::from_raw_parts_mut(out, len) };
+    match sources.len() {
+        1 => {
+            for (o, a) in out.iter_mut().zip(source(0, 0, len)) {
+                *o = last(*o, *a);
             }
-            2 => {
-                for ((o, a), b) in out.iter_mut().zip(source(0)).zip(source(1)) {
-                    *o = last(*o, *a + *b);
-                }
+        }
+        2 => {
+            for ((o, a), b) in out.iter_mut().zip(source(0, 0, len)).zip(source(1, 0, len)) {
+                *o = last(*o, *a + *b);
             }
-            _ => {
-                let sum = &mut sum[..n];
-                for ((s, a), b) in sum.iter_mut().zip(source(0)).zip(source(1)) {
+        }
+        count => {
+            let mut scratch = [0f32; BLOCK];
+            for (block, out) in out.chunks_mut(BLOCK).enumerate() {
+                let (at, n) = (block * BLOCK, out.len());
+                let sum = &mut scratch[..n];
+                for ((s, a), b) in sum.iter_mut().zip(source(0, at, n)).zip(source(1, at, n)) {
                     *s = *a + *b;
                 }
                 for i in 2..count - 1 {
-                    for (s, a) in sum.iter_mut().zip(source(i)) {
+                    for (s, a) in sum.iter_mut().zip(source(i, at, n)) {
                         *s += *a;
                     }
                 }
-                for ((o, s), a) in out.iter_mut().zip(sum.iter()).zip(source(count - 1)) {
+                for ((o, s), a) in out.iter_mut().zip(sum.iter()).zip(source(count - 1, at, n)) {
                     *o = last(*o, *s + *a);
                 }
             }
         }
-        at += n;
     }
 }
 
@@ -228,7 +265,7 @@ mod tests {
     fn same_bits_as_the_scalar_sum_in_rank_order() {
         for world in 1..=9 {
             for present in 1..=world {
-                for len in [1, 3, 8, 31, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5] {
+                for len in [1, 3, 8, 31, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5, STREAM + 37] {
                     check(world, present, len, 0, false);
                     check(world, present, len, 3, true);
                 }

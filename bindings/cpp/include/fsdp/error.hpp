@@ -24,12 +24,17 @@ class Error : public std::runtime_error {
 };
 
 /// Throws Error with the thread's last message unless `status` is FSDP_OK. `context`, when given,
-/// says what was being done and is put in front.
-inline void check(fsdp_status_t status, const std::string& context = std::string()) {
+/// says what was being done and is put in front; a plain string, since most calls succeed.
+inline void check(fsdp_status_t status, const char* context = nullptr) {
   if (status == FSDP_OK) return;
-  std::string message = context.empty() ? std::string() : context + ": ";
+  std::string message = context == nullptr ? std::string() : context + std::string(": ");
   message += fsdp_last_error_message();
   throw Error(status, message + " [" + fsdp_status_name(status) + "]");
+}
+
+/// The same with a context that was put together.
+inline void check(fsdp_status_t status, const std::string& context) {
+  check(status, context.c_str());
 }
 
 }  // namespace fsdp

@@ -27,6 +27,7 @@
 
 #include "fsdp/torch/accumulator.hpp"
 #include "fsdp/torch/shard_leaf.hpp"
+#include "fsdp/torch/stream_copy.hpp"
 #include "fsdp/torch/unit_storage.hpp"
 
 namespace fsdp::detail {
@@ -348,14 +349,18 @@ class ModelState final : public UnitHost,
 
   static void store_gradient(const fsdp_tensor_t& region, bool accumulate, const ParamState& param,
                              const at::Tensor& gradient) {
-    constexpr std::int64_t kSmall = 1 << 16;  // below, a plain copy beats an operator's overhead
+    constexpr std::int64_t kSmall = 1 << 16;  // below, the caches are the better place
     const std::int64_t numel = gradient.numel();
     if (numel == 0) return;
     char* data = static_cast<char*>(region.data) + region.byte_offset;
     const bool plain = gradient.is_contiguous() && gradient.scalar_type() == at::kFloat &&
                        !gradient.is_neg() && !is_sharded(gradient);
-    if (!accumulate && plain && numel <= kSmall) {
-      std::memcpy(data, gradient.const_data_ptr(), static_cast<std::size_t>(numel) * sizeof(float));
+    if (!accumulate && plain) {
+      if (numel <= kSmall) {
+        std::memcpy(data, gradient.const_data_ptr(), static_cast<std::size_t>(numel) * sizeof(float));
+      } else {
+        stream_copy(reinterpret_cast<float*>(data), gradient.const_data_ptr<float>(), numel);
+      }
       return;
     }
     at::Tensor target = at::from_blob(data, param.leaf.sizes(), at::kFloat);
@@ -386,9 +391,9 @@ class ModelState final : public UnitHost,
     if (shard.grad == nullptr) return;
     at::Tensor& grad = params[index].shard.mutable_grad();
     if (!grad.defined()) {
-      grad = grad_shard_view(writes, index);
+      grad = grad_shard_view(writes, shard);
     } else if (!is_shard_view(grad, shard)) {
-      grad.add_(grad_shard_view(writes, index));  // a tensor of the user's own
+      grad.add_(grad_shard_view(writes, shard));  // a tensor of the user's own
     }
   }
 

@@ -117,10 +117,9 @@ inline at::Tensor make_shard_leaf(const std::shared_ptr<ShardWrites>& writes, st
   return leaf;
 }
 
-/// A view of parameter `param`'s gradient shard, undefined while it has none. It keeps the engine
-/// alive; an ordinary tensor otherwise, which may be written at any time.
-inline at::Tensor grad_shard_view(const std::shared_ptr<ShardWrites>& writes, std::uint32_t param) {
-  const Shard shard = writes->engine().shard(param);
+/// A view of the gradient shard of `shard`, undefined while it has none. It keeps the engine alive;
+/// an ordinary tensor otherwise, which may be written at any time.
+inline at::Tensor grad_shard_view(const std::shared_ptr<ShardWrites>& writes, const Shard& shard) {
   if (shard.grad == nullptr) return at::Tensor();
   return at::from_blob(shard.grad, {shard.numel}, [writes](void*) {}, at::kFloat);
 }
