@@ -28,10 +28,13 @@ class GptInputs:
         ids = numpy.fromfile(os.path.join(folder, "tokens.i64"), "<i8").reshape(STEPS, RANKS, batch, tokens + 1)
         self.ids = torch.from_numpy(ids[:, rank].copy())
 
-    def loss(self, model, step):
+    def batch(self, step):
         ids = self.ids[step % STEPS]
-        logits = model(ids[:, :-1])
-        return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        return ids[:, :-1].contiguous(), ids[:, 1:].flatten()
+
+    def loss(self, model, batch):
+        inputs, targets = batch
+        return functional.cross_entropy(model(inputs).flatten(0, 1), targets)
 
 
 class TinyInputs:
@@ -40,8 +43,11 @@ class TinyInputs:
         values = values.reshape(STEPS, RANKS, TINY_BATCH, models.TINY_WIDTH)
         self.values = torch.from_numpy(values[:, rank].copy())
 
-    def loss(self, model, step):
-        return model(self.values[step % STEPS]).square().mean()
+    def batch(self, step):
+        return self.values[step % STEPS].clone()
+
+    def loss(self, model, batch):
+        return model(batch).square().mean()
 
 
 def make(workload, folder, rank, batch, tokens):

@@ -70,15 +70,15 @@ class Gpt(nn.Module):
 
 
 class Tiny(nn.Module):
-    """200 linear layers with tanh between. Units: each layer; the root has nothing of its own."""
+    """200 linear layers, each with tanh. Units: each layer; the root has nothing of its own."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(TINY_WIDTH, TINY_WIDTH) for _ in range(TINY_LAYERS))
 
     def forward(self, x):
-        for i, layer in enumerate(self.layers):
-            x = layer(x if i == 0 else torch.tanh(x))
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
         return x
 
     def unit_classes(self):

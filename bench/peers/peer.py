@@ -41,14 +41,15 @@ class Trainer:
         self.step_number = 0
 
     def step(self):
+        batch = self.inputs.batch(self.step_number)
+        self.step_number += 1
         begin = time.perf_counter()
         self.optimizer.zero_grad()
-        loss = self.inputs.loss(self.model, self.step_number)
+        loss = self.inputs.loss(self.model, batch)
         loss.backward()
         self.optimizer.step()
-        end = time.perf_counter()
-        self.step_number += 1
-        return end - begin, loss.item()
+        value = loss.item()
+        return time.perf_counter() - begin, value
 
     def steps(self, count):
         done = [self.step() for _ in range(count)]
@@ -97,7 +98,7 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--data")
-    parser.add_argument("--adamw", choices=("default", "foreach", "fused"), default="default")
+    parser.add_argument("--adamw", choices=("default", "foreach", "fused"), default="fused")
     parser.add_argument("--load-only", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
