@@ -51,7 +51,7 @@ class Bench:
 
 
 def measure_steps(bench):
-    amount = dict(compared=4, rounds=2, per_round=5) if bench.quick else dict(compared=8, rounds=6, per_round=5)
+    amount = dict(compared=3, rounds=2, per_round=5) if bench.quick else dict(compared=8, rounds=6, per_round=5)
     checks = []
     for workload in workloads.WORKLOADS:
         commands = bench.commands(workload, bench.inputs(workload))

@@ -60,16 +60,14 @@ class IdleCheck:
 
 
 def take(workload, running, rounds, per_round):
-    """Step times by system: a list of rounds of `per_round` each. The first step of each turn, with cold caches, is not
-    counted."""
+    """Step times by system, a list of rounds of `per_round` each; and the largest share of a processor used idly."""
     names, times = list(running), {name: [] for name in running}
     idle = IdleCheck(running)
     for turn in range(rounds):
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
             with idle.turn(name):
-                seconds, _ = running[name].steps(per_round + 1, (per_round + 1) * STEP_S)
-            times[name].append(seconds[1:])
+                times[name].append(running[name].steps(per_round, per_round * STEP_S)[0])
     return times, idle.finish(workload)
 
 
