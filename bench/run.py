@@ -14,10 +14,10 @@ import signal
 import sys
 import time
 
-from harness import data, machine, memory, plan, ranks, report, steps, workloads
+from harness import (
+    collectives, data, machine, memory, overhead, plan, ranks, report, setup_speed, steps, workloads)
 
 HERE = pathlib.Path(__file__).resolve().parent
-PARTS = ("steps", "memory", "collectives", "overhead", "setup")
 
 
 class Bench:
@@ -72,7 +72,30 @@ def measure_memory(bench):
             workload, commands, programs, bench.scratch / workload.name, bench.logs, bench.say, planned)
 
 
-MEASURE = {"steps": measure_steps, "memory": measure_memory}
+def measure_collectives(bench):
+    rows, absent = collectives.measure(
+        bench.programs, bench.torch_python, HERE / "peers", bench.logs, bench.say, 5 if bench.quick else 30)
+    bench.found["collectives"] = rows
+    bench.found["notes"]["absent"] = absent
+
+
+def measure_overhead(bench):
+    tiny = workloads.WORKLOADS[3]
+    bench.found["overheads"] = overhead.measure(
+        bench.programs, bench.program("fsdp_shm"), tiny, bench.inputs(tiny), bench.logs, bench.say, bench.quick)
+
+
+def measure_setup(bench):
+    rows, speeds = setup_speed.measure(bench.programs, bench.scratch, bench.logs, bench.say, 1 if bench.quick else 5)
+    bench.found["setup"] = rows
+    bench.found["notes"]["setup_speeds"] = speeds
+
+
+MEASURE = {"steps": measure_steps, "memory": measure_memory, "collectives": measure_collectives,
+           "overhead": measure_overhead, "setup": measure_setup}
+
+
+PARTS = tuple(MEASURE)
 
 
 def main():
