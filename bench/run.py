@@ -28,7 +28,9 @@ class Bench:
         self.quick, self.torch_python = arguments.quick, arguments.torch_python
         self.tool, self.programs = build / "bin" / "fsdp", build / "bench" / "bin"
         self.scratch, self.logs = build / "bench" / "scratch", build / "bench" / "logs"
-        self.found = {"rows": [], "ratios": [], "memory": [], "collectives": [], "overheads": [], "setup": [], "notes": {}}
+        # Lists of rows. "absent" says which systems could not be measured, and why.
+        self.found = {"rows": [], "ratios": [], "checks": [], "memory": [], "collectives": [], "collective_speeds": [],
+                      "overheads": [], "setup": [], "setup_speeds": [], "absent": {}}
         self._began = time.monotonic()
 
     def say(self, line):
@@ -52,14 +54,12 @@ class Bench:
 
 def measure_steps(bench):
     amount = dict(compared=3, rounds=2, per_round=5) if bench.quick else dict(compared=8, rounds=6, per_round=5)
-    checks = []
     for workload in workloads.WORKLOADS:
         commands = bench.commands(workload, bench.inputs(workload))
         rows, compare, check = steps.measure(workload, commands, bench.logs, bench.say, **amount)
         bench.found["rows"] += rows
         bench.found["ratios"] += compare
-        checks.append(check)
-    bench.found["notes"]["losses"] = checks
+        bench.found["checks"].append(check)
 
 
 def measure_memory(bench):
@@ -73,10 +73,9 @@ def measure_memory(bench):
 
 
 def measure_collectives(bench):
-    rows, absent = collectives.measure(
-        bench.programs, bench.torch_python, HERE / "peers", bench.logs, bench.say, 5 if bench.quick else 30)
-    bench.found["collectives"] = rows
-    bench.found["notes"]["absent"] = absent
+    rounds, repetitions = (2, 5) if bench.quick else (5, 10)
+    bench.found["collectives"], bench.found["collective_speeds"], bench.found["absent"] = collectives.measure(
+        bench.programs, bench.torch_python, HERE / "peers", bench.logs, bench.say, rounds, repetitions)
 
 
 def measure_overhead(bench):
@@ -86,9 +85,8 @@ def measure_overhead(bench):
 
 
 def measure_setup(bench):
-    rows, speeds = setup_speed.measure(bench.programs, bench.scratch, bench.logs, bench.say, 1 if bench.quick else 5)
-    bench.found["setup"] = rows
-    bench.found["notes"]["setup_speeds"] = speeds
+    bench.found["setup"], bench.found["setup_speeds"] = setup_speed.measure(
+        bench.programs, bench.scratch, bench.logs, bench.say, 1 if bench.quick else 5)
 
 
 MEASURE = {"steps": measure_steps, "memory": measure_memory, "collectives": measure_collectives,

@@ -45,7 +45,7 @@ int main(int argc, char **argv) {
       for (int reduce = 0; reduce < 2; reduce++) {
         for (int i = 0; i < count + WARM_UP; i++) {
           MPI_Barrier(MPI_COMM_WORLD);
-          const double begin = seconds_now();
+          const double begin = begin_together();
           if (reduce) {
             MPI_Reduce_scatter_block(whole, piece, part, type, e == 0 ? MPI_SUM : add, MPI_COMM_WORLD);
           } else {

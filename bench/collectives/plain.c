@@ -55,7 +55,7 @@ static void run(shared_t *shared, const buffers_t *at, int rank, int reduce, con
   for (int i = 0; i < count + WARM_UP; i++) {
     memset(at->operands[rank], 0, (size_t)bytes);  /* as a backward has just written it */
     pthread_barrier_wait(&shared->barrier);
-    const double start = seconds_now();
+    const double start = begin_together();
     if (!reduce) {
       memcpy(at->outputs[rank], at->operands[1 - rank], (size_t)bytes);
     } else if (element->bytes == 4) {

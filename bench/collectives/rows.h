@@ -28,6 +28,16 @@ static inline double seconds_now(void) {
   return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
+/* Waits, without sleeping, for the next whole millisecond that is not too near, and returns the time. After a barrier, which
+ * some ranks leave later than others, all begin at once. */
+static inline double begin_together(void) {
+  const double now = seconds_now(), milliseconds = now * 1e3 + 0.3;
+  const double begin = ((double)(int64_t)milliseconds + 1) / 1e3;
+  while (seconds_now() < begin) {
+  }
+  return seconds_now();
+}
+
 /* Repetitions of a collective of `bytes`, from those of a large one (the program's argument). */
 static inline int repetitions(int large, int64_t bytes) {
   const int count = bytes < 4 << 20 ? 5 * large : large;

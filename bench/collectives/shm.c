@@ -43,7 +43,7 @@ static void unit_path(const job_t *job, const element_t *element, int64_t bytes,
   for (int i = 0; i < count + WARM_UP; i++) {
     void *buffer = NULL;
     CHECK_OK(fsdp_comm_barrier(job->comm));
-    double begin = seconds_now();
+    double begin = begin_together();
     CHECK_OK(fsdp_engine_begin_forward(engine, 1));
     CHECK_OK(fsdp_engine_unshard(engine, 1, &buffer));
     gather[i] = seconds_now() - begin;
@@ -52,7 +52,7 @@ static void unit_path(const job_t *job, const element_t *element, int64_t bytes,
     CHECK_OK(fsdp_engine_unshard(engine, 1, &buffer));
     CHECK_OK(stack_add_grad(engine, 0, (float)(job->rank + 1)));
     CHECK_OK(fsdp_comm_barrier(job->comm));
-    begin = seconds_now();
+    begin = begin_together();
     CHECK_OK(fsdp_engine_reduce(engine, 1));
     CHECK_OK(fsdp_engine_reshard(engine, 1));
     CHECK_OK(fsdp_engine_finish_backward(engine));
@@ -76,11 +76,11 @@ static void host_path(const job_t *job, const element_t *element, int64_t bytes,
   const fsdp_tensor_t mine = tensor_of(small, 1, &part, dtype.code, dtype.bits);
   for (int i = 0; i < count + WARM_UP; i++) {
     CHECK_OK(fsdp_comm_barrier(job->comm));
-    double begin = seconds_now();
+    double begin = begin_together();
     CHECK_OK(fsdp_comm_all_gather(job->comm, &mine, &all));
     gather[i] = seconds_now() - begin;
     CHECK_OK(fsdp_comm_barrier(job->comm));
-    begin = seconds_now();
+    begin = begin_together();
     CHECK_OK(fsdp_comm_reduce_scatter(job->comm, &all, &mine, FSDP_REDUCE_SUM));
     reduce[i] = seconds_now() - begin;
   }

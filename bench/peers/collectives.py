@@ -4,6 +4,7 @@ usage: collectives.py REPETITIONS
 """
 
 import json
+import math
 import sys
 import time
 
@@ -14,11 +15,19 @@ SIZES = (64 << 10, 1 << 20, 4 << 20, 12 << 20, 64 << 20)
 WARM_UP = 2
 
 
+def begin_together():
+    """As in rows.h: waits for the next whole millisecond that is not too near."""
+    begin = math.floor(time.perf_counter() * 1e3 + 0.3) / 1e3 + 1e-3
+    while time.perf_counter() < begin:
+        pass
+    return time.perf_counter()
+
+
 def times(count, collective):
     taken = []
     for _ in range(count + WARM_UP):
         dist.barrier()
-        begin = time.perf_counter()
+        begin = begin_together()
         collective()
         taken.append(time.perf_counter() - begin)
     return taken[WARM_UP:]
