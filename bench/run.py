@@ -119,7 +119,8 @@ def main():
     except ranks.Failed as failure:
         bench.say(f"FAILED: {failure}")
         return 1
-    report.write(arguments.out, about, bench.found)
+    for target in report.write(arguments.out, about, bench.found):
+        bench.say(f"{'met   ' if target['met'] else 'MISSED'} {target['value']:8.3g} ({target['bound']}) {target['name']}")
     bench.say(f"written: {arguments.out}/summary.json, table.md, *.png")
     return 0
 

@@ -9,6 +9,7 @@ A rank is a program that prints one JSON object a line and reads commands on its
     quit, or the end of the input
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -153,10 +154,18 @@ class System:
                 self._fail(rank, f"ended with exit status {status}")
 
     def kill(self):
-        """Ends whatever is left, at once."""
-        for process in self.processes:
-            if process.poll() is None:
+        """Ends whatever is left. mpirun ends its ranks when it is asked to; who does not end soon is killed."""
+        left = [process for process in self.processes if process.poll() is None]
+        for process in left:
+            process.terminate()
+        deadline = time.monotonic() + 3
+        for process in left:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         for process in self.processes:
-            process.wait()
             process.stdout.close()
+            with contextlib.suppress(OSError):
+                process.stdin.close()

@@ -2,7 +2,7 @@
 
 import json
 
-from . import table
+from . import pictures, table, targets
 
 
 def with_memory(rows, memory):
@@ -12,8 +12,10 @@ def with_memory(rows, memory):
 
 
 def write(folder, about, found):
+    """Returns the targets."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {**found, "rows": with_memory(found["rows"], found["memory"])}
-    summary = {**about, **found}
+    summary = {**about, **found, "rows": with_memory(found["rows"], found["memory"]), "targets": targets.of(found)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (folder / "table.md").write_text(table.of(summary))
+    pictures.write(folder, summary)
+    return summary["targets"]
