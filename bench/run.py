@@ -53,7 +53,7 @@ class Bench:
 
 
 def measure_steps(bench):
-    amount = dict(compared=3, rounds=2, per_round=5) if bench.quick else dict(compared=8, rounds=6, per_round=5)
+    amount = dict(compared=2, rounds=2, per_round=5) if bench.quick else dict(compared=8, rounds=6, per_round=5)
     for workload in workloads.WORKLOADS:
         commands = bench.commands(workload, bench.inputs(workload))
         rows, compare, check = steps.measure(workload, commands, bench.logs, bench.say, **amount)
@@ -73,7 +73,7 @@ def measure_memory(bench):
 
 
 def measure_collectives(bench):
-    rounds, repetitions = (2, 5) if bench.quick else (5, 10)
+    rounds, repetitions = (1, 5) if bench.quick else (5, 10)
     bench.found["collectives"], bench.found["collective_speeds"], bench.found["absent"] = collectives.measure(
         bench.programs, bench.torch_python, HERE / "peers", bench.logs, bench.say, rounds, repetitions)
 

@@ -4,7 +4,7 @@ import statistics
 
 from . import ranks, workloads
 
-UNITS, ITERATIONS, REPETITIONS = 200, 500, 5
+UNITS, ITERATIONS = 200, 500
 DEADLINE_S = 120
 
 
@@ -39,18 +39,18 @@ def measure(programs, step, tiny, data, logs, say, quick):
     """Rows {"overhead", "ns", ...}: medians over several runs of each program."""
     logs = logs / "overhead"
     logs.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, repetitions = [], 1 if quick else 5
 
     def row(name, values, **more):
         rows.append({"overhead": name, "ns": statistics.median(values), "min_ns": min(values), **more})
         say(f"{name:32} {rows[-1]['ns']:9.1f} ns  {more or ''}")
 
     hooks = [printed("hooks", [programs / "fsdp_bench_hooks", str(UNITS), str(ITERATIONS)], logs)
-             for _ in range(REPETITIONS)]
+             for _ in range(repetitions)]
     row("ns_per_unit_hook_pair", [got["forward_ns"] for got in hooks], **{"pass": "forward"})
     row("ns_per_unit_hook_pair", [got["backward_ns"] for got in hooks], **{"pass": "backward"})
-    operators = [printed("fallback", [programs / "fsdp_bench_fallback"], logs) for _ in range(REPETITIONS)]
+    operators = [printed("fallback", [programs / "fsdp_bench_fallback"], logs) for _ in range(repetitions)]
     row("ops_fallback_ns", [got["sharded_ns"] - got["plain_ns"] for got in operators],
         plain_ns=statistics.median(got["plain_ns"] for got in operators))
-    row("engine_ns_per_unit_pass", engine_time(step, tiny, data, logs, 5 if quick else 15, 20))
+    row("engine_ns_per_unit_pass", engine_time(step, tiny, data, logs, 3 if quick else 15, 20))
     return rows
