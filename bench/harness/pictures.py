@@ -22,14 +22,14 @@ def _save(figure, path, about):
 def _bars(figure_rows, value, unit, title, path, about, extra=None):
     """A panel per workload, a bar per system; `extra(axes, rows)` adds to a panel."""
     names = table.names_of(figure_rows, "workload", [w.name for w in workloads.WORKLOADS])
-    figure, panels = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 3.6), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(names), figsize=(max(6.5, 3.4 * len(names)), 3.6), squeeze=False)
     for axes, name in zip(panels[0], names):
         rows = {row["system"]: row for row in figure_rows if row["workload"] == name}
         systems = [s for s in workloads.SYSTEMS if s in rows]
         values = [value(rows[s]) for s in systems]
         axes.bar(range(len(systems)), values, color=[COLORS[s] for s in systems])
         for i, v in enumerate(values):
-            axes.text(i, v, f"{v:.3g}", ha="center", va="bottom", fontsize=7)
+            axes.text(i, v, f"{v:.1f}" if v < 100 else f"{v:.0f}", ha="center", va="bottom", fontsize=7)
         if extra:
             extra(axes, [rows[s] for s in systems])
         if max(values) > 20 * min(values) > 0:

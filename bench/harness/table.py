@@ -54,8 +54,9 @@ def collectives(rows):
     systems = names_of(rows, "system", ("shm", "shm_host", "gloo", "open_mpi", "plain_loop", "memcpy"))
     by = {(row["collective"], row["dtype"], row["bytes"], row["system"]): row["median_s"] for row in rows}
     lines = []
-    for collective, dtype, size in dict.fromkeys(key[:3] for key in by):
-        cells = [f"{collective.replace('_', '-')} {dtype} {size / 2**20:g} MiB"]
+    for collective, dtype, size in sorted({key[:3] for key in by}, key=lambda key: (key[1] != "float32", key)):
+        amount = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+        cells = [f"{collective.replace('_', '-')}, {dtype}, {amount}"]
         cells += [seconds(by[collective, dtype, size, s]) if (collective, dtype, size, s) in by else "" for s in systems]
         lines.append(cells)
     return grid(["2 ranks, median", *(TITLES[s] for s in systems)], lines)

@@ -95,6 +95,14 @@ class Reports(unittest.TestCase):
         met = [t["met"] for t in targets.of_memory([own("fsdp_shm", 106), own("torch_fsdp1", 200), own("torch_fsdp2", 150)])]
         self.assertEqual(met, [True, False, False])
 
+    def test_an_all_gather_that_copies_misses(self):
+        row = lambda system, size, median: {"system": system, "collective": "all_gather", "dtype": "float32", "bytes": size,
+                                            "median_s": median}
+        copied = [row("memcpy", 1 << 16, 1e-5), row("memcpy", 1 << 26, 1e-2)]
+        for last, met in ((2e-5, True), (5e-3, False)):
+            (found,) = targets.of_collectives([row("shm", 1 << 16, 1e-5), row("shm", 1 << 26, last), *copied], [])
+            self.assertEqual(found["met"], met)
+
     def test_a_target_tells_its_bound(self):
         self.assertEqual(targets.target("x", 1, at_least=0.95, at_most=1.05)["bound"], ">= 0.95 and <= 1.05")
         self.assertFalse(targets.target("x", math.nan, at_most=1)["met"])
