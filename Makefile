@@ -9,13 +9,17 @@ JOBS ?= $(shell nproc)
 DEMO_RANKS ?= 2
 DEMO_OUT ?= $(BUILD)/demo
 DEMO_ARGS ?=
+QUICK ?=
+ONLY ?=
+# A Python with PyTorch, installed by the targets that need one unless it is given.
+TORCH_PYTHON ?= $(BUILD)/pytorch/bin/python
 export BUILD PYTHON JOBS
 
 # The folders of this Makefile's own tools come first, the user's next. cargo's outputs are shared with CMake's.
 export PATH := $(abspath $(BUILD))/venv/bin:$(PATH)
 export CARGO_TARGET_DIR = $(abspath $(BUILD))/cargo
 
-.PHONY: build setup configure demo test bench-plan check header format scenario-data install clean help
+.PHONY: build setup configure demo test bench bench-plan check header format scenario-data install clean help
 .DEFAULT_GOAL := build
 
 build: configure ## Build the library, the tool, the bindings' tests and the examples (default)
@@ -39,6 +43,13 @@ demo: build ## Train a small GPT on real text, sharded over 2 ranks, a few minut
 test: build ## Run every check and every test
 	@scripts/test.sh
 
+bench: configure $(if $(filter $(BUILD)/%,$(TORCH_PYTHON)),$(BUILD)/pytorch/installed) ## Measure beside PyTorch's FSDP, 25 minutes (QUICK=1: 5; ONLY=steps,...; downloads 2.5 GB once)
+	@scripts/fetch_debian.sh $(BUILD)/debian libopenmpi-dev || echo "make: going on without Open MPI's headers" >&2
+	@cmake $(BUILD) >>$(BUILD)/logs/configure.log 2>&1
+	@cmake --build $(BUILD) -j $(JOBS) --target fsdp_bench
+	@$(BUILD)/venv/bin/python -B bench/run.py --build $(BUILD) --torch-python $(TORCH_PYTHON) \
+		$(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
 bench-plan: build ## Time planning a 405-billion-parameter model for 16,384 ranks
 	@$(PYTHON) -B bench/plan.py "$(BUILD)/bin/fsdp" bench/out/plan.json
 
@@ -51,13 +62,13 @@ header: ## Regenerate include/fsdp.h and the list of exported symbols
 format: ## Format the Rust sources
 	@cargo fmt
 
-scenario-data: $(BUILD)/scenario-venv/installed ## Regenerate the scenario tests' numbers with PyTorch (downloads 2.5 GB)
-	@$(BUILD)/scenario-venv/bin/python scripts/make_scenario_data.py capi_tests/scenario_data
+scenario-data: $(BUILD)/pytorch/installed ## Regenerate the scenario tests' numbers with PyTorch (downloads 2.5 GB)
+	@$(BUILD)/pytorch/bin/python scripts/make_scenario_data.py capi_tests/scenario_data
 
-$(BUILD)/scenario-venv/installed: scripts/requirements/scenarios.txt
-	@rm -rf $(BUILD)/scenario-venv
-	@$(PYTHON) -m venv $(BUILD)/scenario-venv
-	@$(BUILD)/scenario-venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+$(BUILD)/pytorch/installed: scripts/requirements/pytorch.txt
+	@rm -rf $(BUILD)/pytorch
+	@$(PYTHON) -m venv $(BUILD)/pytorch
+	@$(BUILD)/pytorch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 install: build ## Install library, headers, tool, CMake package and pkg-config file (PREFIX=/usr/local)
@@ -65,7 +76,7 @@ install: build ## Install library, headers, tool, CMake package and pkg-config f
 
 clean: ## Remove what was built; what setup installed stays (make clean-all removes it too)
 	@if [ -d $(BUILD) ]; then find $(BUILD) -mindepth 1 -maxdepth 1 \
-		! -name venv ! -name libtorch ! -name debian ! -name text ! -name '*.stamp' -exec rm -rf {} +; fi
+		! -name venv ! -name libtorch ! -name debian ! -name text ! -name pytorch ! -name '*.stamp' -exec rm -rf {} +; fi
 
 clean-all: ## Remove the build folder
 	@rm -rf $(BUILD)

@@ -3,7 +3,7 @@ optimizer state included, and the consolidated form; into plain tensors, and int
 
 usage: feature_checkpoint_dcp.py FSDP_TOOL WORKER BUILD_FOLDER
 
-Runs itself under a Python with torch and safetensors: FSDP_TEST_TORCH_PYTHON, else BUILD_FOLDER/scenario-venv (`make
+Runs itself under a Python with torch and safetensors: FSDP_TEST_TORCH_PYTHON, else BUILD_FOLDER/pytorch (`make
 scenario-data`). Without one it is skipped (exit status 77).
 """
 
@@ -17,7 +17,7 @@ SKIPPED = 77
 
 def other_python(build):
     """A Python that has torch, or None."""
-    candidates = [os.environ.get("FSDP_TEST_TORCH_PYTHON"), os.path.join(build, "scenario-venv", "bin", "python")]
+    candidates = [os.environ.get("FSDP_TEST_TORCH_PYTHON"), os.path.join(build, "pytorch", "bin", "python")]
     for python in filter(None, candidates):
         try:
             found = subprocess.run([python, "-c", "import torch, safetensors"], capture_output=True, timeout=120)

@@ -18,7 +18,7 @@ mkdir -p "$1"
 dest=$(cd "$1" && pwd)
 shift
 by_hand="install by hand what these hold (nlohmann-json3-dev: nlohmann/json.hpp 3.11 or newer; libcli11-dev: \
-CLI/CLI.hpp 2.1 or newer; sword-text-web: any English text of 1 MB or more, given to the trainer as --text FILE) \
+CLI/CLI.hpp 2.1 or newer; valgrind: what it says, for one test; sword-text-web: any English text of 1 MB or more, given to the trainer as --text FILE) \
 where the compiler finds it"
 
 installed() {

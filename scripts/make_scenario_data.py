@@ -2,7 +2,7 @@
 """Makes capi_tests/scenario_data/: what PyTorch's own data-parallel wrappers compute for the scenario tests.
 
     make scenario-data                                                    (or, in an environment with the
-    python3 scripts/make_scenario_data.py capi_tests/scenario_data         packages of requirements/scenarios.txt)
+    python3 scripts/make_scenario_data.py capi_tests/scenario_data         packages of requirements/pytorch.txt)
 
 Runs the real DistributedDataParallel and FullyShardedDataParallel on the CPU: gloo, 1, 2 and 4 ranks (processes that this
 script starts), one thread each. Writes NAME_wWORLD.safetensors; the same input gives the same bytes. The tests only read

@@ -43,9 +43,10 @@ inline Arguments parse(int argc, char** argv) {
     else throw std::runtime_error("unknown argument " + name);
   }
   if (args.load_only) return args;
-  if (args.system != "bound" && args.system != "fsdp_shm" && args.system != "fsdp_shm_fused") {
+  if (args.system != "bound" && args.system != "plain" && args.system != "fsdp_shm" &&
+      args.system != "fsdp_shm_fused") {
     throw std::runtime_error("--system " + args.system +
-                             ": fsdp_shm, fsdp_shm_fused or bound is expected");
+                             ": fsdp_shm, fsdp_shm_fused, bound or plain is expected");
   }
   args.rank = environment("RANK");
   args.world_size = environment("WORLD_SIZE");

@@ -2,7 +2,8 @@
 // protocol is described in bench/NOTES.md.
 //
 // Systems: fsdp_shm (torch::optim::AdamW on the shards), fsdp_shm_fused (the engine's AdamW), bound (no communication
-// and no engine: this rank computes alone and updates the 1/W of the parameters that would be its shard).
+// and no engine: this rank computes alone and updates the 1/W of the parameters that would be its shard), plain (no optimizer
+// either: for what activations take).
 #include <torch/torch.h>
 
 #include <chrono>
@@ -20,6 +21,7 @@
 
 #include "data.hpp"
 #include "models.hpp"
+#include "plain.hpp"
 #include "systems.hpp"
 
 namespace {
@@ -82,6 +84,10 @@ int run(const Arguments& args) {
   const Work work(args);
   if (args.system == "bound") {
     Bound<Work> system(args, work);
+    return serve<Work>(system, work);
+  }
+  if (args.system == "plain") {
+    Plain<Work> system(args, work);
     return serve<Work>(system, work);
   }
   Sharded<Work> system(args, work);

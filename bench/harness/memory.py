@@ -1,0 +1,79 @@
+"""Host memory of each system alone: the proportional set size (PSS) summed over its ranks, which counts what ranks share
+once; its largest value while they step, and what their libraries take by themselves."""
+
+from . import ranks, workloads
+
+START_S, STEP_S = 180, 60
+# Steps that are watched. State is complete after the first.
+STEPS = 4
+
+
+def pss(pid):
+    """Bytes of a process's proportional set size."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        for line in file:
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/{pid}/smaps_rollup has no line Pss")
+
+
+class Peak:
+    """The largest sum over a system's processes of all the times that sample was called."""
+
+    def __init__(self, system):
+        self._pids = [process.pid for process in system.processes]
+        self.bytes = 0
+
+    def sample(self):
+        self.bytes = max(self.bytes, sum(map(pss, self._pids)))
+
+
+def peak_of(name, command, world_size, logs, steps=STEPS):
+    """(largest PSS of all ranks while they step, what "stats" says) of a system that runs alone."""
+    with ranks.System(name, command, world_size, logs) as system:
+        system.answers(START_S)
+        peak = Peak(system)
+        system.steps(steps, steps * STEP_S, idle=peak.sample)
+        peak.sample()
+        return peak.bytes, system.ask("stats", STEP_S)
+
+
+def libraries_of(name, command, world_size, logs):
+    """PSS of as many processes that have loaded the same libraries and do nothing."""
+    with ranks.System(name, [*command, "--load-only"], world_size, logs) as system:
+        system.answers(START_S)
+        peak = Peak(system)
+        peak.sample()
+        return peak.bytes
+
+
+def activations(workload, program, data, logs):
+    """What forward and backward need besides parameters and gradients, on one rank: the peak of one process of the program
+    of bench/step that computes unsharded, keeps its gradients and has no optimizer, less its libraries and both."""
+    command = [*program, "--system", "plain", *workload.arguments(data)]
+    peak, _ = peak_of("plain", command, 1, logs)
+    state = 2 * 4 * workloads.parameter_count(workload.model)
+    return peak - libraries_of("plain", program, 1, logs) - state
+
+
+def measure(workload, commands, programs, data, logs, say, plan_bytes):
+    """Rows of a workload: for each system its peak, and its libraries'. `programs` has each system's program without
+    arguments. `plan_bytes`: what the plan says that the host holds."""
+    rows, known = [], {}
+    folder = logs / workload.name / "memory"
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = activations(workload, programs["bound"], data, folder)
+    for name, command in commands.items():
+        peak, stats = peak_of(name, command, workload.world_size, folder)
+        kind = tuple(map(str, programs[name]))
+        if kind not in known:
+            known[kind] = libraries_of(name, programs[name], workload.world_size, folder)
+        row = {"workload": workload.name, "system": name, "world_size": workload.world_size,
+               "host_peak_pss_bytes": peak, "libraries_pss_bytes": known[kind], "own_bytes": peak - known[kind]}
+        if name in workloads.OURS:
+            row.update(plan_bytes=plan_bytes, activation_bytes=needed * workload.world_size,
+                       expected_bytes=plan_bytes + needed * workload.world_size)
+        rows.append(row)
+        say(f"{workload.name:16} {name:15} peak PSS {peak / 1e6:8.1f} MB, without libraries {row['own_bytes'] / 1e6:8.1f} MB"
+            + (f" (plan and activations: {row['expected_bytes'] / 1e6:.1f} MB)" if name in workloads.OURS else ""))
+    return rows
