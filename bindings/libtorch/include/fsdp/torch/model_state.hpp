@@ -42,6 +42,7 @@ struct ParamState {
   c10::intrusive_ptr<torch::autograd::Node> node;
   bool requires_grad = false;  ///< as the engine knows it
   bool arrived = false;        ///< has a gradient since its unit's last reduction
+  at::Tensor grad_view = {};   ///< of the gradient shard, for the shard's `.grad`
 };
 
 class ModelState final : public UnitHost,
@@ -391,7 +392,9 @@ class ModelState final : public UnitHost,
     if (shard.grad == nullptr) return;
     at::Tensor& grad = params[index].shard.mutable_grad();
     if (!grad.defined()) {
-      grad = grad_shard_view(writes, shard);
+      at::Tensor& view = params[index].grad_view;
+      if (!view.defined() || !is_shard_view(view, shard)) view = grad_shard_view(writes, shard);
+      grad = view;
     } else if (!is_shard_view(grad, shard)) {
       grad.add_(grad_shard_view(writes, shard));  // a tensor of the user's own
     }
