@@ -3,6 +3,7 @@
 #ifndef FSDP_TEST_RANKS_H
 #define FSDP_TEST_RANKS_H
 
+#include "host_over_comm.h"
 #include "test.h"
 
 #include <time.h>
@@ -14,11 +15,13 @@ typedef struct {
   int32_t rank, world;
 } job_t;
 
-/* The communicator of this process's environment. */
+/* The communicator of this process's environment; with FSDP_TEST_COMM=host one on collectives that it lends. */
 static inline job_t join_job(void) {
   job_t job;
+  const char *kind = getenv("FSDP_TEST_COMM");
   job.comm = NULL;
   CHECK_OK(fsdp_comm_init_env(&job.comm));
+  if (kind != NULL && strcmp(kind, "host") == 0) job.comm = host_over_comm(job.comm);
   CHECK_OK(fsdp_comm_rank(job.comm, &job.rank));
   CHECK_OK(fsdp_comm_world_size(job.comm, &job.world));
   return job;

@@ -9,6 +9,7 @@
 pub mod checkpoint;
 pub mod checkpoint_job;
 pub mod comm;
+pub mod comm_host;
 pub mod consolidate;
 pub mod engine;
 pub mod engine_info;
