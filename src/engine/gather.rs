@@ -87,7 +87,6 @@ impl Engine {
             let input = output.wrapping_add(rank * bytes).cast_const();
             (Transfer { input, output, bytes, owner: store.arena.owner.clone() }, None)
         };
-        state.cast_bytes += (what.bytes * (ranks - 1)) as u64;
         // SAFETY: the unit buffer and the staging memory are kept by their owners; the unit is sharded, so that nobody reads
         // or writes it, and shards are not written before the iteration has ended, which waits for this.
         let gather = unsafe { comm.gather_start(tag, what) }?;
