@@ -181,7 +181,9 @@ impl Flights {
     }
 
     /// The error of a flight breaks the communicator.
-    fn failed(&self, sequence: u64, e: Error) -> Error {
+    fn failed(&mut self, sequence: u64, e: Error) -> Error {
+        // Another rank's error, if it has told of one, is the better explanation.
+        let _ = self.peers.hear(&self.broken, self.issued);
         if let Some(broken) = self.broken.error() {
             return broken;
         }
