@@ -62,8 +62,11 @@ static inline job_t join_job(void) {
   return job;
 }
 
+/* Whether collectives are lent, so that bytes move. */
+static inline int has_lent_collectives(void) { return comm_is("host") || comm_is("mpi"); }
+
 /* Whether 16-bit gradients are summed to 16 bits: not by the library, but by what hosts lend. */
-static inline int sums_are_narrow(void) { return comm_is("host") || comm_is("mpi"); }
+static inline int sums_are_narrow(void) { return has_lent_collectives(); }
 
 static inline void sleep_ms(int ms) {
   struct timespec time;

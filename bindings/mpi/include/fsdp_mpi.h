@@ -29,13 +29,15 @@ extern "C" {
 typedef struct fsdp_mpi_config_t {
   /* sizeof(fsdp_mpi_config_t). */
   size_t struct_size;
-  /* As of fsdp_host_comm_config_t; also how long the other ranks have to come to fsdp_comm_init_mpi. */
+  /* As of fsdp_host_comm_config_t. */
   int64_t timeout_ms;
+  /* Milliseconds that the other ranks have to come to fsdp_comm_init_mpi; 0: 120,000. */
+  int64_t rendezvous_timeout_ms;
   /* Not 0: a communicator that fails ends the whole job by MPI_Abort, with its error on stderr. */
   int32_t abort_job;
 } fsdp_mpi_config_t;
 
-#define FSDP_MPI_CONFIG_INIT { sizeof(fsdp_mpi_config_t), 0, 0 }
+#define FSDP_MPI_CONFIG_INIT { sizeof(fsdp_mpi_config_t), 0, 0, 0 }
 
 /* Makes a communicator of the ranks of `comm`, in their order. Collective over `comm`, which stays the caller's.
  * `config`: the same on all ranks; NULL: defaults. *out is owned by the caller: fsdp_comm_destroy. Errors: FSDP_ERR_CALLBACK says what

@@ -330,7 +330,7 @@ static int duplicate(context_t *c, MPI_Comm comm, MPI_Comm *out, int64_t deadlin
   while (code == MPI_SUCCESS && !done) {
     code = MPI_Test(&request, &done, MPI_STATUS_IGNORE);
     if (code == MPI_SUCCESS && !done && now_ms() > deadline) {
-      snprintf(c->problem, sizeof c->problem, "not every rank has come to make this communicator within its timeout");
+      snprintf(c->problem, sizeof c->problem, "not every rank has come to make this communicator in time");
       c->failed = 1;
       return 0;
     }
@@ -341,7 +341,7 @@ static int duplicate(context_t *c, MPI_Comm comm, MPI_Comm *out, int64_t deadlin
 
 /* Fills the context; what goes wrong becomes its problem, which the first callback reports. */
 static void open_context(context_t *c, MPI_Comm comm, int64_t timeout_ms) {
-  const int64_t deadline = now_ms() + (timeout_ms > 0 ? timeout_ms : 600000);
+  const int64_t deadline = now_ms() + (timeout_ms > 0 ? timeout_ms : 120000);
   int code = make_narrow_ops();
   for (int lane = 0; lane < FSDP_HOST_LANES && code == MPI_SUCCESS && c->problem[0] == '\0'; lane++)
     code = duplicate(c, comm, &c->lanes[lane], deadline);
@@ -418,11 +418,13 @@ fsdp_status_t fsdp_comm_init_mpi(MPI_Comm comm, const fsdp_mpi_config_t *config,
   fsdp_host_collectives_t table = FSDP_HOST_COLLECTIVES_INIT;
   context_t *c = (context_t *)calloc(1, sizeof *c);
   int rank = 0, size = 1, initialized = 0, finalized = 0;
+  int64_t patience_ms = 0;
   if (c == NULL) return FSDP_ERR_OUT_OF_MEMORY;
   if (config != NULL && config->struct_size != sizeof *config)
     snprintf(c->problem, sizeof c->problem, "fsdp_mpi_config_t.struct_size is %zu, not %zu", config->struct_size, sizeof *config);
   if (config != NULL && c->problem[0] == '\0') {
     host.timeout_ms = config->timeout_ms;
+    patience_ms = config->rendezvous_timeout_ms;
     c->abort_job = config->abort_job;
   }
   MPI_Initialized(&initialized);
@@ -436,7 +438,7 @@ fsdp_status_t fsdp_comm_init_mpi(MPI_Comm comm, const fsdp_mpi_config_t *config,
     if (refused == 0) {
       MPI_Comm_rank(comm, &rank);
       MPI_Comm_size(comm, &size);
-      open_context(c, comm, host.timeout_ms);
+      open_context(c, comm, patience_ms);
       leave(0);
     } else {
       describe_error(c, refused, c->problem, sizeof c->problem);
