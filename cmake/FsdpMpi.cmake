@@ -38,6 +38,8 @@ else()
       list(GET _headers 0 _header)
       list(GET _libraries 0 _library)
       get_filename_component(_include "${_header}" DIRECTORY)
+      # For the outside projects of FsdpLinkTests.cmake, which find_package(MPI) would not help either.
+      set(FSDP_MPI_UNPACKED "MPI_INCLUDE=${_include}" "MPI_LIBRARY=${_library}")
       add_library(MPI::MPI_C UNKNOWN IMPORTED)
       set_target_properties(MPI::MPI_C PROPERTIES
         IMPORTED_LOCATION "${_library}"
@@ -46,8 +48,8 @@ else()
         # Unpacked, not installed: it has to be told where it is, and so are the libraries that it needs.
         get_filename_component(_libdir "${_library}" DIRECTORY)
         target_link_options(MPI::MPI_C INTERFACE "LINKER:-rpath-link,${_libdir}")
-        set(FSDP_MPI_ENVIRONMENT "OPAL_PREFIX=${_root}/usr" "PMIX_INSTALL_PREFIX=${_root}/usr"
-          "OPAL_LIBDIR=${_libdir}" "OPAL_PKGLIBDIR=${_libdir}/openmpi/lib/openmpi3" "LD_LIBRARY_PATH=${_libdir}")
+        set(FSDP_MPI_ENVIRONMENT "OPAL_PREFIX=${_root}/usr" "PMIX_INSTALL_PREFIX=${_libdir}/pmix2"
+          "PMIX_MCA_pcompress_base_silence_warning=1" "LD_LIBRARY_PATH=${_libdir}")
       endif()
     endif()
   endif()
@@ -57,6 +59,13 @@ else()
     set(FSDP_MPI_MISSING "no MPI with its headers was found (Debian: libopenmpi-dev and openmpi-bin)")
   elseif(NOT FSDP_MPIRUN)
     set(FSDP_MPI_MISSING "no mpirun was found (Debian: openmpi-bin)")
+  endif()
+  if(FSDP_MPI_UNPACKED AND NOT FSDP_MPI_MISSING)
+    # Its parts find each other only where all are unpacked, or all installed.
+    string(FIND "${FSDP_MPIRUN}" "${FSDP_THIRD_PARTY_ROOT}/" _unpacked_mpirun)
+    if((_unpacked_mpirun EQUAL 0 AND NOT FSDP_MPI_ENVIRONMENT) OR (NOT _unpacked_mpirun EQUAL 0 AND FSDP_MPI_ENVIRONMENT))
+      set(FSDP_MPI_MISSING "Open MPI is installed in parts: libopenmpi3 and openmpi-bin are needed both")
+    endif()
   endif()
   if(FSDP_MPI_MISSING AND FSDP_WITH_MPI STREQUAL "ON")
     message(FATAL_ERROR "FSDP_WITH_MPI is ON, but ${FSDP_MPI_MISSING}")

@@ -18,6 +18,14 @@
 #ifndef FSDP_MPI_H
 #define FSDP_MPI_H
 
+/* MPI's own C++ interface, long gone from the standard, would have to be linked. */
+#ifndef OMPI_SKIP_MPICXX
+#define OMPI_SKIP_MPICXX 1
+#endif
+#ifndef MPICH_SKIP_MPICXX
+#define MPICH_SKIP_MPICXX 1
+#endif
+
 #include <fsdp.h>
 #include <mpi.h>
 
