@@ -3,31 +3,35 @@
 
 static int calls, released;
 
-static int32_t gather(void *self, int32_t lane, const void *input, void *output, size_t bytes, void **request) {
+static int32_t gather(void *self, int32_t lane, const void *input, void *output, size_t bytes,
+                      void **request) {
   CHECK(self == &calls && lane >= 0 && lane < FSDP_HOST_LANES && *request == NULL);
   calls++;
   if (input != output) memcpy(output, input, bytes);
   return 0;
 }
 
-static int32_t scatter(void *self, int32_t lane, const void *input, void *output, size_t count, fsdp_dtype_t dtype,
-                       int32_t op, void **request) {
+static int32_t scatter(void *self, int32_t lane, const void *input, void *output, size_t count,
+                       fsdp_dtype_t dtype, int32_t op, void **request) {
   CHECK_EQ(op, FSDP_REDUCE_SUM);
   return gather(self, lane, input, output, count * dtype.bits / 8, request);
 }
 
-static int32_t reduce(void *self, int32_t lane, void *data, size_t count, fsdp_dtype_t dtype, int32_t op,
-                      void **request) {
+static int32_t reduce(void *self, int32_t lane, void *data, size_t count, fsdp_dtype_t dtype,
+                      int32_t op, void **request) {
   (void)op;
   return gather(self, lane, data, data, count * dtype.bits / 8, request);
 }
 
-static int32_t broadcast(void *self, int32_t lane, void *data, size_t bytes, int32_t root, void **request) {
+static int32_t broadcast(void *self, int32_t lane, void *data, size_t bytes, int32_t root,
+                         void **request) {
   CHECK_EQ(root, 0);
   return gather(self, lane, data, data, bytes, request);
 }
 
-static int32_t barrier(void *self, int32_t lane, void **request) { return gather(self, lane, NULL, NULL, 0, request); }
+static int32_t barrier(void *self, int32_t lane, void **request) {
+  return gather(self, lane, NULL, NULL, 0, request);
+}
 
 static int32_t returns_a_request(void *self, int32_t lane, void **request) {
   (void)lane;
@@ -93,9 +97,12 @@ static void arguments(void) {
     config = good_; \
     t = table(); \
   } while (0)
-  CHECK_ERR(fsdp_comm_init_host(NULL, &t, &calls, &comm), FSDP_ERR_INVALID_ARGUMENT, "fsdp_host_comm_config_t is NULL");
-  CHECK_ERR(fsdp_comm_init_host(&config, NULL, &calls, &comm), FSDP_ERR_INVALID_ARGUMENT, "callbacks is NULL");
-  CHECK_ERR(fsdp_comm_init_host(&config, &t, &calls, NULL), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
+  CHECK_ERR(fsdp_comm_init_host(NULL, &t, &calls, &comm), FSDP_ERR_INVALID_ARGUMENT,
+            "fsdp_host_comm_config_t is NULL");
+  CHECK_ERR(fsdp_comm_init_host(&config, NULL, &calls, &comm), FSDP_ERR_INVALID_ARGUMENT,
+            "callbacks is NULL");
+  CHECK_ERR(fsdp_comm_init_host(&config, &t, &calls, NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "out is NULL");
   config.struct_size = 3;
   REFUSED("fsdp_host_comm_config_t.struct_size is 3");
   t.struct_size -= sizeof(void *);
@@ -125,9 +132,11 @@ static void arguments(void) {
   t.alloc = lend;
   REFUSED("callbacks.free is NULL, but alloc is not");
   t.barrier = fails;
-  CHECK_ERR(fsdp_comm_init_host(&config, &t, &calls, &comm), FSDP_ERR_CALLBACK, "barrier returned -77");
+  CHECK_ERR(fsdp_comm_init_host(&config, &t, &calls, &comm), FSDP_ERR_CALLBACK,
+            "barrier returned -77");
   t.barrier = returns_a_request;
-  CHECK_ERR(fsdp_comm_init_host(&config, &t, &calls, &comm), FSDP_ERR_CALLBACK, "callbacks.test is NULL");
+  CHECK_ERR(fsdp_comm_init_host(&config, &t, &calls, &comm), FSDP_ERR_CALLBACK,
+            "callbacks.test is NULL");
   t.test = test;
   CHECK(comm == NULL);
   CHECK_EQ(released, 0); /* what failed was not taken over */
@@ -144,7 +153,8 @@ static void longer_tables(void) {
   later.known = table();
   later.known.struct_size = sizeof later;
   later.unknown = &calls;
-  CHECK_ERR(fsdp_comm_init_host(&config, &later.known, &calls, &comm), FSDP_ERR_UNSUPPORTED, "fsdp_host_collectives_t");
+  CHECK_ERR(fsdp_comm_init_host(&config, &later.known, &calls, &comm), FSDP_ERR_UNSUPPORTED,
+            "fsdp_host_collectives_t");
   later.unknown = NULL;
   CHECK_OK(fsdp_comm_init_host(&config, &later.known, &calls, &comm));
   fsdp_comm_destroy(comm);

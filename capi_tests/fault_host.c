@@ -1,5 +1,6 @@
-/* Lent collectives when something goes wrong, with ranks that are threads (hub.h): a rank that is missing, differs, leaves, aborts, or whose
- * callback fails. Every rank gets an error that says what and who; none waits for ever. */
+/* Lent collectives when something goes wrong, with ranks that are threads (hub.h): a rank that is
+ * missing, differs, leaves, aborts, or whose callback fails. Every rank gets an error that says
+ * what and who; none waits for ever. */
 #include "hub.h"
 
 #include <time.h>
@@ -51,13 +52,17 @@ static fsdp_status_t step(fsdp_engine_t *engine, const uint32_t *units, int coun
   return status == FSDP_OK ? fsdp_engine_finish_backward(engine) : status;
 }
 
-static void check_broken(const hub_rank_t *rank, fsdp_status_t status, fsdp_status_t want, const char *const *texts) {
+static void check_broken(const hub_rank_t *rank, fsdp_status_t status, fsdp_status_t want,
+                         const char *const *texts) {
   char message[1024];
   snprintf(message, sizeof message, "%s", fsdp_last_error_message());
-  if (status != want) test_fail(__FILE__, __LINE__, "rank %d: status %d, not %d: %s", (int)rank->rank, (int)status, (int)want, message);
+  if (status != want)
+    test_fail(__FILE__, __LINE__, "rank %d: status %d, not %d: %s", (int)rank->rank, (int)status,
+              (int)want, message);
   for (; *texts != NULL; texts++) {
     if (strstr(message, *texts) == NULL)
-      test_fail(__FILE__, __LINE__, "rank %d: \"%s\" is not in the message", (int)rank->rank, *texts);
+      test_fail(__FILE__, __LINE__, "rank %d: \"%s\" is not in the message", (int)rank->rank,
+                *texts);
   }
   CHECK_ERR(fsdp_comm_barrier(rank->comm), want, message);
   CHECK_ERR(fsdp_comm_async_error(rank->comm), want, message);
@@ -67,7 +72,8 @@ static const uint32_t ALL[] = {1, 2, 3};
 
 /* Rank 1 does not come to the second unit's all-gather; when it does, it gets the others' error. */
 static void absent(hub_rank_t *rank) {
-  const char *const texts[] = {"rank 1 did not come", "all-gather of unit \"layer1\"", "500 ms", NULL};
+  const char *const texts[] = {"rank 1 did not come", "all-gather of unit \"layer1\"", "500 ms",
+                               NULL};
   fsdp_engine_t *engine = NULL;
   CHECK_OK(engine_of(rank, 10, &engine));
   CHECK_OK(step(engine, ALL, 3));
@@ -116,7 +122,8 @@ static void absent_in_backward(hub_rank_t *rank) {
 
 static void other_order(hub_rank_t *rank) {
   const uint32_t swapped[] = {1, 3, 2};
-  const char *const texts[] = {"Forward order differs", "rank 0 runs", "rank 1 runs", "\"layer1\"", "\"layer2\"", NULL};
+  const char *const texts[] = {
+      "Forward order differs", "rank 0 runs", "rank 1 runs", "\"layer1\"", "\"layer2\"", NULL};
   fsdp_engine_t *engine = NULL;
   CHECK_OK(engine_of(rank, 10, &engine));
   CHECK_OK(fsdp_engine_begin_forward(engine, 1));
@@ -127,7 +134,8 @@ static void other_order(hub_rank_t *rank) {
 /* After many iterations that agreed, and in the backward only. */
 static void other_backward(hub_rank_t *rank) {
   const char *const texts[] = {"ranks disagree", "rank 0 runs reduce-scatter of unit \"layer2\"",
-                               "rank 1 runs reduce-scatter of unit \"layer0\"", "layer0.weight", NULL};
+                               "rank 1 runs reduce-scatter of unit \"layer0\"", "layer0.weight",
+                               NULL};
   fsdp_engine_t *engine = NULL;
   fsdp_status_t status = FSDP_OK;
   CHECK_OK(engine_of(rank, 10, &engine));
@@ -146,7 +154,8 @@ static void other_backward(hub_rank_t *rank) {
 /* Found out when the engine is made; the communicator works on. */
 static void other_model(hub_rank_t *rank) {
   fsdp_engine_t *engine = NULL;
-  CHECK_ERR(engine_of(rank, rank->rank == 1 ? 11 : 10, &engine), FSDP_ERR_MISMATCH, "\"layer0.weight\" of shape [11]");
+  CHECK_ERR(engine_of(rank, rank->rank == 1 ? 11 : 10, &engine), FSDP_ERR_MISMATCH,
+            "\"layer0.weight\" of shape [11]");
   CHECK_OK(fsdp_comm_barrier(rank->comm));
   CHECK_OK(engine_of(rank, 10, &engine));
   CHECK_OK(step(engine, ALL, 3));
@@ -155,11 +164,13 @@ static void other_model(hub_rank_t *rank) {
 
 /* Sizes that the collectives themselves would not survive. */
 static void other_size(hub_rank_t *rank) {
-  const char *const texts[] = {"rank 0 runs all-reduce (float32, 4 bytes", "rank 1 runs all-reduce (float32, 8 bytes", NULL};
+  const char *const texts[] = {"rank 0 runs all-reduce (float32, 4 bytes",
+                               "rank 1 runs all-reduce (float32, 8 bytes", NULL};
   float values[2] = {1, 1};
   int64_t count = rank->rank == 1 ? 2 : 1;
   fsdp_tensor_t t = tensor_f32(values, 1, &count);
-  check_broken(rank, fsdp_comm_all_reduce(rank->comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_MISMATCH, texts);
+  check_broken(rank, fsdp_comm_all_reduce(rank->comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_MISMATCH,
+               texts);
 }
 
 static void leaves(hub_rank_t *rank) {
@@ -184,7 +195,8 @@ static void aborts(hub_rank_t *rank) {
 
 /* The rank whose callback fails says which, and for what; the others learn of it. */
 static void failing(hub_rank_t *rank, const char *name, const char *text) {
-  const char *const texts[] = {"rank 1: ", text, name, "returned 4711: a failure by intention", NULL};
+  const char *const texts[] = {"rank 1: ", text, name, "returned 4711: a failure by intention",
+                               NULL};
   fsdp_engine_t *engine = NULL;
   CHECK_OK(engine_of(rank, 10, &engine));
   CHECK_OK(step(engine, ALL, 3));
@@ -197,8 +209,12 @@ static void failing(hub_rank_t *rank, const char *name, const char *text) {
   fsdp_engine_destroy(engine);
 }
 
-static void failing_gather(hub_rank_t *rank) { failing(rank, "all_gather", "all-gather of unit \"layer0\""); }
-static void failing_scatter(hub_rank_t *rank) { failing(rank, "reduce_scatter", "reduce-scatter of unit \"layer2\""); }
+static void failing_gather(hub_rank_t *rank) {
+  failing(rank, "all_gather", "all-gather of unit \"layer0\"");
+}
+static void failing_scatter(hub_rank_t *rank) {
+  failing(rank, "reduce_scatter", "reduce-scatter of unit \"layer2\"");
+}
 
 static void no_split(hub_rank_t *rank) {
   fsdp_comm_t *part = NULL;
@@ -207,7 +223,8 @@ static void no_split(hub_rank_t *rank) {
 }
 
 int main(void) {
-  const hub_kind_t requests = {0, 0, 0, 0, 0}, waits = {0, 1, 0, 1, 0}, silent = {0, 0, 1, 0, 0}, plain = {1, 0, 0, 0, 1};
+  const hub_kind_t requests = {0, 0, 0, 0, 0}, waits = {0, 1, 0, 1, 0}, silent = {0, 0, 1, 0, 0},
+                   plain = {1, 0, 0, 0, 1};
   for (int world = 2; world <= 4; world++) {
     test_context("absent");
     hub_run(world, requests, TIMEOUT_MS, 1, absent);

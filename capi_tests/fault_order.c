@@ -82,7 +82,8 @@ int main(void) {
     const double start = now_seconds();
     /* Where bytes move begin_write concerns no other rank; what follows it does. */
     const int local = i == WRITE_INSTEAD && has_lent_collectives();
-    CHECK_ERR(run(&job, engine, (case_t)i), FSDP_ERR_MISMATCH, local ? "end of a backward" : CASE[i].theirs);
+    const char *theirs = local ? "end of a backward" : CASE[i].theirs;
+    CHECK_ERR(run(&job, engine, (case_t)i), FSDP_ERR_MISMATCH, theirs);
     CHECK(now_seconds() - start < 10);
     CHECK(strstr(fsdp_last_error_message(), CASE[i].others) != NULL);
     CHECK(strstr(fsdp_last_error_message(), "rank 1 ") != NULL);

@@ -1,5 +1,6 @@
-/* Engines on collectives that a host lends, with ranks that are threads (hub.h): values, means and memory, with requests and with blocking
- * callbacks. The whole feature set on lent collectives is in the tests named *_lent_*. */
+/* Engines on collectives that a host lends, with ranks that are threads (hub.h): values, means and
+ * memory, with requests and with blocking callbacks. The whole feature set on lent collectives is
+ * in the tests named *_lent_*. */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE
 #endif
@@ -10,7 +11,8 @@
 
 enum { LAYERS = 3, LONGEST = 1 << 20 };
 
-/* A stack of layers, each a unit with "weight" and "bias"; the memory of the values is this rank's own. */
+/* A stack of layers, each a unit with "weight" and "bias"; the memory of the values is this rank's
+ * own. */
 typedef struct {
   fsdp_engine_t *engine;
   fsdp_model_t *model;
@@ -46,9 +48,11 @@ static stack_t_ stack_new(hub_rank_t *rank, int64_t width, int bfloat16) {
     for (uint32_t k = 0; k < 2; k++) {
       float *values = all + (int64_t)(2 * l + k) * width;
       shape[0] = k == 0 ? width : 5;
-      for (int64_t i = 0; i < shape[0]; i++) values[i] = rank->rank == 0 ? initial(2 * l + k, i) : 99;
+      for (int64_t i = 0; i < shape[0]; i++)
+        values[i] = rank->rank == 0 ? initial(2 * l + k, i) : 99;
       fsdp_tensor_t t = tensor_f32(values, 1, shape);
-      CHECK_OK(fsdp_model_add_parameter(s.model, module, k == 0 ? "weight" : "bias", &t, 1, &param));
+      CHECK_OK(
+          fsdp_model_add_parameter(s.model, module, k == 0 ? "weight" : "bias", &t, 1, &param));
     }
   }
   CHECK_OK(fsdp_model_wrap_class(s.model, "Layer"));
@@ -87,7 +91,8 @@ static void give(const stack_t_ *s, uint32_t param, float value) {
   CHECK_OK(fsdp_engine_accumulate_grad(s->engine, param, &t));
 }
 
-/* Gradients whose mean is a whole number, of all parameters but the bias of layer 1 on the last rank, and layer 2's, which no rank has. */
+/* Gradients whose mean is a whole number, of all parameters but the bias of layer 1 on the last
+ * rank, and layer 2's, which no rank has. */
 static void train(hub_rank_t *rank, stack_t_ *s, float shift) {
   fsdp_engine_t *engine = s->engine;
   const int last = rank->rank == rank->world - 1;
@@ -104,7 +109,8 @@ static void train(hub_rank_t *rank, stack_t_ *s, float shift) {
     check_layer(s, l, l == 2 ? 0 : shift);
     if (l != 2) {
       give(s, 2 * l, (float)(rank->world * (rank->rank == 0)));
-      if (l == 0 || !last) give(s, 2 * l + 1, l == 0 ? 1.0f : (float)rank->world / (float)(rank->world - 1));
+      if (l == 0 || !last)
+        give(s, 2 * l + 1, l == 0 ? 1.0f : (float)rank->world / (float)(rank->world - 1));
     }
     CHECK_OK(fsdp_engine_post_backward(engine, l + 1));
   }
@@ -152,7 +158,8 @@ static void prefetched(hub_rank_t *rank) {
   stack_free(&s);
 }
 
-/* A rank that never touches a unit in its backward, and reduces it not at all, takes part without gradients. */
+/* A rank that never touches a unit in its backward, and reduces it not at all, takes part without
+ * gradients. */
 static void reduced_by_some(hub_rank_t *rank) {
   stack_t_ s = stack_new(rank, 40, 0);
   for (int step = 0; step < 2; step++) {
@@ -179,7 +186,8 @@ static void reduced_by_some(hub_rank_t *rank) {
 /* Pages of `bytes` from `start` that are in memory; both are rounded to whole pages inside. */
 static size_t resident(const void *start, size_t bytes) {
   const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-  const uintptr_t first = ((uintptr_t)start + page - 1) / page * page, end = ((uintptr_t)start + bytes) / page * page;
+  const uintptr_t first = ((uintptr_t)start + page - 1) / page * page,
+                  end = ((uintptr_t)start + bytes) / page * page;
   static __thread unsigned char pages[4096];
   size_t count = 0;
   CHECK((end - first) / page <= sizeof pages);

@@ -1,5 +1,6 @@
-/* Collectives as a host would lend them, made of an fsdp communicator's own: so that every test program of several ranks can
- * run on fsdp_comm_init_host (FSDP_TEST_COMM=host). They block. Sums are in rank order. */
+/* Collectives as a host would lend them, made of an fsdp communicator's own: so that every test
+ * program of several ranks can run on fsdp_comm_init_host (FSDP_TEST_COMM=host). They block. Sums
+ * are in rank order. */
 #ifndef FSDP_TEST_HOST_OVER_COMM_H
 #define FSDP_TEST_HOST_OVER_COMM_H
 

@@ -64,7 +64,8 @@ static size_t element(fsdp_dtype_t d) { return d.bits / 8u; }
 static float widen(const char *at, fsdp_dtype_t d) {
   uint32_t bits = 0;
   float x = 0;
-  CHECK((d.code == FSDP_DTYPE_FLOAT && d.bits == 32) || (d.code == FSDP_DTYPE_BFLOAT && d.bits == 16));
+  CHECK((d.code == FSDP_DTYPE_FLOAT && d.bits == 32) ||
+        (d.code == FSDP_DTYPE_BFLOAT && d.bits == 16));
   if (d.bits == 32) {
     memcpy(&bits, at, 4);
   } else {
@@ -156,7 +157,8 @@ static int32_t start(endpoint_t *p, int32_t lane, entry_t what, const void *inpu
     e->number = number;
     e->next = hub->entries;
     hub->entries = e;
-  } else if (e->kind != what.kind || e->size != what.size || e->op != what.op || e->root != what.root) {
+  } else if (e->kind != what.kind || e->size != what.size || e->op != what.op ||
+             e->root != what.root) {
     /* The library has to keep this from happening. */
     pthread_mutex_unlock(&hub->lock);
     return MISMATCH;
@@ -204,8 +206,8 @@ static int32_t all_gather(void *self, int32_t lane, const void *input, void *out
   return code != 0 ? code : start(p, lane, entry_of(GATHER, bytes), input, output, request);
 }
 
-static int32_t reduce_scatter(void *self, int32_t lane, const void *input, void *output, size_t count,
-                              fsdp_dtype_t dtype, int32_t op, void **request) {
+static int32_t reduce_scatter(void *self, int32_t lane, const void *input, void *output,
+                              size_t count, fsdp_dtype_t dtype, int32_t op, void **request) {
   endpoint_t *p = (endpoint_t *)self;
   entry_t e = entry_of(SCATTER, count);
   const int32_t code = fails(p, "reduce_scatter");
@@ -291,7 +293,8 @@ static int32_t split(void *self, int32_t color, int32_t key, const int32_t *memb
     if (members[m] < first) first = members[m];
   }
   CHECK(rank >= 0 && color >= 0);
-  /* Everybody comes; groups are told apart by the parent, the number of the split and their first member. */
+  /* Everybody comes; groups are told apart by the parent, the number of the split and their first
+   * member. */
   const int group = (p->group * 64 + (int)p->numbers[FSDP_HOST_LANES] + 1) * HUB_RANKS + first + 1;
   const int32_t code = start(p, FSDP_HOST_LANES, entry_of(SPLIT, 0), NULL, NULL, NULL);
   if (code == 0) *part = endpoint_new(p->hub, p->owner, group, rank, count);

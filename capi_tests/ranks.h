@@ -28,7 +28,8 @@ typedef struct {
   int32_t rank, world;
 } job_t;
 
-/* Whether FSDP_TEST_COMM says so: "host" is collectives that the environment's communicator lends, "mpi" is MPI. */
+/* Whether FSDP_TEST_COMM says so: "host" is collectives that the environment's communicator lends,
+ * "mpi" is MPI. */
 static inline int comm_is(const char *kind) {
 #ifdef FSDP_TEST_MPI
   return strcmp(kind, "mpi") == 0;
@@ -38,7 +39,8 @@ static inline int comm_is(const char *kind) {
 #endif
 }
 
-/* The communicator of this process's environment; with FSDP_TEST_COMM=host one on collectives that it lends. */
+/* The communicator of this process's environment; with FSDP_TEST_COMM=host one on collectives that
+ * it lends. */
 static inline job_t join_job(void) {
   job_t job;
   job.comm = NULL;

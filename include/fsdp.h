@@ -536,16 +536,17 @@ typedef struct {
  * Lanes     Collectives of one lane are started in the same order, with the same sizes, on every rank. Lanes are
  *           independent of each other: on MPI each is a communicator of its own.
  * Requests  A collective either ends before the callback returns (*request stays NULL), or sets *request, not NULL, and
- *           returns without waiting for other ranks; it has ended when `test` says so. The memory stays as it is until then, and for ever
- *           if that never comes. Without `test` all must block; with it none may wait for other ranks. Several may be
- *           under way at once, on each lane.
- * Threads   One thread at a time calls collectives, test, wait and split of one user_data, those of a split one may be called
- *           by another thread at the same time. post, poll, abort, alloc, free and describe_error: any thread, at any time.
+ *           returns without waiting for other ranks; it has ended when `test` says so. The memory stays as it is until
+ *           then, and for ever if that never comes. Without `test` all must block; with it none may wait for other
+ *           ranks. Several may be under way at once, on each lane.
+ * Threads   One thread at a time calls collectives, test, wait and split of one user_data; those of a split one may be
+ *           called by another thread at the same time. post, poll, abort, alloc, free and describe_error: by any thread,
+ *           at any time. release: by whichever thread destroys the last user.
  * Memory    Never overlaps but where that is said; may have any alignment that fits its elements.
  *
- * Types are float32, float64, float16, bfloat16, int32, int64 and uint8, as fsdp_dtype_t; op is FSDP_REDUCE_SUM, _MAX or _MIN.
- * Units' gradients are float32 unless reduce_dtype says else, summed in what order and with what rounding the host likes; rank
- * results of an all_reduce must be the same bits on every rank.
+ * Types are float32, float64, float16, bfloat16, int32, int64 and uint8, as fsdp_dtype_t; op is FSDP_REDUCE_SUM, _MAX or
+ * _MIN. Order and rounding of sums are the host's: those of reduce_scatter are what gradients are made of. What all_reduce
+ * gives must be the same bits on every rank.
  */
 typedef struct {
   /**
@@ -616,12 +617,14 @@ typedef struct {
                    int32_t count,
                    void **part);
   /**
-   * The last use of a user_data, of fsdp_comm_init_host or of split: nothing is called with it any more. Local. NULL: nothing.
+   * The last use of a user_data, of fsdp_comm_init_host or of split: nothing is called with it any more. Local. NULL:
+   * nothing. Not called where a collective has never ended.
    */
   void (*release)(void *user_data);
   /**
-   * Sends FSDP_HOST_MESSAGE_BYTES to a rank without waiting for it; the message is copied. By these ranks learn of an error or an
-   * abort of another at once, and a missed deadline names who is missing. NULL, as poll then: they learn by deadline.
+   * Sends FSDP_HOST_MESSAGE_BYTES to a rank without waiting for it; the message is copied. By these ranks learn at once of
+   * an error or an abort of another, and a missed deadline names who is missing. NULL, as poll then: they learn by
+   * their deadline.
    */
   int32_t (*post)(void *user_data, int32_t rank, const void *message);
   /**
@@ -629,7 +632,8 @@ typedef struct {
    */
   int32_t (*poll)(void *user_data, int32_t *rank, void *message);
   /**
-   * The communicator has failed: the host may end what it can, e.g. blocking callbacks of other threads. Local. NULL: nothing.
+   * The communicator has failed: the host may end what it can, e.g. blocking callbacks of other threads. Local. NULL:
+   * nothing.
    */
   void (*abort)(void *user_data, const char *reason);
   /**

@@ -15,8 +15,9 @@
 
 class Ranks {
  public:
-  /// From the launcher's environment, or with --comm mpi from MPI. Collective; throws fsdp::Error naming who is missing. With
-  /// --no-shard, no communicator is made; throws UsageError when a launcher started several ranks.
+  /// From the launcher's environment, or with --comm mpi from MPI. Collective; throws fsdp::Error
+  /// naming who is missing. With --no-shard, no communicator is made; throws UsageError when a
+  /// launcher started several ranks.
   explicit Ranks(const Options& options) {
     if (!options.no_shard) {
       comm_ = options.comm == "mpi" ? from_mpi() : fsdp::Communicator::from_env();

@@ -1,19 +1,16 @@
 //! Communicators on collectives that the host lends.
 
-use super::comm::{index, timeout, FSDP_REDUCE_MAX, FSDP_REDUCE_MIN, FSDP_REDUCE_SUM};
+use super::comm::{index, timeout};
 use super::handle::{fsdp_comm_t, insert};
-use super::model::UserData;
+use super::host_table::{Table, User};
 use super::status::{boundary, fsdp_status_t, out, read_sized, Sized_};
 use super::tensor::fsdp_dtype_t;
-use crate::comm::host::table::{Collectives, Lane, Request, Started};
+use crate::comm::host::table::{Lane, LANES};
 use crate::comm::host::{self, MESSAGE};
-use crate::comm::{shm, ReduceOp};
-use crate::dtype::DType;
-use crate::error::{err, Error, Result};
-use std::any::Any;
-use std::ffi::{c_char, c_void, CStr, CString};
+use crate::comm::shm;
+use crate::error::{err, Result};
+use std::ffi::{c_char, c_void};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Lanes of fsdp_host_collectives_t: announcements, and collectives on the caller's memory.
 pub const FSDP_HOST_LANE_CONTROL: i32 = 0;
@@ -30,7 +27,7 @@ const _: () = assert!(
     FSDP_HOST_LANE_CONTROL == Lane::Control as i32
         && FSDP_HOST_LANE_GATHER == Lane::Gather as i32
         && FSDP_HOST_LANE_REDUCE == Lane::Reduce as i32
-        && FSDP_HOST_LANES as usize == host::table::LANES
+        && FSDP_HOST_LANES as usize == LANES
         && FSDP_HOST_MESSAGE_BYTES == MESSAGE
 );
 
@@ -61,16 +58,17 @@ unsafe impl Sized_ for fsdp_host_comm_config_t {
 /// Lanes     Collectives of one lane are started in the same order, with the same sizes, on every rank. Lanes are
 ///           independent of each other: on MPI each is a communicator of its own.
 /// Requests  A collective either ends before the callback returns (*request stays NULL), or sets *request, not NULL, and
-///           returns without waiting for other ranks; it has ended when `test` says so. The memory stays as it is until then, and for ever
-///           if that never comes. Without `test` all must block; with it none may wait for other ranks. Several may be
-///           under way at once, on each lane.
-/// Threads   One thread at a time calls collectives, test, wait and split of one user_data, those of a split one may be called
-///           by another thread at the same time. post, poll, abort, alloc, free and describe_error: any thread, at any time.
+///           returns without waiting for other ranks; it has ended when `test` says so. The memory stays as it is until
+///           then, and for ever if that never comes. Without `test` all must block; with it none may wait for other
+///           ranks. Several may be under way at once, on each lane.
+/// Threads   One thread at a time calls collectives, test, wait and split of one user_data; those of a split one may be
+///           called by another thread at the same time. post, poll, abort, alloc, free and describe_error: by any thread,
+///           at any time. release: by whichever thread destroys the last user.
 /// Memory    Never overlaps but where that is said; may have any alignment that fits its elements.
 ///
-/// Types are float32, float64, float16, bfloat16, int32, int64 and uint8, as fsdp_dtype_t; op is FSDP_REDUCE_SUM, _MAX or _MIN.
-/// Units' gradients are float32 unless reduce_dtype says else, summed in what order and with what rounding the host likes; rank
-/// results of an all_reduce must be the same bits on every rank.
+/// Types are float32, float64, float16, bfloat16, int32, int64 and uint8, as fsdp_dtype_t; op is FSDP_REDUCE_SUM, _MAX or
+/// _MIN. Order and rounding of sums are the host's: those of reduce_scatter are what gradients are made of. What all_reduce
+/// gives must be the same bits on every rank.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fsdp_host_collectives_t {
@@ -145,14 +143,17 @@ pub struct fsdp_host_collectives_t {
             part: *mut *mut c_void,
         ) -> i32,
     >,
-    /// The last use of a user_data, of fsdp_comm_init_host or of split: nothing is called with it any more. Local. NULL: nothing.
+    /// The last use of a user_data, of fsdp_comm_init_host or of split: nothing is called with it any more. Local. NULL:
+    /// nothing. Not called where a collective has never ended.
     pub release: Option<unsafe extern "C" fn(user_data: *mut c_void)>,
-    /// Sends FSDP_HOST_MESSAGE_BYTES to a rank without waiting for it; the message is copied. By these ranks learn of an error or an
-    /// abort of another at once, and a missed deadline names who is missing. NULL, as poll then: they learn by deadline.
+    /// Sends FSDP_HOST_MESSAGE_BYTES to a rank without waiting for it; the message is copied. By these ranks learn at once of
+    /// an error or an abort of another, and a missed deadline names who is missing. NULL, as poll then: they learn by
+    /// their deadline.
     pub post: Option<unsafe extern "C" fn(user_data: *mut c_void, rank: i32, message: *const c_void) -> i32>,
     /// A message that has come: *rank = its sender, message is filled. *rank = -1: none. Does not wait.
     pub poll: Option<unsafe extern "C" fn(user_data: *mut c_void, rank: *mut i32, message: *mut c_void) -> i32>,
-    /// The communicator has failed: the host may end what it can, e.g. blocking callbacks of other threads. Local. NULL: nothing.
+    /// The communicator has failed: the host may end what it can, e.g. blocking callbacks of other threads. Local. NULL:
+    /// nothing.
     pub abort: Option<unsafe extern "C" fn(user_data: *mut c_void, reason: *const c_char)>,
     /// Memory for sums and staging that collectives run best on (registered, pinned), 64-byte aligned; NULL if there is none
     /// left. Unit buffers and gradient slots are never of it: their pages come and go. Both NULL: the library's own.
@@ -204,9 +205,8 @@ pub unsafe extern "C" fn fsdp_comm_init_host(
             world_size: index(config.world_size, "world_size")?,
             timeout: timeout(config.timeout_ms, shm::DEFAULT_TIMEOUT, "timeout_ms")?,
         };
-        let user =
-            Arc::new(User { calls, data: UserData(user_data), owned: std::sync::atomic::AtomicBool::new(false) });
-        let comm = host::init(&config, Arc::new(Table(user.clone())))?;
+        let user = Arc::new(User::new(calls, user_data));
+        let comm = host::init(&config, Arc::new(Table::new(user.clone())))?;
         user.own();
         out.write(insert(comm));
         Ok(())
@@ -236,228 +236,4 @@ fn check(calls: &fsdp_host_collectives_t) -> Result<()> {
         return Err(err!(InvalidArgument, "callbacks.test is NULL, but wait is not"));
     }
     Ok(())
-}
-
-/// The host's functions and what they are called with.
-struct User {
-    calls: fsdp_host_collectives_t,
-    data: UserData,
-    /// To be released.
-    owned: std::sync::atomic::AtomicBool,
-}
-
-// SAFETY: the host promises which threads may call with its user_data.
-unsafe impl Send for User {}
-// SAFETY: as above.
-unsafe impl Sync for User {}
-
-impl User {
-    fn own(&self) {
-        self.owned.store(true, std::sync::atomic::Ordering::SeqCst);
-    }
-
-    fn failed(&self, name: &str, code: i32) -> Error {
-        let Some(describe) = self.calls.describe_error else {
-            return err!(Callback, "the host's {name} returned {code}");
-        };
-        let mut text = [0u8; 512];
-        // SAFETY: the host's promise; the text has room for as many bytes as it says, and ends with a NUL whatever is written.
-        unsafe { describe(self.data.get(), code, text.as_mut_ptr().cast(), text.len() - 1) };
-        let text = CStr::from_bytes_until_nul(&text).unwrap_or_default().to_string_lossy();
-        err!(Callback, "the host's {name} returned {code}: {text}")
-    }
-
-    fn done(&self, name: &str, code: i32) -> Result<()> {
-        if code == 0 {
-            Ok(())
-        } else {
-            Err(self.failed(name, code))
-        }
-    }
-}
-
-impl Drop for User {
-    fn drop(&mut self) {
-        if let (true, Some(release)) = (self.owned.load(std::sync::atomic::Ordering::SeqCst), self.calls.release) {
-            // SAFETY: the host's promise; nobody calls with it any more.
-            unsafe { release(self.data.get()) };
-        }
-    }
-}
-
-struct Table(Arc<User>);
-
-impl Table {
-    /// What a collective's callback has returned.
-    fn started(&self, name: &str, code: i32, request: *mut c_void) -> Started {
-        self.0.done(name, code)?;
-        match (request.is_null(), self.0.calls.test) {
-            (true, _) => Ok(None),
-            (false, Some(_)) => Ok(Some(Request(request as usize))),
-            (false, None) => Err(err!(Callback, "the host's {name} returned a request, but callbacks.test is NULL")),
-        }
-    }
-
-    /// Calls a required callback with the rest of its arguments.
-    fn start<F>(
-        &self,
-        name: &str,
-        function: Option<F>,
-        call: impl FnOnce(F, *mut c_void, *mut *mut c_void) -> i32,
-    ) -> Started {
-        let function = function.ok_or_else(|| err!(Panic, "the host's {name} is missing"))?;
-        let mut request = std::ptr::null_mut();
-        let code = call(function, self.0.data.get(), &mut request);
-        self.started(name, code, request)
-    }
-}
-
-fn dtype(dtype: DType) -> fsdp_dtype_t {
-    let (code, bits) = dtype.dlpack();
-    fsdp_dtype_t { code, bits, lanes: 1 }
-}
-
-fn op(op: ReduceOp) -> i32 {
-    match op {
-        ReduceOp::Sum | ReduceOp::Avg => FSDP_REDUCE_SUM,
-        ReduceOp::Max => FSDP_REDUCE_MAX,
-        ReduceOp::Min => FSDP_REDUCE_MIN,
-    }
-}
-
-impl Collectives for Table {
-    unsafe fn all_gather(&self, lane: Lane, input: *const u8, output: *mut u8, bytes: usize) -> Started {
-        self.start("all_gather", self.0.calls.all_gather, |f, user, request| {
-            // SAFETY: the host's promise, and the caller's for the memory; so for all of these.
-            unsafe { f(user, lane as i32, input.cast(), output.cast(), bytes, request) }
-        })
-    }
-
-    unsafe fn reduce_scatter(
-        &self,
-        lane: Lane,
-        input: *const u8,
-        output: *mut u8,
-        count: usize,
-        of: DType,
-        with: ReduceOp,
-    ) -> Started {
-        self.start("reduce_scatter", self.0.calls.reduce_scatter, |f, user, request| {
-            // SAFETY: as of `all_gather`.
-            unsafe { f(user, lane as i32, input.cast(), output.cast(), count, dtype(of), op(with), request) }
-        })
-    }
-
-    unsafe fn all_reduce(&self, lane: Lane, data: *mut u8, count: usize, of: DType, with: ReduceOp) -> Started {
-        self.start("all_reduce", self.0.calls.all_reduce, |f, user, request| {
-            // SAFETY: as of `all_gather`.
-            unsafe { f(user, lane as i32, data.cast(), count, dtype(of), op(with), request) }
-        })
-    }
-
-    unsafe fn broadcast(&self, lane: Lane, data: *mut u8, bytes: usize, root: usize) -> Started {
-        self.start("broadcast", self.0.calls.broadcast, |f, user, request| {
-            // SAFETY: as of `all_gather`.
-            unsafe { f(user, lane as i32, data.cast(), bytes, root as i32, request) }
-        })
-    }
-
-    fn barrier(&self, lane: Lane) -> Started {
-        self.start("barrier", self.0.calls.barrier, |f, user, request| {
-            // SAFETY: the host's promise.
-            unsafe { f(user, lane as i32, request) }
-        })
-    }
-
-    fn test(&self, request: Request) -> Result<bool> {
-        let test = self.0.calls.test.ok_or_else(|| err!(Panic, "the host's test is missing"))?;
-        let mut done = 0;
-        // SAFETY: the host's promise; the request is one that it made and has not ended.
-        let code = unsafe { test(self.0.data.get(), request.0 as *mut c_void, &mut done) };
-        self.0.done("test", code).map(|()| done != 0)
-    }
-
-    fn wait(&self, request: Request, limit: Duration) -> Result<bool> {
-        let Some(wait) = self.0.calls.wait else { return Ok(false) };
-        let mut done = 0;
-        let ms = limit.as_millis() as i64;
-        // SAFETY: as of `test`.
-        let code = unsafe { wait(self.0.data.get(), request.0 as *mut c_void, ms, &mut done) };
-        self.0.done("wait", code).map(|()| done != 0)
-    }
-
-    fn can_wait(&self) -> bool {
-        self.0.calls.wait.is_some()
-    }
-
-    fn can_split(&self) -> bool {
-        self.0.calls.split.is_some()
-    }
-
-    fn split(&self, color: u32, key: i32, members: &[usize]) -> Result<Arc<dyn Collectives>> {
-        let split = self.0.calls.split.ok_or_else(|| err!(Panic, "the host's split is missing"))?;
-        let members: Vec<i32> = members.iter().map(|m| *m as i32).collect();
-        let mut part = std::ptr::null_mut();
-        let (first, count) = (members.as_ptr(), members.len() as i32);
-        // SAFETY: the host's promise; the members live until it returns.
-        let code = unsafe { split(self.0.data.get(), color as i32, key, first, count, &mut part) };
-        self.0.done("split", code)?;
-        let owned = std::sync::atomic::AtomicBool::new(true);
-        Ok(Arc::new(Table(Arc::new(User { calls: self.0.calls, data: UserData(part), owned }))))
-    }
-
-    fn has_messages(&self) -> bool {
-        self.0.calls.post.is_some()
-    }
-
-    fn post(&self, rank: usize, message: &[u8]) -> Result<()> {
-        let Some(post) = self.0.calls.post else { return Ok(()) };
-        debug_assert_eq!(message.len(), MESSAGE);
-        // SAFETY: the host's promise; the message is as long as all are.
-        let code = unsafe { post(self.0.data.get(), rank as i32, message.as_ptr().cast()) };
-        self.0.done("post", code)
-    }
-
-    fn poll(&self, message: &mut [u8]) -> Result<Option<usize>> {
-        let Some(poll) = self.0.calls.poll else { return Ok(None) };
-        debug_assert_eq!(message.len(), MESSAGE);
-        let mut rank = -1;
-        // SAFETY: as of `post`.
-        let code = unsafe { poll(self.0.data.get(), &mut rank, message.as_mut_ptr().cast()) };
-        self.0.done("poll", code).map(|()| usize::try_from(rank).ok())
-    }
-
-    fn abort(&self, reason: &str) {
-        if let Some(abort) = self.0.calls.abort {
-            let reason = CString::new(reason.replace('\0', "?")).unwrap_or_default();
-            // SAFETY: the host's promise; the text lives until it returns.
-            unsafe { abort(self.0.data.get(), reason.as_ptr()) };
-        }
-    }
-
-    fn alloc(&self, bytes: usize) -> Result<Option<(*mut u8, Arc<dyn Any + Send + Sync>)>> {
-        let Some(alloc) = self.0.calls.alloc else { return Ok(None) };
-        // SAFETY: the host's promise.
-        let memory = unsafe { alloc(self.0.data.get(), bytes) };
-        if memory.is_null() {
-            return Err(err!(OutOfMemory, "the host's alloc has no {bytes} bytes"));
-        }
-        Ok(Some((memory.cast(), Arc::new(Lent { user: self.0.clone(), memory: memory as usize, bytes }))))
-    }
-}
-
-/// Memory of the host's.
-struct Lent {
-    user: Arc<User>,
-    memory: usize,
-    bytes: usize,
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        if let Some(free) = self.user.calls.free {
-            // SAFETY: the host's promise; it is what `alloc` gave, and nobody uses it any more.
-            unsafe { free(self.user.data.get(), self.memory as *mut c_void, self.bytes) };
-        }
-    }
 }

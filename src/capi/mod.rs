@@ -16,6 +16,7 @@ pub mod engine_info;
 pub mod full;
 pub mod handle;
 pub mod hook;
+mod host_table;
 pub mod iteration;
 pub mod log;
 pub mod model;

@@ -202,7 +202,7 @@ impl Engine {
 unsafe fn give_back_but(base: *mut u8, all: Range<usize>, mut kept: Vec<Range<usize>>) {
     kept.sort_by_key(|range| range.start);
     let mut at = all.start;
-    for range in kept.into_iter().chain([all.end..all.end]) {
+    for range in kept.into_iter().chain(std::iter::once(all.end..all.end)) {
         if range.start > at {
             // SAFETY: the caller's promise.
             unsafe { give_back(base.add(at), range.start - at) };

@@ -1,5 +1,6 @@
-/* The callbacks of fsdp_comm_init_host on MPI's non-blocking collectives. Each lane is a communicator of its own, so that
- * lanes are independent of each other; messages have another one. */
+/* The callbacks of fsdp_comm_init_host on MPI's non-blocking collectives. Each lane is a
+ * communicator of its own, so that lanes are independent of each other; messages have another one.
+ */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -121,7 +122,8 @@ static MPI_Op narrow_ops[2][3];
 static int has_narrow_ops;
 
 static int make_narrow_ops(void) {
-  MPI_User_function *const functions[2][3] = {{bf16_sum, bf16_max, bf16_min}, {f16_sum, f16_max, f16_min}};
+  MPI_User_function *const functions[2][3] = {{bf16_sum, bf16_max, bf16_min},
+                                              {f16_sum, f16_max, f16_min}};
   for (int type = 0; type < 2 && !has_narrow_ops; type++) {
     for (int op = 0; op < 3; op++) {
       const int code = MPI_Op_create(functions[type][op], 1, &narrow_ops[type][op]);
@@ -134,7 +136,10 @@ static int make_narrow_ops(void) {
 
 /* MPI's names of a type and an operation. */
 static int find_type(fsdp_dtype_t dtype, int32_t op, MPI_Datatype *type, MPI_Op *mpi_op) {
-  const int which = op == FSDP_REDUCE_SUM ? 0 : op == FSDP_REDUCE_MAX ? 1 : op == FSDP_REDUCE_MIN ? 2 : -1;
+  const int which = op == FSDP_REDUCE_SUM   ? 0
+                    : op == FSDP_REDUCE_MAX ? 1
+                    : op == FSDP_REDUCE_MIN ? 2
+                                            : -1;
   if (which < 0) return NO_TYPE;
   *mpi_op = which == 0 ? MPI_SUM : which == 1 ? MPI_MAX : MPI_MIN;
   const int code = dtype.code, bits = dtype.bits;
@@ -152,7 +157,8 @@ static int find_type(fsdp_dtype_t dtype, int32_t op, MPI_Datatype *type, MPI_Op 
   return *type == MPI_DATATYPE_NULL ? NO_TYPE : 0;
 }
 
-/* A count and a type that together are `bytes`, which may be more than an int holds; free the type if it is not MPI_BYTE. */
+/* A count and a type that together are `bytes`, which may be more than an int holds; free the type
+ * if it is not MPI_BYTE. */
 static int bytes_type(size_t bytes, int *count, MPI_Datatype *type) {
   const size_t block = (size_t)1 << 20;
   *count = (int)bytes;
@@ -174,7 +180,8 @@ static int bytes_type(size_t bytes, int *count, MPI_Datatype *type) {
 
 /* ---- collectives ---- */
 
-/* Runs `call`, which starts a collective and sets `started`, and returns its request to the library. */
+/* Runs `call`, which starts a collective and sets `started`, and returns its request to the
+ * library. */
 #define START(call) \
   do { \
     MPI_Request *started = (MPI_Request *)malloc(sizeof *started); \
@@ -205,8 +212,8 @@ static int32_t all_gather(void *self, int32_t lane, const void *input, void *out
   const int in_place = input == (const char *)output + (size_t)rank * bytes;
   MPI_Request *started = (MPI_Request *)malloc(sizeof *started);
   code = started == NULL ? NO_MEMORY
-                         : MPI_Iallgather(in_place ? MPI_IN_PLACE : input, count, type, output, count,
-                                          type, c->lanes[lane], started);
+                         : MPI_Iallgather(in_place ? MPI_IN_PLACE : input, count, type, output,
+                                          count, type, c->lanes[lane], started);
   if (type != MPI_BYTE) MPI_Type_free(&type); /* takes effect when the collective has ended */
   if (code == MPI_SUCCESS) {
     *request = started;
@@ -216,16 +223,18 @@ static int32_t all_gather(void *self, int32_t lane, const void *input, void *out
   return leave(code);
 }
 
-static int32_t reduce_scatter(void *self, int32_t lane, const void *input, void *output, size_t count,
-                              fsdp_dtype_t dtype, int32_t op, void **request) {
+static int32_t reduce_scatter(void *self, int32_t lane, const void *input, void *output,
+                              size_t count, fsdp_dtype_t dtype, int32_t op, void **request) {
   ENTER(self);
   int size = 1;
   MPI_Datatype type;
   MPI_Op mpi_op;
   MPI_Comm_size(c->lanes[lane], &size);
-  const int code = count > (size_t)(INT_MAX / size) ? TOO_LARGE : find_type(dtype, op, &type, &mpi_op);
+  const int code =
+      count > (size_t)(INT_MAX / size) ? TOO_LARGE : find_type(dtype, op, &type, &mpi_op);
   if (code != 0) return leave(code);
-  START(MPI_Ireduce_scatter_block(input, output, (int)count, type, mpi_op, c->lanes[lane], started));
+  START(
+      MPI_Ireduce_scatter_block(input, output, (int)count, type, mpi_op, c->lanes[lane], started));
 }
 
 static int32_t all_reduce(void *self, int32_t lane, void *data, size_t count, fsdp_dtype_t dtype,
@@ -277,7 +286,8 @@ static int32_t send_post(void *self, int32_t rank, const void *message) {
   post_t *post = (post_t *)malloc(sizeof *post);
   if (post == NULL) return leave(NO_MEMORY);
   memcpy(post->bytes, message, sizeof post->bytes);
-  const int code = MPI_Isend(post->bytes, (int)sizeof post->bytes, MPI_BYTE, rank, 0, c->mail, &post->request);
+  const int code =
+      MPI_Isend(post->bytes, (int)sizeof post->bytes, MPI_BYTE, rank, 0, c->mail, &post->request);
   if (code != MPI_SUCCESS) {
     free(post);
     return leave(code);
@@ -309,7 +319,8 @@ static int32_t poll_mail(void *self, int32_t *rank, void *message) {
   if (c->posts != NULL) tidy(c);
   int code = MPI_Iprobe(MPI_ANY_SOURCE, 0, c->mail, &there, &status);
   if (code == MPI_SUCCESS && there) {
-    code = MPI_Recv(message, FSDP_HOST_MESSAGE_BYTES, MPI_BYTE, status.MPI_SOURCE, 0, c->mail, &status);
+    code = MPI_Recv(message, FSDP_HOST_MESSAGE_BYTES, MPI_BYTE, status.MPI_SOURCE, 0, c->mail,
+                    &status);
     if (code == MPI_SUCCESS) *rank = status.MPI_SOURCE;
   }
   return leave(code);
@@ -330,7 +341,8 @@ static int duplicate(context_t *c, MPI_Comm comm, MPI_Comm *out, int64_t deadlin
   while (code == MPI_SUCCESS && !done) {
     code = MPI_Test(&request, &done, MPI_STATUS_IGNORE);
     if (code == MPI_SUCCESS && !done && now_ms() > deadline) {
-      snprintf(c->problem, sizeof c->problem, "not every rank has come to make this communicator in time");
+      snprintf(c->problem, sizeof c->problem,
+               "not every rank has come to make this communicator in time");
       c->failed = 1;
       return 0;
     }
@@ -381,8 +393,8 @@ static void release(void *self) {
   if (!finalized && !c->failed && c->problem[0] == '\0' && enter() == 0) {
     tidy(c);
     for (int lane = 0; lane < FSDP_HOST_LANES; lane++) MPI_Comm_free(&c->lanes[lane]);
-    /* Not the one of the messages: one that is still on its way would be delivered to whatever communicator MPI gives the same
-     * number next. */
+    /* Not the one of the messages: one that is still on its way would be delivered to whatever
+     * communicator MPI gives the same number next. */
     leave(0);
   }
   if (!c->failed && c->posts == NULL) free(c);
@@ -400,20 +412,23 @@ static void fail(void *self, const char *reason) {
 
 static void describe_error(void *self, int32_t code, char *text, size_t size) {
   const context_t *c = (const context_t *)self;
-  const char *own = code == PROBLEM        ? c->problem
-                    : code == OTHER_THREAD ? "MPI was initialized below MPI_THREAD_SERIALIZED, and this is not the "
-                                             "thread that did so (MPI_Init_thread)"
-                    : code == TOO_LARGE    ? "more than 2^31 - 1 elements in one sum: make smaller units"
-                    : code == NO_MEMORY    ? "no memory"
-                    : code == NO_TYPE      ? "a type or operation that is unknown here"
-                                           : NULL;
+  const char *own = code == PROBLEM ? c->problem
+                    : code == OTHER_THREAD
+                        ? "MPI was initialized below MPI_THREAD_SERIALIZED, and this is not the "
+                          "thread that did so (MPI_Init_thread)"
+                    : code == TOO_LARGE
+                        ? "more than 2^31 - 1 elements in one sum: make smaller units"
+                    : code == NO_MEMORY ? "no memory"
+                    : code == NO_TYPE   ? "a type or operation that is unknown here"
+                                        : NULL;
   char message[MPI_MAX_ERROR_STRING] = "";
   int length = 0;
   if (own == NULL) MPI_Error_string(code, message, &length);
   snprintf(text, size, "%s", own != NULL ? own : message);
 }
 
-fsdp_status_t fsdp_comm_init_mpi(MPI_Comm comm, const fsdp_mpi_config_t *config, fsdp_comm_t **out) {
+fsdp_status_t fsdp_comm_init_mpi(MPI_Comm comm, const fsdp_mpi_config_t *config,
+                                 fsdp_comm_t **out) {
   fsdp_host_comm_config_t host = FSDP_HOST_COMM_CONFIG_INIT;
   fsdp_host_collectives_t table = FSDP_HOST_COLLECTIVES_INIT;
   context_t *c = (context_t *)calloc(1, sizeof *c);
@@ -421,7 +436,8 @@ fsdp_status_t fsdp_comm_init_mpi(MPI_Comm comm, const fsdp_mpi_config_t *config,
   int64_t patience_ms = 0;
   if (c == NULL) return FSDP_ERR_OUT_OF_MEMORY;
   if (config != NULL && config->struct_size != sizeof *config)
-    snprintf(c->problem, sizeof c->problem, "fsdp_mpi_config_t.struct_size is %zu, not %zu", config->struct_size, sizeof *config);
+    snprintf(c->problem, sizeof c->problem, "fsdp_mpi_config_t.struct_size is %zu, not %zu",
+             config->struct_size, sizeof *config);
   if (config != NULL && c->problem[0] == '\0') {
     host.timeout_ms = config->timeout_ms;
     patience_ms = config->rendezvous_timeout_ms;
@@ -430,7 +446,8 @@ fsdp_status_t fsdp_comm_init_mpi(MPI_Comm comm, const fsdp_mpi_config_t *config,
   MPI_Initialized(&initialized);
   MPI_Finalized(&finalized);
   if (!initialized || finalized) {
-    snprintf(c->problem, sizeof c->problem, initialized ? "MPI is finalized" : "MPI is not initialized: call MPI_Init first");
+    snprintf(c->problem, sizeof c->problem,
+             initialized ? "MPI is finalized" : "MPI is not initialized: call MPI_Init first");
   } else if (c->problem[0] == '\0' && comm == MPI_COMM_NULL) {
     snprintf(c->problem, sizeof c->problem, "the communicator is MPI_COMM_NULL");
   } else if (c->problem[0] == '\0') {

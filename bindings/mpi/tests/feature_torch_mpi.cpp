@@ -1,5 +1,6 @@
-// A LibTorch model that is sharded over MPI's ranks trains as the same model over shared memory: the same values with two ranks, else
-// equal up to rounding. Checkpoints, saved in the background, and whole parameters go over MPI, too. Argument: a folder.
+// A LibTorch model that is sharded over MPI's ranks trains as the same model over shared memory:
+// the same values with two ranks, else equal up to rounding. Checkpoints, saved in the background,
+// and whole parameters go over MPI, too. Argument: a folder.
 #include <filesystem>
 #include <fsdp/mpi.hpp>
 
@@ -11,7 +12,8 @@ using namespace harness;
 namespace nn = torch::nn;
 
 struct BlockImpl : nn::Module {
-  explicit BlockImpl(int width) : norm(nn::LayerNormOptions({width})), up(width, 3 * width), down(3 * width, width) {
+  explicit BlockImpl(int width)
+      : norm(nn::LayerNormOptions({width})), up(width, 3 * width), down(3 * width, width) {
     register_module("norm", norm);
     register_module("up", up);
     register_module("down", down);
@@ -25,7 +27,8 @@ TORCH_MODULE(Block);
 struct NetImpl : nn::Module {
   NetImpl() : in(11, 24), out(24, 5) {
     register_module("in", in);
-    for (int i = 0; i < 3; ++i) blocks.push_back(register_module("block" + std::to_string(i), Block(24)));
+    for (int i = 0; i < 3; ++i)
+      blocks.push_back(register_module("block" + std::to_string(i), Block(24)));
     register_module("out", out);
   }
   at::Tensor forward(at::Tensor x) {
@@ -61,7 +64,8 @@ auto sharded(const fsdp::Communicator& comm, const Kind& kind) {
 }
 
 template <class Model>
-std::vector<double> train(Model& model, torch::optim::Optimizer& optimizer, int rank, int first, int last) {
+std::vector<double> train(Model& model, torch::optim::Optimizer& optimizer, int rank, int first,
+                          int last) {
   std::vector<double> seen;
   for (int step = first; step < last; ++step) {
     torch::manual_seed(100 * step + rank);
@@ -76,7 +80,8 @@ std::vector<double> train(Model& model, torch::optim::Optimizer& optimizer, int 
   return seen;
 }
 
-void compare(const fsdp::Communicator& mpi, const fsdp::Communicator& shm, const Kind& kind, const std::string& folder) {
+void compare(const fsdp::Communicator& mpi, const fsdp::Communicator& shm, const Kind& kind,
+             const std::string& folder) {
   const int rank = mpi.rank(), ranks = mpi.world_size();
   const bool bits = ranks == 2;
   auto a = sharded(mpi, kind);
@@ -85,7 +90,8 @@ void compare(const fsdp::Communicator& mpi, const fsdp::Communicator& shm, const
   const auto seen_a = train(a, optimizer_a, rank, 0, 4), seen_b = train(b, optimizer_b, rank, 0, 4);
   for (std::size_t i = 0; i < seen_a.size(); ++i) {
     const double allowed = bits ? 0 : (kind.bfloat16 ? 2e-2 : 1e-4) * (1 + std::abs(seen_b[i]));
-    REQUIRE_SAY(std::abs(seen_a[i] - seen_b[i]) <= allowed, kind.name << ", " << i << ": " << seen_a[i] << " and " << seen_b[i]);
+    REQUIRE_SAY(std::abs(seen_a[i] - seen_b[i]) <= allowed,
+                kind.name << ", " << i << ": " << seen_a[i] << " and " << seen_b[i]);
   }
   auto job = a.save_checkpoint_async(folder, optimizer_a);
   const auto full_a = a.full_state_dict(), full_b = b.full_state_dict();
@@ -93,7 +99,8 @@ void compare(const fsdp::Communicator& mpi, const fsdp::Communicator& shm, const
   REQUIRE(full_a.size() == full_b.size() && full_a.size() > 10);
   for (const auto& item : full_a) {
     const auto& other = full_b[item.key()];
-    REQUIRE_SAY(bits ? item.value().equal(other) : item.value().allclose(other, 1e-2, kind.bfloat16 ? 5e-3 : 2e-4),
+    REQUIRE_SAY(bits ? item.value().equal(other)
+                     : item.value().allclose(other, 1e-2, kind.bfloat16 ? 5e-3 : 2e-4),
                 kind.name << ": " << item.key());
   }
   // From the checkpoint another model goes on as the first one does.
@@ -107,7 +114,8 @@ void compare(const fsdp::Communicator& mpi, const fsdp::Communicator& shm, const
 
 int main(int argc, char** argv) {
   int level = 0, status = 1;
-  if (argc != 2 || MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level) != MPI_SUCCESS) return 2;
+  if (argc != 2 || MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level) != MPI_SUCCESS)
+    return 2;
   at::set_num_threads(1);
   try {
     const auto mpi = fsdp::mpi_communicator(MPI_COMM_WORLD, std::chrono::seconds(60));

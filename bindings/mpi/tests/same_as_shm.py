@@ -20,7 +20,8 @@ def losses(comm):
     with tempfile.TemporaryDirectory() as folder:
         arguments = [folder + "/out" if a == "OUT" else a for a in PROGRAM]
         command = [MPIRUN, "-n", RANKS, *arguments, "--comm", comm]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                              timeout=200)
         if done.returncode != 0:
             sys.exit(f"FAILED: {command} ended with {done.returncode}\n{done.stdout}{done.stderr}")
         if "OUT" in PROGRAM:

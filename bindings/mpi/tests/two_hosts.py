@@ -1,4 +1,5 @@
-"""Ranks on two hosts, as far as one machine can be two: two network namespaces, each with a host name of its own, joined by a veth pair, so
+"""Ranks on two hosts, as far as one machine can be two: two network namespaces, each with a host name of its own, joined by
+a veth pair, so
 that ranks have nothing in common but TCP. Needs root, iproute2 and Open MPI; exit status 77 (skipped, with the reason) otherwise.
 
 usage: two_hosts.py MPIRUN RANKS PROGRAM [ARGUMENT...]

@@ -58,10 +58,10 @@ class Communicator {
     return Communicator(comm);
   }
 
-  /// On collectives that the program lends; `callbacks` is copied, what `user_data` stands for is used until its `release`
-  /// is called. See fsdp_comm_init_host. Collective; throws what that says.
-  static Communicator host(const fsdp_host_comm_config_t& config, const fsdp_host_collectives_t& callbacks,
-                           void* user_data) {
+  /// On collectives that the program lends; `callbacks` is copied, what `user_data` stands for is
+  /// used until its `release` is called. See fsdp_comm_init_host. Collective; throws what that says.
+  static Communicator host(const fsdp_host_comm_config_t& config,
+                           const fsdp_host_collectives_t& callbacks, void* user_data) {
     fsdp_comm_t* comm = nullptr;
     check(fsdp_comm_init_host(&config, &callbacks, user_data, &comm),
           "cannot set up the communicator on the host's collectives");

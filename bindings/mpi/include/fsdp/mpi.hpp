@@ -1,4 +1,5 @@
-// fsdp::mpi_communicator: a communicator on the caller's MPI. See fsdp_mpi.h for what it needs; link fsdp::mpi.
+// fsdp::mpi_communicator: a communicator on the caller's MPI. See fsdp_mpi.h for what it needs;
+// link fsdp::mpi.
 #pragma once
 
 #include <fsdp_mpi.h>
