@@ -1,8 +1,8 @@
 //! The communicator: what the engine asks of whatever connects the ranks.
 //!
 //! The communicator owns the memory its collectives run on, so zero-copy is a property of the backend. Two kinds of
-//! memory exist: an *arena* ([`Communicator::alloc_arena`]: the parameters, seen by all ranks) and *gradient slots*
-//! ([`Communicator::alloc_slots`]: written by one rank, read by all during a reduction).
+//! memory exist: an *arena* ([`Communicator::alloc_arena`]: the parameters, seen by all ranks, or a rank's own where bytes
+//! move) and *gradient slots* ([`Communicator::alloc_slots`]: written by one rank, read by all during a reduction).
 //!
 //! Every collective carries a [`Tag`]. Ranks must issue the same tags in the same order; a difference is an error on
 //! every rank that names both units and both ranks. Every wait has a deadline and sees the death of a peer.
@@ -211,7 +211,7 @@ pub trait ReduceTarget {
     fn reduced(&mut self, unit: usize, present: &[bool]);
 }
 
-/// See the module's text. All methods but `rank`, `world_size`, `name_units`, `close_reads`, the `reduce_*` ones other than
+/// See the module's text. All methods but `rank`, `world_size`, `name_units`, `moves_bytes`, `staging`, `close_reads`, the `reduce_*` ones other than
 /// `reduce_end`, `abort` and `async_error` are collective. After an error of a collective the communicator is broken: every later call on any
 /// rank returns the same first error. A wrong argument or a call out of place (`InvalidArgument`, `InvalidState`) is refused
 /// before anything is announced and breaks nothing. `open_reads` and `wait_writable` are announced like the others: every
