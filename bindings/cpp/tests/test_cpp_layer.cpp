@@ -217,7 +217,7 @@ void wrapping(const fsdp::Communicator& comm) {
       "a");
 }
 
-/// Collectives lent by C++: those of `comm`, which the lent communicator's use shows in its results.
+/// Collectives lent by C++: those of `comm`.
 void lent(const fsdp::Communicator& comm) {
   fsdp_host_comm_config_t config = FSDP_HOST_COMM_CONFIG_INIT;
   fsdp_host_collectives_t table = FSDP_HOST_COLLECTIVES_INIT;
@@ -234,7 +234,8 @@ void lent(const fsdp::Communicator& comm) {
   table.all_gather = [](void* self, std::int32_t, const void* input, void* output, std::size_t bytes,
                         void**) -> std::int32_t {
     const auto* world = static_cast<const fsdp::Communicator*>(self);
-    Bytes in(static_cast<const std::uint8_t*>(input), static_cast<const std::uint8_t*>(input) + bytes);
+    const auto* first = static_cast<const std::uint8_t*>(input);
+    Bytes in(first, first + bytes);
     const auto n = static_cast<std::int64_t>(bytes);
     std::int64_t in_shape = n, out_shape = n * world->world_size();
     fsdp_tensor_t from{}, to{};
