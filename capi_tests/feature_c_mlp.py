@@ -46,7 +46,7 @@ for optimizer in ("adam", "sgd"):
         check(worst < 2e-6, f"{optimizer} on {ranks} ranks differs from one process: {pairs}")
 
 usage, _ = run(0, "--help")
-for option in ("--steps", "--batch", "--hidden", "--layers", "--lr", "--optimizer", "--seed", "--log-every"):
+for option in ("--steps", "--batch", "--hidden", "--layers", "--lr", "--optimizer", "--seed", "--log-every", "--comm"):
     check(option in usage, f"--help does not mention {option}")
 for bad in (["--steps", "0"], ["--steps", "ten"], ["--steps"], ["--lr", "-1"], ["--optimizer", "magic"], ["--what", "1"],
             ["extra"]):

@@ -133,6 +133,35 @@ static void split(const job_t *job) {
   }
 }
 
+/* More than a collective gathers to combine it itself: whole numbers, exact in every order and type. */
+static void large(const job_t *job) {
+  enum { LARGE = 50000 };
+  static float values[LARGE];
+  static uint16_t halves[LARGE];
+  int64_t n = LARGE;
+  fsdp_tensor_t t = tensor_f32(values, 1, &n);
+  const int world = job->world, sum = world * (world - 1) / 2;
+  for (int op = FSDP_REDUCE_SUM; op <= FSDP_REDUCE_MIN; op++) {
+    for (int i = 0; i < LARGE; i++) values[i] = (float)(world * (i % 50 + job->rank));
+    CHECK_OK(fsdp_comm_all_reduce(job->comm, &t, op));
+    for (int i = 0; i < LARGE; i++) {
+      const int all = world * (i % 50) + sum;
+      const int want = op == FSDP_REDUCE_SUM   ? world * all
+                       : op == FSDP_REDUCE_AVG ? all
+                       : op == FSDP_REDUCE_MAX ? world * (i % 50 + world - 1)
+                                               : world * (i % 50);
+      CHECK(values[i] == (float)want);
+    }
+  }
+  t = tensor_of(halves, 1, &n, FSDP_DTYPE_BFLOAT, 16);
+  for (int i = 0; i < LARGE; i++) halves[i] = job->rank == 0 ? 0x4040 : 0; /* 3 */
+  CHECK_OK(fsdp_comm_all_reduce(job->comm, &t, FSDP_REDUCE_SUM));
+  for (int i = 0; i < LARGE; i++) CHECK_EQ(halves[i], 0x4040);
+  for (int i = 0; i < LARGE; i++) halves[i] = job->rank == world - 1 ? (uint16_t)i : 0;
+  CHECK_OK(fsdp_comm_broadcast(job->comm, &t, world - 1));
+  for (int i = 0; i < LARGE; i++) CHECK_EQ(halves[i], (uint16_t)i);
+}
+
 int main(void) {
   const job_t job = join_job();
   const int64_t sizes[] = {0, 1, 5, 4096, 100003};
@@ -146,6 +175,7 @@ int main(void) {
   rank_order(&job);
   barriers(&job);
   split(&job);
+  large(&job);
   fsdp_comm_destroy(job.comm);
   return 0;
 }

@@ -213,11 +213,12 @@ static void failure(const job_t *job) {
 
 int main(void) {
   const job_t job = join_job();
-  compression(&job);
+  if (!sums_are_narrow()) compression(&job);
   scaling(&job);
   what_is_seen(&job);
   CHECK_OK(fsdp_comm_barrier(job.comm));
-  failure(&job);
+  /* What blocks in the tests' own lent collectives learns of an abort as their failure. */
+  if (!comm_is("host")) failure(&job);
   fsdp_comm_destroy(job.comm);
   return 0;
 }

@@ -3,9 +3,23 @@
 #ifndef FSDP_TEST_RANKS_H
 #define FSDP_TEST_RANKS_H
 
+#include "host_over_comm.h"
 #include "test.h"
 
 #include <time.h>
+
+#ifdef FSDP_TEST_MPI
+#include <fsdp_mpi.h>
+
+extern int on_exit(void (*function)(int, void *), void *argument);
+
+/* A test that has failed ends the other ranks, too. */
+static inline void leave_mpi(int status, void *argument) {
+  (void)argument;
+  if (status != 0) MPI_Abort(MPI_COMM_WORLD, status);
+  MPI_Finalize();
+}
+#endif
 
 enum { STACK_MAX_WIDTH = 4096 };
 
@@ -14,15 +28,47 @@ typedef struct {
   int32_t rank, world;
 } job_t;
 
-/* The communicator of this process's environment. */
+/* Whether FSDP_TEST_COMM says so: "host" is collectives that the environment's communicator lends,
+ * "mpi" is MPI. */
+static inline int comm_is(const char *kind) {
+#ifdef FSDP_TEST_MPI
+  return strcmp(kind, "mpi") == 0;
+#else
+  const char *given = getenv("FSDP_TEST_COMM");
+  return given != NULL && strcmp(given, kind) == 0;
+#endif
+}
+
+/* The communicator of this process's environment; with FSDP_TEST_COMM=host one on collectives that
+ * it lends. */
 static inline job_t join_job(void) {
   job_t job;
   job.comm = NULL;
+#ifdef FSDP_TEST_MPI
+  int initialized = 0, level = 0;
+  fsdp_mpi_config_t config = FSDP_MPI_CONFIG_INIT;
+  const char *timeout = getenv("FSDP_TIMEOUT_MS");
+  if (timeout != NULL) config.timeout_ms = atoi(timeout);
+  MPI_Initialized(&initialized);
+  if (!initialized) {
+    CHECK(MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &level) == MPI_SUCCESS);
+    CHECK(on_exit(leave_mpi, NULL) == 0);
+  }
+  CHECK_OK(fsdp_comm_init_mpi(MPI_COMM_WORLD, &config, &job.comm));
+#else
   CHECK_OK(fsdp_comm_init_env(&job.comm));
+  if (comm_is("host")) job.comm = host_over_comm(job.comm);
+#endif
   CHECK_OK(fsdp_comm_rank(job.comm, &job.rank));
   CHECK_OK(fsdp_comm_world_size(job.comm, &job.world));
   return job;
 }
+
+/* Whether collectives are lent, so that bytes move. */
+static inline int has_lent_collectives(void) { return comm_is("host") || comm_is("mpi"); }
+
+/* Whether 16-bit gradients are summed to 16 bits: not by the library, but by what hosts lend. */
+static inline int sums_are_narrow(void) { return has_lent_collectives(); }
 
 static inline void sleep_ms(int ms) {
   struct timespec time;

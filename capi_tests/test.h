@@ -24,6 +24,7 @@
 
 static inline int test_rank_of_environment(void) {
   const char *rank = getenv("RANK");
+  if (rank == NULL) rank = getenv("OMPI_COMM_WORLD_RANK");
   return rank == NULL ? 0 : atoi(rank);
 }
 

@@ -71,6 +71,10 @@ float sharded_forward(sharded_t *sharded, int step, int batch, unsigned flags);
 float sharded_backward(sharded_t *sharded, int step, int batch, unsigned flags);
 void sharded_adam(sharded_t *sharded, int step);
 
+/* How much what is checked may differ, relative to 1 and to the value: FSDP_TEST_TOLERANCE, where
+ * sums of more than two ranks are in another order than the reference's; else 0: bit for bit. */
+float sharded_tolerance(void);
+
 /* Checks that shards of parameters and gradients are those of the reference, bit for bit. */
 void sharded_check_shards(sharded_t *sharded, const reference_t *reference, const char *what,
                           int step);

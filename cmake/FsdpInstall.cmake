@@ -13,10 +13,12 @@ install(PROGRAMS "${FSDP_TOOL}" DESTINATION "${CMAKE_INSTALL_BINDIR}")
 
 install(FILES "${PROJECT_SOURCE_DIR}/include/fsdp.h" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 # The LibTorch layer is header-only: it is installed whether or not LibTorch was there for this build.
-foreach(_binding IN ITEMS cpp libtorch)
+foreach(_binding IN ITEMS cpp libtorch mpi)
   install(DIRECTORY "${PROJECT_SOURCE_DIR}/bindings/${_binding}/include/" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
     FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
 endforeach()
+# The user's own MPI compiles it.
+install(FILES "${PROJECT_SOURCE_DIR}/bindings/mpi/src/fsdp_mpi.c" DESTINATION "${CMAKE_INSTALL_DATADIR}/fsdp")
 
 configure_package_config_file("${PROJECT_SOURCE_DIR}/cmake/fsdpConfig.cmake.in"
   "${PROJECT_BINARY_DIR}/package/fsdpConfig.cmake" INSTALL_DESTINATION "${_package_dir}")

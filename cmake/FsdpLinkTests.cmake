@@ -23,12 +23,16 @@ if(TARGET fsdp::torch)
 else()
   list(APPEND _kinds cmake_no_torch)
 endif()
+if(TARGET fsdp::mpi)
+  list(APPEND _kinds cmake_mpi)
+endif()
 find_program(FSDP_PKG_CONFIG NAMES pkg-config pkgconf)
 foreach(_kind IN LISTS _kinds)
   fsdp_add_test(NAME link_${_kind} TIMEOUT 300
     COMMAND bash "${PROJECT_SOURCE_DIR}/cmake/outside/run.sh" ${_kind} "${_outside}/prefix" "${_outside}/${_kind}"
     ENVIRONMENT "CMAKE=${CMAKE_COMMAND}" "CC=${CMAKE_C_COMPILER}" "CXX=${CMAKE_CXX_COMPILER}"
       "GENERATOR=${CMAKE_GENERATOR}" "MAKE_PROGRAM=${CMAKE_MAKE_PROGRAM}" "PKG_CONFIG=${FSDP_PKG_CONFIG}"
+      "MPIRUN=${FSDP_MPIRUN}" ${FSDP_MPI_ENVIRONMENT} ${FSDP_MPI_UNPACKED}
       "TORCH=${LibTorch_ROOT_DIR}" "LIBDIR=${CMAKE_INSTALL_LIBDIR}" "VERSION=${PROJECT_VERSION}")
   # Two ranks run at the end, and the torch one compiles for long.
   set_tests_properties(link_${_kind} PROPERTIES FIXTURES_REQUIRED fsdp_prefix PROCESSORS 2)

@@ -25,6 +25,10 @@
 #define FSDP_VERSION_PATCH 0
 /* Initializers of the structs below: struct_size, and every default. */
 #define FSDP_SHM_CONFIG_INIT { sizeof(fsdp_shm_config_t), NULL, 0, 1, 0, 0 }
+#define FSDP_HOST_COMM_CONFIG_INIT { sizeof(fsdp_host_comm_config_t), 0, 1, 0 }
+#define FSDP_HOST_COLLECTIVES_INIT \
+  { sizeof(fsdp_host_collectives_t), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, \
+    NULL, NULL, NULL, NULL }
 #define FSDP_ENGINE_CONFIG_INIT \
   { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL, \
     { 0, 0, 0 }, 0, 0, 0 }
@@ -57,6 +61,31 @@
  * Smallest of the ranks' values.
  */
 #define FSDP_REDUCE_MIN 3
+
+/**
+ * Lanes of fsdp_host_collectives_t: announcements, and collectives on the caller's memory.
+ */
+#define FSDP_HOST_LANE_CONTROL 0
+
+/**
+ * All-gathers of units.
+ */
+#define FSDP_HOST_LANE_GATHER 1
+
+/**
+ * Reduce-scatters of units.
+ */
+#define FSDP_HOST_LANE_REDUCE 2
+
+/**
+ * Number of lanes.
+ */
+#define FSDP_HOST_LANES 3
+
+/**
+ * Bytes of every message of fsdp_host_collectives_t.post and poll.
+ */
+#define FSDP_HOST_MESSAGE_BYTES 1024
 
 /**
  * fsdp_engine_config_t.strategy: a unit is unsharded only while it computes, in forward and in backward (ZeRO-3).
@@ -475,6 +504,149 @@ typedef struct {
    */
   int64_t timeout_ms;
 } fsdp_shm_config_t;
+
+/**
+ * Which rank this is. Initialize with FSDP_HOST_COMM_CONFIG_INIT, then set what differs.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_host_comm_config_t).
+   */
+  size_t struct_size;
+  /**
+   * This rank, 0 to world_size - 1.
+   */
+  int32_t rank;
+  /**
+   * Number of ranks; any.
+   */
+  int32_t world_size;
+  /**
+   * Milliseconds that a collective waits while nothing moves; 0: 600,000. Callbacks that block are not interrupted.
+   */
+  int64_t timeout_ms;
+} fsdp_host_comm_config_t;
+
+/**
+ * What a host lends: collectives on plain memory of this process. Initialize with FSDP_HOST_COLLECTIVES_INIT.
+ *
+ * Every callback gets the user_data first. It returns 0, or anything else when it has failed: the communicator is broken
+ * then, and the error, FSDP_ERR_CALLBACK, names collective, unit and number. None may throw, unwind or longjmp.
+ *
+ * Lanes     Collectives of one lane are started in the same order, with the same sizes, on every rank. Lanes are
+ *           independent of each other: on MPI each is a communicator of its own.
+ * Requests  A collective either ends before the callback returns (*request stays NULL), or sets *request, not NULL, and
+ *           returns without waiting for other ranks; it has ended when `test` says so. The memory stays as it is until
+ *           then, and for ever if that never comes. Without `test` all must block; with it none may wait for other
+ *           ranks. Several may be under way at once, on each lane.
+ * Threads   One thread at a time calls collectives, test, wait and split of one user_data; those of a split one may be
+ *           called by another thread at the same time. post, poll, abort, alloc, free and describe_error: by any thread,
+ *           at any time. release: by whichever thread destroys the last user.
+ * Memory    Never overlaps but where that is said; may have any alignment that fits its elements.
+ *
+ * Types are float32, float64, float16, bfloat16, int32, int64 and uint8, as fsdp_dtype_t; op is FSDP_REDUCE_SUM, _MAX or
+ * _MIN. Order and rounding of sums are the host's: those of reduce_scatter are what gradients are made of. What all_reduce
+ * gives must be the same bits on every rank.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_host_collectives_t).
+   */
+  size_t struct_size;
+  /**
+   * output = the ranks' inputs, `bytes` each, in rank order. input may be its place in output. Required, as are the next
+   * four.
+   */
+  int32_t (*all_gather)(void *user_data,
+                        int32_t lane,
+                        const void *input,
+                        void *output,
+                        size_t bytes,
+                        void **request);
+  /**
+   * output = elements rank * count to (rank + 1) * count - 1 of the ranks' inputs (world_size * count each) combined.
+   */
+  int32_t (*reduce_scatter)(void *user_data,
+                            int32_t lane,
+                            const void *input,
+                            void *output,
+                            size_t count,
+                            fsdp_dtype_t dtype,
+                            int32_t op,
+                            void **request);
+  /**
+   * data, `count` elements, combined over the ranks, in place.
+   */
+  int32_t (*all_reduce)(void *user_data,
+                        int32_t lane,
+                        void *data,
+                        size_t count,
+                        fsdp_dtype_t dtype,
+                        int32_t op,
+                        void **request);
+  /**
+   * Rank root's data on every rank.
+   */
+  int32_t (*broadcast)(void *user_data,
+                       int32_t lane,
+                       void *data,
+                       size_t bytes,
+                       int32_t root,
+                       void **request);
+  /**
+   * Ends when every rank has started it.
+   */
+  int32_t (*barrier)(void *user_data, int32_t lane, void **request);
+  /**
+   * Whether a request has ended: *done = 1, and the request is gone, or 0. Does not wait. NULL: all collectives block.
+   */
+  int32_t (*test)(void *user_data, void *request, int32_t *done);
+  /**
+   * The same, after sleeping until it has ended, at most timeout_ms. NULL: `test` is called again and again.
+   */
+  int32_t (*wait)(void *user_data, void *request, int64_t timeout_ms, int32_t *done);
+  /**
+   * Collective: *part = the user_data of a communicator of those ranks that give the same color: members, count numbers of
+   * this communicator's ranks in the order of their new ranks ((key, rank), as of MPI_Comm_split). May wait. NULL: hybrid
+   * strategies, reshard_after_forward over fewer ranks and saves in the background are FSDP_ERR_UNSUPPORTED.
+   */
+  int32_t (*split)(void *user_data,
+                   int32_t color,
+                   int32_t key,
+                   const int32_t *members,
+                   int32_t count,
+                   void **part);
+  /**
+   * The last use of a user_data, of fsdp_comm_init_host or of split: nothing is called with it any more. Local. NULL:
+   * nothing. Not called where a collective has never ended.
+   */
+  void (*release)(void *user_data);
+  /**
+   * Sends FSDP_HOST_MESSAGE_BYTES to a rank without waiting for it; the message is copied. By these ranks learn at once of
+   * an error or an abort of another, and a missed deadline names who is missing. NULL, as poll then: they learn by
+   * their deadline.
+   */
+  int32_t (*post)(void *user_data, int32_t rank, const void *message);
+  /**
+   * A message that has come: *rank = its sender, message is filled. *rank = -1: none. Does not wait.
+   */
+  int32_t (*poll)(void *user_data, int32_t *rank, void *message);
+  /**
+   * The communicator has failed: the host may end what it can, e.g. blocking callbacks of other threads. Local. NULL:
+   * nothing.
+   */
+  void (*abort)(void *user_data, const char *reason);
+  /**
+   * Memory for sums and staging that collectives run best on (registered, pinned), 64-byte aligned; NULL if there is none
+   * left. Unit buffers and gradient slots are never of it: their pages come and go. Both NULL: the library's own.
+   */
+  void *(*alloc)(void *user_data, size_t bytes);
+  void (*free)(void *user_data, void *memory, size_t bytes);
+  /**
+   * Writes what a callback's number means, NUL-terminated, to text. NULL: messages have the number.
+   */
+  void (*describe_error)(void *user_data, int32_t code, char *text, size_t size);
+} fsdp_host_collectives_t;
 
 /**
  * How to consolidate. Initialize with FSDP_CONSOLIDATE_CONFIG_INIT, then set what differs.
@@ -1555,6 +1727,29 @@ fsdp_status_t fsdp_comm_async_error(const fsdp_comm_t *comm);
  * Engines made on the communicator keep it until they are destroyed. Since 0.1.
  */
 void fsdp_comm_destroy(fsdp_comm_t *comm);
+
+/**
+ * Makes a communicator on collectives that the host lends, for any number of ranks on any hosts. Collective: returns when
+ * every rank has called it. Parameters are sharded as on shm, but bytes move: a rank's memory holds its shards and the units
+ * that are unsharded.
+ *
+ * Every collective is announced to all ranks before its data moves: a difference is FSDP_ERR_MISMATCH on every rank, a
+ * rank that does not come FSDP_ERR_TIMEOUT. Both name unit, collective and ranks. Units must be unsharded and reduced in the same
+ * order on every rank whatever order_check says; a rank that ends its backward takes part without gradients in
+ * what the others still reduce.
+ *
+ * `callbacks` is copied. `user_data` is used until `release` is called: when the communicator and all engines on it are
+ * destroyed. If this function fails, `release` is not called for it. *out is owned by the caller: fsdp_comm_destroy. Errors:
+ * FSDP_ERR_INVALID_ARGUMENT names a callback that is missing. Since 0.1.
+ *
+ * # Safety
+ * `config` and `callbacks` are NULL or point to `struct_size` readable bytes; the callbacks do what fsdp_host_collectives_t
+ * says, with `user_data`; `out` is NULL or writable.
+ */
+fsdp_status_t fsdp_comm_init_host(const fsdp_host_comm_config_t *config,
+                                  const fsdp_host_collectives_t *callbacks,
+                                  void *user_data,
+                                  fsdp_comm_t **out);
 
 /**
  * Writes parameters and tensors of the checkpoint in `dir`, whole and under their original names, into the new folder

@@ -27,6 +27,18 @@ done
 for header in $(headers bindings/cpp/include); do
     step "header-c++17-${header//\//-}" twice "$header" c++ -std=c++17 -Iinclude -Ibindings/cpp/include
 done
+# With whichever MPI is there: installed, or unpacked by setup.sh.
+mpi=$(dirname "$(find /usr/lib/*/openmpi/include /usr/include "$BUILD"/debian/root/usr/lib/*/openmpi/include -maxdepth 2 \
+    -name mpi.h 2>/dev/null | head -n 1)")
+if [ -f "$mpi/mpi.h" ]; then
+    flags=(-Iinclude -Ibindings/cpp/include -Ibindings/mpi/include -isystem "$mpi" -isystem "$mpi/openmpi")
+    step "header-c11-fsdp_mpi.h" twice fsdp_mpi.h c -std=c11 "${flags[@]}"
+    for header in $(headers bindings/mpi/include); do
+        step "header-c++17-${header//\//-}" twice "$header" c++ -std=c++17 "${flags[@]}"
+    done
+else
+    echo "headers of bindings/mpi: not checked, there is no mpi.h"
+fi
 torch=$(cat "$BUILD/torch.dir" 2>/dev/null)
 if [ -n "$torch" ]; then
     flags=(-std=c++20 -Iinclude -Ibindings/cpp/include -Ibindings/libtorch/include

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the build needs and this machine lacks, under the build folder only; never needs root.
 #
-#   scripts/setup.sh [tools] [torch] [debian]    (default: all of them)
+#   scripts/setup.sh [tools] [torch] [debian] [mpi]    (default: all of them)
 #
 # tools  $BUILD/venv       cmake, ninja, pkgconf, matplotlib, from scripts/requirements/tools.txt
 # torch  $BUILD/libtorch   LibTorch from scripts/requirements/torch.txt, unless the user has one: TORCH_DIR or
@@ -9,6 +9,8 @@
 #                          that was chosen is written to $BUILD/torch.dir.
 # debian $BUILD/debian     what scripts/requirements/debian.txt names, unpacked by scripts/fetch_debian.sh, and
 #                          $BUILD/text/english.txt, the demo's training text, made of it
+# mpi    $BUILD/debian     Open MPI, as scripts/requirements/mpi.txt lists it, unless an mpicc that works is there. Without
+#                          it the tests labelled mpi say so and are skipped: that is no error.
 #
 # BUILD (default: build) and PYTHON (default: python3) come from the environment. A part is done when its stamp
 # holds the checksum of its requirements; the stamp is written last and removed first, so that an interrupted
@@ -157,16 +159,30 @@ setup_debian() {
     "$PYTHON" "$root/scripts/prepare_text.py" "$BUILD/debian/root" "$BUILD/text/english.txt"
 }
 
+# Debian's Open MPI, unpacked and not installed; its absence is no error.
+setup_mpi() {
+    local packages
+    if echo '#include <mpi.h>' | mpicc -E - >/dev/null 2>&1 || [ -f "$BUILD/mpi.missing" ]; then
+        return
+    fi
+    mapfile -t packages < <(sed 's/#.*//' "$requirements/mpi.txt" | tr -s '[:space:]' '\n' | sed '/^$/d')
+    if ! "$root/scripts/fetch_debian.sh" "$BUILD/debian" "${packages[@]}" >"$BUILD/logs/mpi.log" 2>&1; then
+        say "mpi: no Open MPI could be unpacked, so the tests labelled mpi will be skipped (details: $BUILD/logs/mpi.log;" \
+            "remove $BUILD/mpi.missing to try again)"
+        touch "$BUILD/mpi.missing"
+    fi
+}
+
 need_python
 # A second make in the same tree waits instead of installing into the same folder.
 if command -v flock >/dev/null; then
     exec 9>"$BUILD/setup.lock"
     flock 9
 fi
-[ $# -gt 0 ] || set -- tools torch debian
+[ $# -gt 0 ] || set -- tools torch debian mpi
 for part in "$@"; do
     case $part in
-    tools | torch | debian) "setup_$part" ;;
-    *) fail "unknown part '$part' (tools, torch, debian)" ;;
+    tools | torch | debian | mpi) "setup_$part" ;;
+    *) fail "unknown part '$part' (tools, torch, debian, mpi)" ;;
     esac
 done

@@ -4,6 +4,7 @@ use crate::comm::Communicator;
 use crate::config::EngineConfig;
 use crate::error::{err, Error, Result, Status};
 use crate::timeline;
+use xxhash_rust::xxh3::xxh3_128;
 
 /// Makes an error of one rank the same error on every rank. Collective.
 pub fn on_result(done: Result<u64>, comm: &dyn Communicator) -> Result<u64> {
@@ -31,7 +32,13 @@ pub fn on_model(description: &[String], comm: &dyn Communicator) -> Result<()> {
 /// Compares lines of text of all ranks; every rank gets the same error, which shows the first that differs and says
 /// `what` they are part of. Collective.
 pub fn on_lines(lines: &[String], what: impl Fn(usize) -> &'static str, comm: &dyn Communicator) -> Result<()> {
-    let all = comm.exchange(lines.join("\n").as_bytes())?;
+    let text = lines.join("\n");
+    // A hash first: the text, which may be long, only matters when it differs.
+    let hashes = comm.exchange(&xxh3_128(text.as_bytes()).to_le_bytes())?;
+    if hashes.iter().all(|hash| *hash == hashes[0]) {
+        return Ok(());
+    }
+    let all = comm.exchange(text.as_bytes())?;
     let Some(rank) = (1..all.len()).find(|r| all[*r] != all[0]) else { return Ok(()) };
     let (first, other) = (String::from_utf8_lossy(&all[0]), String::from_utf8_lossy(&all[rank]));
     let mut pairs = (first.lines(), other.lines());

@@ -31,11 +31,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use accumulate::Accumulation;
+use gather::Gathers;
 use regroup::Group;
 
 mod access;
 mod accumulate;
 mod full;
+mod gather;
 mod iteration;
 mod regroup;
 mod replicate;
@@ -63,6 +65,8 @@ struct State {
     schedule: Option<Schedule>,
     /// Smaller groups that units are resharded to after their forward.
     groups: Vec<Group>,
+    /// What is here of other ranks' shards, where bytes move.
+    gathers: Gathers,
     accumulation: Accumulation,
     all_gathers: u64,
     all_gather_bytes: u64,
@@ -89,7 +93,7 @@ pub struct Engine {
     state: Mutex<State>,
 }
 
-/// The engine's lock. What has changed under it goes to the timeline.
+/// The engine's lock. What has changed under it goes to the timeline; what was resharded under it is given back.
 struct Locked<'a> {
     engine: &'a Engine,
     state: MutexGuard<'a, State>,
@@ -110,6 +114,7 @@ impl DerefMut for Locked<'_> {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
+        self.engine.release_resharded(&mut self.state);
         if let Some(timeline) = &self.engine.timeline {
             timeline.observe(&self.state.units, self.state.order.in_forward(), self.engine.memory(&self.state));
         }
@@ -164,6 +169,7 @@ impl Engine {
                 order: Order::new(config.order_check),
                 schedule: None,
                 groups: Vec::new(),
+                gathers: Gathers::default(),
                 accumulation: Accumulation::default(),
                 all_gathers: 0,
                 all_gather_bytes: 0,

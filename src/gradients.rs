@@ -233,6 +233,14 @@ impl Gradients {
                 unsafe { reduce::narrow(dtype, data.cast::<f32>().add(at), data.add(at * 2), len) };
             }
         }
+        if self.comm.moves_bytes() {
+            // What another rank has a gradient for is summed as a whole.
+            for (index, _) in open.present.iter().enumerate().filter(|(_, present)| !**present) {
+                let (at, bytes) = (layout.offsets[index] * dtype.size(), layout.numels[index] * dtype.size());
+                // SAFETY: the parameter's place in the slot, in elements of the reduce dtype.
+                unsafe { self.memory.slots[slot].data.add(at).write_bytes(0, bytes) };
+            }
+        }
         let tag = Tag { kind: crate::comm::Kind::ReduceScatter, unit: number, dtype, bytes };
         let ticket = self.comm.reduce_start(tag, &self.memory.slots[slot], &open.present)?;
         self.uses[slot] = SlotUse::Started(ticket);

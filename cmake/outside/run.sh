@@ -6,6 +6,7 @@
 #                                  TORCH LIBDIR VERSION)
 #
 # cmake_c, cmake_static, cmake_cpp, cmake_torch   find_package, and the target of that name
+# cmake_mpi          the same with COMPONENTS mpi, under MPIRUN
 # cmake_relocated    as cmake_c, after the prefix was copied elsewhere
 # cmake_no_torch     asking for COMPONENTS torch without a LibTorch is an error that says so
 # pkgconfig_shared, pkgconfig_static              plain cc with what pkg-config says
@@ -43,6 +44,12 @@ check() {
 }
 
 case $kind in
+cmake_mpi)
+    configure -DKIND=mpi -DMPI_INCLUDE="${MPI_INCLUDE:-}" -DMPI_LIBRARY="${MPI_LIBRARY:-}"
+    "$CMAKE" --build build
+    output=$("$MPIRUN" -n 2 build/outside | sort -u)
+    [ "$output" = "world size 2, sum 3, fsdp $VERSION" ] || { echo "not: $output" >&2; exit 1; }
+    ;;
 cmake_no_torch)
     if configure -DKIND=torch >log 2>&1; then
         echo "COMPONENTS torch was found without a LibTorch" >&2

@@ -4,6 +4,8 @@
  *   torchrun --no-python --nproc-per-node 4 c_mlp
  *   mpirun -n 4 c_mlp
  *
+ *   mpirun -n 4 c_mlp --comm mpi     (ranks on several hosts, too; where it was built with MPI)
+ *
  * or any other launcher that fsdp_comm_init_env knows; without one it runs as a single rank. The
  * task is to learn a wavy function of two variables from random samples. A step is: forward, loss,
  * backward (mlp.c), then the library's optimizer, which updates this rank's shards. Losses are the
@@ -16,6 +18,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef C_MLP_WITH_MPI
+#include <fsdp_mpi.h>
+#endif
+
 #include "mlp.h"
 
 #define TRY(call) \
@@ -25,7 +31,7 @@
   } while (0)
 
 typedef struct {
-  int steps, batch, hidden, layers, adam, log_every;
+  int steps, batch, hidden, layers, adam, log_every, mpi;
   unsigned seed;
   double lr;
 } options_t;
@@ -44,6 +50,7 @@ static const char HELP[] =
     "  --optimizer S   adam (default) or sgd\n"
     "  --seed N        of the starting values and the samples (default 1)\n"
     "  --log-every N   steps between two printed losses (default 20)\n"
+    "  --comm S        env (default: shared memory, ranks of the launcher) or mpi\n"
     "  --help          print this\n";
 
 /* ---- the optimizer: the library's, on this rank's shards; its state is sharded like them ---- */
@@ -129,23 +136,36 @@ static fsdp_status_t train(const options_t *options, trainer_t *t) {
   return FSDP_OK;
 }
 
-static fsdp_status_t print_memory(const trainer_t *t) {
+static fsdp_status_t print_memory(const options_t *options, const trainer_t *t) {
   fsdp_stats_t stats;
   stats.struct_size = sizeof stats;
   TRY(fsdp_engine_stats(t->mlp.engine, &stats));
   if (t->rank == 0) {
-    printf("%d rank%s, each with %llu of %llu bytes of parameters; all-gathers copied %llu bytes\n",
+    printf("%d rank%s, each with %llu of %llu bytes of parameters; all-gathers %s %llu bytes\n",
            (int)t->world, t->world == 1 ? "" : "s", (unsigned long long)stats.param_shard_bytes,
            (unsigned long long)(stats.param_shard_bytes * (uint64_t)t->world),
-           (unsigned long long)stats.all_gather_bytes_moved);
+           options->mpi ? "sent" : "copied",
+           (unsigned long long)(options->mpi ? stats.all_gather_sent_bytes
+                                             : stats.all_gather_bytes_moved));
   }
   return FSDP_OK;
+}
+
+/* Ranks that mpirun started, on MPI's collectives. */
+static fsdp_status_t init_mpi(fsdp_comm_t **comm) {
+#ifdef C_MLP_WITH_MPI
+  if (MPI_Init(NULL, NULL) != MPI_SUCCESS) exit(1); /* MPI has said why */
+  return fsdp_comm_init_mpi(MPI_COMM_WORLD, NULL, comm);
+#else
+  *comm = NULL; /* `parse` has refused it */
+  return FSDP_ERR_UNSUPPORTED;
+#endif
 }
 
 /* Joins the job, makes the model, trains. On an error the caller cleans up. */
 static fsdp_status_t run(const options_t *options, trainer_t *t) {
   int sizes[MLP_MAX_LAYERS + 1];
-  TRY(fsdp_comm_init_env(&t->comm));
+  TRY(options->mpi ? init_mpi(&t->comm) : fsdp_comm_init_env(&t->comm));
   TRY(fsdp_comm_rank(t->comm, &t->rank));
   TRY(fsdp_comm_world_size(t->comm, &t->world));
   if (options->batch % t->world != 0) {
@@ -165,9 +185,9 @@ static fsdp_status_t run(const options_t *options, trainer_t *t) {
     fprintf(stderr, "c_mlp: no memory\n");
     exit(1);
   }
-  TRY(print_memory(t));
+  TRY(print_memory(options, t));
   TRY(train(options, t));
-  return print_memory(t);
+  return print_memory(options, t);
 }
 
 static void clean_up(trainer_t *t) {
@@ -232,6 +252,13 @@ static options_t parse(int argc, char **argv) {
       if (strcmp(value, "adam") != 0 && strcmp(value, "sgd") != 0)
         refuse(option, value, "adam or sgd is needed");
       o.adam = strcmp(value, "adam") == 0;
+    } else if (strcmp(option, "--comm") == 0) {
+      if (strcmp(value, "env") != 0 && strcmp(value, "mpi") != 0)
+        refuse(option, value, "env or mpi is needed");
+      o.mpi = strcmp(value, "mpi") == 0;
+#ifndef C_MLP_WITH_MPI
+      if (o.mpi) refuse(option, value, "this program was built without MPI");
+#endif
     } else if (strcmp(option, "--lr") == 0) {
       char *end;
       o.lr = strtod(value, &end);
@@ -256,5 +283,9 @@ int main(int argc, char **argv) {
     fprintf(stderr, "c_mlp: %s: %s\n", fsdp_status_name(status), fsdp_last_error_message());
   }
   clean_up(&trainer);
+#ifdef C_MLP_WITH_MPI
+  if (options.mpi && status != FSDP_OK) MPI_Abort(MPI_COMM_WORLD, 1);
+  if (options.mpi) MPI_Finalize();
+#endif
   return status == FSDP_OK ? 0 : 1;
 }

@@ -180,6 +180,17 @@ void run(Options o, Ranks& ranks) {
   }
 }
 
+/// Ends MPI where it was used: with the job, if this rank has failed.
+int finish_mpi(int status) {
+#ifdef TRAIN_GPT_WITH_MPI
+  int initialized = 0;
+  MPI_Initialized(&initialized);
+  if (initialized && status != 0) MPI_Abort(MPI_COMM_WORLD, status);
+  if (initialized) MPI_Finalize();
+#endif
+  return status;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -187,9 +198,10 @@ int main(int argc, char** argv) {
   std::string problem;
   try {
     Options options = parse_options(argc, argv);
-    ranks.emplace(options.no_shard);
+    ranks.emplace(options);
     run(std::move(options), *ranks);
-    return 0;
+    ranks.reset();
+    return finish_mpi(0);
   } catch (const c10::Error& error) {
     problem = error.what_without_backtrace();
   } catch (const std::exception& error) {
@@ -198,5 +210,5 @@ int main(int argc, char** argv) {
   const std::string rank = ranks ? " rank " + std::to_string(ranks->rank()) + ":" : "";
   std::cerr << "train_gpt: error:" << rank << " " << problem << std::endl;
   if (ranks) ranks->abort(problem);
-  return 1;
+  return finish_mpi(1);
 }

@@ -35,6 +35,10 @@ void check(const Options& o) {
           "--optimizer fused is for shards: not with --no-shard");
   require(o.precision == "float32" || !o.no_shard,
           "--precision bfloat16 is for shards: not with --no-shard");
+  require(o.comm == "env" || !o.no_shard, "--comm mpi is for shards: not with --no-shard");
+#ifndef TRAIN_GPT_WITH_MPI
+  require(o.comm == "env", "--comm mpi: this train_gpt was built without MPI");
+#endif
   require(o.strategy == "full-shard" || !o.no_shard,
           "--strategy is for shards: not with --no-shard");
 }
@@ -153,6 +157,10 @@ Options parse_options(int argc, char** argv) {
   app.add_flag("--quiet", o.quiet, "print only warnings, errors and the last lines")
       ->group("Output");
 
+  app.add_option("--comm", o.comm,
+                 "what connects the ranks: shared memory (env: as the launcher says), or mpi")
+      ->check(CLI::IsMember({"env", "mpi"}))
+      ->group("Process");
   app.add_flag("--no-shard", o.no_shard, "train unsharded on one rank, for comparison")
       ->group("Process");
   app.add_option("--threads", o.threads,

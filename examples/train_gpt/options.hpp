@@ -47,6 +47,7 @@ struct Options {
   std::int64_t sample_tokens = 300;
   double temperature = 0.8;
 
+  std::string comm = "env";  ///< shared memory between the launcher's ranks, or "mpi"
   std::string strategy = "full-shard";  ///< as of fsdp::Strategy
   std::int64_t shard_size = 0;          ///< ranks of a shard group, for the hybrid strategies
   bool no_shard = false;

@@ -2,19 +2,25 @@
 #pragma once
 
 #include <cstdlib>
+#include <stdexcept>
 #include <fsdp/torch.hpp>
 #include <string>
 #include <vector>
 
 #include "options.hpp"
 
+#ifdef TRAIN_GPT_WITH_MPI
+#include <fsdp/mpi.hpp>
+#endif
+
 class Ranks {
  public:
-  /// From the launcher's environment. Collective; throws fsdp::Error naming who is missing. With
-  /// `alone`, no communicator is made; throws UsageError when a launcher started several ranks.
-  explicit Ranks(bool alone) {
-    if (!alone) {
-      comm_ = fsdp::Communicator::from_env();
+  /// From the launcher's environment, or with --comm mpi from MPI. Collective; throws fsdp::Error
+  /// naming who is missing. With --no-shard, no communicator is made; throws UsageError when a
+  /// launcher started several ranks.
+  explicit Ranks(const Options& options) {
+    if (!options.no_shard) {
+      comm_ = options.comm == "mpi" ? from_mpi() : fsdp::Communicator::from_env();
       rank_ = comm_.rank();
       world_size_ = comm_.world_size();
       return;
@@ -57,6 +63,19 @@ class Ranks {
   }
 
  private:
+  /// MPI_COMM_WORLD's ranks. Checkpoints are saved in the background: another thread.
+  static fsdp::Communicator from_mpi() {
+#ifdef TRAIN_GPT_WITH_MPI
+    int level = MPI_THREAD_SINGLE;
+    if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level) != MPI_SUCCESS) {
+      throw std::runtime_error("MPI cannot be initialized");
+    }
+    return fsdp::mpi_communicator(MPI_COMM_WORLD);
+#else
+    throw UsageError("--comm mpi: this train_gpt was built without MPI");
+#endif
+  }
+
   fsdp::Communicator comm_;
   int rank_ = 0, world_size_ = 1;
 };

@@ -327,11 +327,11 @@ fn reduce_op(op: i32) -> Result<ReduceOp> {
     }
 }
 
-fn index(value: i32, name: &str) -> Result<usize> {
+pub(super) fn index(value: i32, name: &str) -> Result<usize> {
     usize::try_from(value).map_err(|_| err!(InvalidArgument, "{name} is {value}: it must not be negative"))
 }
 
-fn timeout(ms: i64, default: Duration, name: &str) -> Result<Duration> {
+pub(super) fn timeout(ms: i64, default: Duration, name: &str) -> Result<Duration> {
     match u64::try_from(ms) {
         Ok(0) => Ok(default),
         Ok(ms) => Ok(Duration::from_millis(ms)),

@@ -9,12 +9,14 @@
 pub mod checkpoint;
 pub mod checkpoint_job;
 pub mod comm;
+pub mod comm_host;
 pub mod consolidate;
 pub mod engine;
 pub mod engine_info;
 pub mod full;
 pub mod handle;
 pub mod hook;
+mod host_table;
 pub mod iteration;
 pub mod log;
 pub mod model;

@@ -1,6 +1,7 @@
 //! One mapping of memory, unmapped when dropped: of a file descriptor (shared) or anonymous (private).
 
-use crate::error::{Error, Result};
+use super::Slot;
+use crate::error::{err, Error, Result};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Bytes of a page; what shared layouts are aligned to.
@@ -26,6 +27,11 @@ impl Mapping {
     /// Zeroed memory of this process.
     pub fn anonymous(bytes: usize) -> Result<Mapping> {
         Mapping::map(bytes, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+    }
+
+    /// The same, of which the system promises nothing: more than its memory may be mapped.
+    pub fn reserved(bytes: usize) -> Result<Mapping> {
+        Mapping::map(bytes, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
     }
 
     /// The first `bytes` of `fd`, shared with every process that maps it.
@@ -63,6 +69,40 @@ impl Drop for Mapping {
         // SAFETY: the range was mapped by `map` and is unmapped once; its users hold this object while they use it.
         unsafe { libc::munmap(self.base.cast(), self.bytes) };
     }
+}
+
+/// Gives the whole pages of a range back to the system; they are zero when they are touched next. Nothing happens to the
+/// pages that the range shares with others.
+///
+/// # Safety
+/// The range lies in an anonymous private mapping, and nobody needs what it holds.
+pub(crate) unsafe fn give_back(start: *mut u8, bytes: usize) {
+    let first = (start as usize).next_multiple_of(PAGE);
+    let end = (start as usize + bytes) & !(PAGE - 1);
+    if first < end {
+        // SAFETY: whole pages of the caller's range.
+        unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_DONTNEED) };
+    }
+}
+
+/// Gradient slots of these sizes in memory of this process, each on a line of its own, and what owns them.
+pub(crate) fn slots(sizes: &[usize]) -> Result<(Mapping, Vec<Slot>)> {
+    let mut offsets = Vec::with_capacity(sizes.len());
+    let mut total = 0usize;
+    for &bytes in sizes {
+        offsets.push(total);
+        total = round_up(bytes, 64)
+            .and_then(|b| total.checked_add(b))
+            .ok_or_else(|| err!(OutOfMemory, "gradient slots of {sizes:?} bytes exceed the address space"))?;
+    }
+    let mapping = Mapping::reserved(total)?;
+    let slot = |(index, (&bytes, offset)): (usize, (&usize, usize))| {
+        // SAFETY: the offset lies in the mapping, or just past it for a slot of no bytes.
+        let data = unsafe { mapping.base().add(offset) };
+        Slot { index, data, bytes }
+    };
+    let slots = sizes.iter().zip(offsets).enumerate().map(slot).collect();
+    Ok((mapping, slots))
 }
 
 #[cfg(test)]

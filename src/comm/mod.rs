@@ -1,8 +1,8 @@
 //! The communicator: what the engine asks of whatever connects the ranks.
 //!
 //! The communicator owns the memory its collectives run on, so zero-copy is a property of the backend. Two kinds of
-//! memory exist: an *arena* ([`Communicator::alloc_arena`]: the parameters, seen by all ranks) and *gradient slots*
-//! ([`Communicator::alloc_slots`]: written by one rank, read by all during a reduction).
+//! memory exist: an *arena* ([`Communicator::alloc_arena`]: the parameters, seen by all ranks, or a rank's own where bytes
+//! move) and *gradient slots* ([`Communicator::alloc_slots`]: written by one rank, read by all during a reduction).
 //!
 //! Every collective carries a [`Tag`]. Ranks must issue the same tags in the same order; a difference is an error on
 //! every rank that names both units and both ranks. Every wait has a deadline and sees the death of a peer.
@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 mod combine;
 pub mod env;
-mod memory;
+pub mod host;
+pub(crate) mod memory;
 pub(crate) mod reduce;
 pub mod shm;
 pub mod single;
@@ -183,6 +184,15 @@ pub struct Slots {
     pub owner: Arc<dyn std::any::Any + Send + Sync>,
 }
 
+/// An all-gather of a backend that moves bytes: `output` is the ranks' parts in rank order, `bytes` each. `input` is this
+/// rank's part, perhaps in its place in `output`. Both lie in memory that `owner` keeps.
+pub struct Transfer {
+    pub input: *const u8,
+    pub output: *mut u8,
+    pub bytes: usize,
+    pub owner: Arc<dyn std::any::Any + Send + Sync>,
+}
+
 /// A reduce-scatter that this rank has started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ticket {
@@ -201,7 +211,7 @@ pub trait ReduceTarget {
     fn reduced(&mut self, unit: usize, present: &[bool]);
 }
 
-/// See the module's text. All methods but `rank`, `world_size`, `name_units`, `close_reads`, the `reduce_*` ones other than
+/// See the module's text. All methods but `rank`, `world_size`, `name_units`, `moves_bytes`, `staging`, `close_reads`, the `reduce_*` ones other than
 /// `reduce_end`, `abort` and `async_error` are collective. After an error of a collective the communicator is broken: every later call on any
 /// rank returns the same first error. A wrong argument or a call out of place (`InvalidArgument`, `InvalidState`) is refused
 /// before anything is announced and breaks nothing. `open_reads` and `wait_writable` are announced like the others: every
@@ -245,6 +255,33 @@ pub trait Communicator: Send + Sync {
     /// Unshard in place: returns when every rank's shards of the arena may be read (every rank has opened as many READ
     /// phases as this one). Moves no bytes.
     fn all_gather(&self, tag: Tag, arena: &Arena, check: Check) -> Result<()>;
+    /// Whether ranks share no memory, so that an all-gather moves bytes. An arena is then this rank's own: its shards stay,
+    /// and what `gather_start` brings of the others' is given back to the system when a unit is resharded. `all_gather` is
+    /// not used, and `open_reads` and `wait_writable` concern this rank only.
+    fn moves_bytes(&self) -> bool {
+        false
+    }
+    /// Unshard where bytes move: starts an all-gather, which `gather_wait` ends; without waiting, if the host can. Nobody
+    /// touches the output, or writes the input, until then. Every rank starts the same ones in the same order, whatever
+    /// `order_check` is. The result is for `gather_wait`, once.
+    ///
+    /// # Safety
+    /// The transfer's memory is readable and writable as it says, until `gather_wait` has returned without an error; if it
+    /// never does, as long as `owner` lives.
+    unsafe fn gather_start(&self, tag: Tag, what: Transfer) -> Result<u64> {
+        let _ = what;
+        Err(crate::error::err!(InvalidState, "this communicator moves no {}", tag.kind.name()))
+    }
+    /// Returns when the output of the all-gather is there.
+    fn gather_wait(&self, gather: u64) -> Result<()> {
+        Err(crate::error::err!(InvalidState, "all-gather {gather} was not started"))
+    }
+    /// Zeroed memory that a transfer may run on, 64-byte aligned, and its owner.
+    fn staging(&self, bytes: usize) -> Result<(*mut u8, Arc<dyn std::any::Any + Send + Sync>)> {
+        let mapping = memory::Mapping::anonymous(bytes)?;
+        Ok((mapping.base(), Arc::new(mapping)))
+    }
+
     /// READ phase ends: this rank reads no peer's shard any more. Local, does not wait.
     fn close_reads(&self, arena: &Arena);
     /// Returns when every rank has closed as many READ phases as this one: own shards may be written.

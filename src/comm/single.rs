@@ -1,7 +1,9 @@
 //! The communicator of world size 1: plain memory of this process, under the same contract as with several ranks.
 
-use super::memory::{round_up, Mapping, PAGE};
-use super::{combine, reduce, Arena, Check, Communicator, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket, UnitName};
+use super::memory::Mapping;
+use super::{
+    combine, memory, reduce, Arena, Check, Communicator, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket, UnitName,
+};
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
 use std::ops::Range;
@@ -137,21 +139,7 @@ impl Communicator for Single {
 
     fn alloc_slots(&self, sizes: &[usize], _flags: usize, units: Range<u32>) -> Result<Slots> {
         let mut state = self.working()?;
-        let mut offsets = Vec::with_capacity(sizes.len());
-        let mut total = 0usize;
-        for &bytes in sizes {
-            offsets.push(total);
-            total = round_up(bytes, 64)
-                .and_then(|b| total.checked_add(b))
-                .ok_or_else(|| err!(OutOfMemory, "gradient slots of {sizes:?} bytes exceed the address space"))?;
-        }
-        let mapping = Mapping::anonymous(total)?;
-        let slot = |(index, (&bytes, offset)): (usize, (&usize, usize))| {
-            // SAFETY: the offset lies in the mapping, or just past it for a slot of no bytes.
-            let data = unsafe { mapping.base().add(offset) };
-            Slot { index, data, bytes }
-        };
-        let slots = sizes.iter().zip(offsets).enumerate().map(slot).collect();
+        let (mapping, slots) = memory::slots(sizes)?;
         state.slots.push(units);
         Ok(Slots { slots, id: state.slots.len() as u64 - 1, owner: Arc::new(mapping) })
     }
@@ -248,12 +236,8 @@ impl Communicator for Single {
     }
 
     fn trim_slot(&self, _slots: u64, slot: &Slot) {
-        let start = (slot.data as usize).next_multiple_of(PAGE);
-        let end = (slot.data as usize + slot.bytes) & !(PAGE - 1);
-        if start < end {
-            // SAFETY: the range lies in the slot (rounded inwards), which is free.
-            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
-        }
+        // SAFETY: the range is the slot's, which is free.
+        unsafe { memory::give_back(slot.data, slot.bytes) };
     }
 
     fn split(&self, _color: u32, _key: i32) -> Result<Arc<dyn Communicator>> {

@@ -243,7 +243,9 @@ impl Engine {
     fn unshard_masters(&self, unit: UnitId) -> Result<*const f32> {
         let mut state = self.lock()?;
         let summoned = std::mem::take(&mut state.summoned);
+        state.gathers.masters = true;
         let done = self.unshard_locked(&mut state, unit);
+        state.gathers.masters = false;
         state.summoned = summoned;
         done?;
         let u = &self.plan().units[unit as usize];

@@ -224,6 +224,7 @@ impl Engine {
             self.all_gather(state, unit)?;
         }
         self.prefetch(state, unit)?;
+        self.finish_gather(state, unit)?;
         state.gradients.progress()?;
         // Last: after an error the next call meets it again.
         state.units[unit as usize].state = UnitState::Unsharded;
@@ -246,8 +247,11 @@ impl Engine {
         };
         let tag = Tag { kind, unit: first_unit + unit, dtype: DType::F32, bytes: u.bytes() as u64 };
         let check = state.order.check();
-        self.waiting(u.label(), || comm.all_gather(tag, arena, check))?;
         let ranks = comm.world_size();
+        match comm.moves_bytes() {
+            true => self.start_gather(state, unit, tag)?,
+            false => self.waiting(u.label(), || comm.all_gather(tag, arena, check))?,
+        }
         state.all_gathers += 1;
         state.units[unit as usize].all_gathers += 1;
         let bytes = u.gathered_bytes(&self.plan().params);

@@ -217,11 +217,66 @@ void wrapping(const fsdp::Communicator& comm) {
       "a");
 }
 
+/// Collectives lent by C++: those of `comm`.
+void lent(const fsdp::Communicator& comm) {
+  fsdp_host_comm_config_t config = FSDP_HOST_COMM_CONFIG_INIT;
+  fsdp_host_collectives_t table = FSDP_HOST_COLLECTIVES_INIT;
+  config.rank = comm.rank();
+  config.world_size = comm.world_size();
+  auto missing = table;
+  try {
+    fsdp::Communicator::host(config, missing, nullptr);
+    REQUIRE(false);
+  } catch (const fsdp::Error& error) {
+    REQUIRE(std::string(error.what()).find("callbacks.all_gather is NULL") != std::string::npos);
+  }
+  using Bytes = std::vector<std::uint8_t>;
+  table.all_gather = [](void* self, std::int32_t, const void* input, void* output, std::size_t bytes,
+                        void**) -> std::int32_t {
+    const auto* world = static_cast<const fsdp::Communicator*>(self);
+    const auto* first = static_cast<const std::uint8_t*>(input);
+    Bytes in(first, first + bytes);
+    const auto n = static_cast<std::int64_t>(bytes);
+    std::int64_t in_shape = n, out_shape = n * world->world_size();
+    fsdp_tensor_t from{}, to{};
+    from.data = in.data();
+    to.data = output;
+    from.device.device_type = to.device.device_type = FSDP_DEVICE_CPU;
+    from.ndim = to.ndim = 1;
+    from.dtype = to.dtype = fsdp_dtype_t{FSDP_DTYPE_UINT, 8, 1};
+    from.shape = &in_shape;
+    to.shape = &out_shape;
+    return fsdp_comm_all_gather(world->get(), &from, &to);
+  };
+  table.reduce_scatter = [](void*, std::int32_t, const void*, void*, std::size_t, fsdp_dtype_t,
+                            std::int32_t, void**) -> std::int32_t { return 1; };
+  table.all_reduce = [](void*, std::int32_t, void*, std::size_t, fsdp_dtype_t, std::int32_t,
+                        void**) -> std::int32_t { return 1; };
+  table.broadcast = [](void*, std::int32_t, void*, std::size_t, std::int32_t,
+                       void**) -> std::int32_t { return 1; };
+  table.barrier = [](void* self, std::int32_t, void**) -> std::int32_t {
+    return fsdp_comm_barrier(static_cast<const fsdp::Communicator*>(self)->get());
+  };
+  auto inner = comm;
+  {
+    const auto lent = fsdp::Communicator::host(config, table, &inner);
+    float value = static_cast<float>(lent.rank() + 1);
+    lent.all_reduce(&value, 1, fsdp::ReduceOp::sum);
+    const auto world = static_cast<float>(comm.world_size());
+    REQUIRE(value == world * (world + 1) / 2);
+    REQUIRE(lent.world_size() == comm.world_size());
+  }
+  fsdp_comm_t* handle = nullptr;
+  REQUIRE(fsdp_comm_init_single(&handle) == FSDP_OK);
+  REQUIRE(fsdp::Communicator::adopt(handle).get() == handle);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   return run_ranks(argc, argv, [](const fsdp::Communicator& comm) {
     collectives(comm);
+    lent(comm);
     training(comm);
     wrapping(comm);
   });

@@ -86,11 +86,12 @@ pub enum Detail {
     Memory(&'static str),
 }
 
-const HOST_MEMORY: &str = "host memory";
+/// What [`Detail::Memory`] may be.
+pub const HOST_MEMORY: &str = "host memory";
 const ARENA: &str = "an arena";
 
 impl Detail {
-    fn pack(self) -> u64 {
+    pub fn pack(self) -> u64 {
         let two = |class: u64, a: u64, b: u64| class << 60 | (a & 0x3fff_ffff) << 30 | (b & 0x3fff_ffff);
         match self {
             Detail::None => 0,
@@ -103,7 +104,7 @@ impl Detail {
         }
     }
 
-    fn unpack(raw: u64) -> Detail {
+    pub fn unpack(raw: u64) -> Detail {
         let (a, b) = ((raw >> 30 & 0x3fff_ffff) as u32, (raw & 0x3fff_ffff) as u32);
         match raw >> 60 {
             1 => Detail::Op([ReduceOp::Sum, ReduceOp::Avg, ReduceOp::Max, ReduceOp::Min][(b & 3) as usize]),

@@ -8,7 +8,8 @@
 use super::{combine, Arena, Check, Communicator, Kind, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket, UnitName};
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
-use control::{Announcement, Detail, RankArea};
+use control::RankArea;
+pub(super) use control::{Announcement, Detail};
 use group::Group;
 use host::Host;
 use reductions::Reductions;
@@ -18,6 +19,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
+pub(super) use wait::rank_list;
 use wait::Wait;
 
 mod announce;

@@ -58,6 +58,19 @@ class Communicator {
     return Communicator(comm);
   }
 
+  /// On collectives that the program lends; `callbacks` is copied, what `user_data` stands for is
+  /// used until its `release` is called. See fsdp_comm_init_host. Collective; throws what that says.
+  static Communicator host(const fsdp_host_comm_config_t& config,
+                           const fsdp_host_collectives_t& callbacks, void* user_data) {
+    fsdp_comm_t* comm = nullptr;
+    check(fsdp_comm_init_host(&config, &callbacks, user_data, &comm),
+          "cannot set up the communicator on the host's collectives");
+    return Communicator(comm);
+  }
+
+  /// Takes over a C handle; it is destroyed with the last copy of the result. Local.
+  static Communicator adopt(fsdp_comm_t* comm) { return Communicator(comm); }
+
   /// This process's number, 0 to world_size() - 1. Local.
   int rank() const {
     std::int32_t value = 0;
