@@ -1,5 +1,5 @@
 // One rank of a system that bench/ measures: reads commands, runs training steps, prints their times and losses. The
-// protocol is described in bench/NOTES.md.
+// protocol is described in bench/harness/ranks.py.
 //
 // Systems: fsdp_shm (torch::optim::AdamW on the shards), fsdp_shm_fused (the engine's AdamW), bound (no communication
 // and no engine: this rank computes alone and updates the 1/W of the parameters that would be its shard), plain (no optimizer
