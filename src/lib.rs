@@ -35,6 +35,7 @@ pub mod engine;
 pub mod error;
 pub mod forecast;
 mod gradients;
+mod halves;
 pub mod hook;
 pub mod layout;
 pub mod log;

@@ -11,8 +11,8 @@ use crate::comm::reduce;
 use crate::config::EngineConfig;
 use crate::dtype::DType;
 use crate::error::{err, Result};
+use crate::halves::Half;
 use crate::module::{ModuleId, ModuleTree, ParamId};
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::collections::BTreeMap;
 
@@ -158,12 +158,8 @@ unsafe fn widened(dtype: DType, from: *const u8, len: usize, mut each: impl FnMu
         // SAFETY: `at + n <= len` elements are readable by the caller's promise.
         unsafe {
             match dtype {
-                DType::F16 => {
-                    std::slice::from_raw_parts(from.cast::<f16>().add(at), n).convert_to_f32_slice(&mut wide[..n])
-                }
-                DType::BF16 => {
-                    std::slice::from_raw_parts(from.cast::<bf16>().add(at), n).convert_to_f32_slice(&mut wide[..n])
-                }
+                DType::F16 => f16::widen(std::slice::from_raw_parts(from.cast::<f16>().add(at), n), &mut wide[..n]),
+                DType::BF16 => bf16::widen(std::slice::from_raw_parts(from.cast::<bf16>().add(at), n), &mut wide[..n]),
                 _ => {
                     each(at, std::slice::from_raw_parts(from.cast::<f32>().add(at), n));
                     continue;

@@ -5,7 +5,7 @@
 //! multiplication by the exact reciprocal, which gives the same bits.
 
 use crate::dtype::DType;
-use half::slice::HalfFloatSliceExt;
+use crate::halves::Half;
 use half::{bf16, f16};
 
 /// Outputs of at least this many floats are written past the cache: they are not read before it is full of other things,
@@ -35,12 +35,8 @@ pub(crate) unsafe fn mean(
     // SAFETY: the caller's promise; a list of pointers may be read as one of pointers to another type.
     unsafe {
         match dtype {
-            DType::F16 => {
-                mean_16::<f16>(cast(sources), world, out, len, accumulate, |from, to| from.convert_to_f32_slice(to))
-            }
-            DType::BF16 => {
-                mean_16::<bf16>(cast(sources), world, out, len, accumulate, |from, to| from.convert_to_f32_slice(to))
-            }
+            DType::F16 => mean_16::<f16>(cast(sources), world, out, len, accumulate),
+            DType::BF16 => mean_16::<bf16>(cast(sources), world, out, len, accumulate),
             _ => mean_f32(cast(sources), world, out, len, accumulate),
         }
     }
@@ -52,14 +48,7 @@ fn cast<T>(sources: &[*const u8]) -> &[*const T] {
 }
 
 /// Widens block by block, then does what [`mean_f32`] does, with the same bits for the same values.
-unsafe fn mean_16<T>(
-    sources: &[*const T],
-    world: usize,
-    out: *mut f32,
-    len: usize,
-    accumulate: bool,
-    widen: impl Fn(&[T], &mut [f32]),
-) {
+unsafe fn mean_16<T: Half>(sources: &[*const T], world: usize, out: *mut f32, len: usize, accumulate: bool) {
     let mut sum = [0f32; BLOCK];
     let mut next = [0f32; BLOCK];
     let mut at = 0;
@@ -67,9 +56,9 @@ unsafe fn mean_16<T>(
         let n = BLOCK.min(len - at);
         // SAFETY: `at + n <= len`, and the caller promised `len` readable elements of each source.
         let source = |i: usize| unsafe { std::slice::from_raw_parts(sources[i].add(at), n) };
-        widen(source(0), &mut sum[..n]);
+        T::widen(source(0), &mut sum[..n]);
         for i in 1..sources.len() {
-            widen(source(i), &mut next[..n]);
+            T::widen(source(i), &mut next[..n]);
             for (s, a) in sum[..n].iter_mut().zip(&next[..n]) {
                 *s += *a;
             }
@@ -95,11 +84,11 @@ pub(crate) unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: us
         unsafe { std::ptr::copy_nonoverlapping(from.add(at), wide.as_mut_ptr(), n) };
         match dtype {
             // SAFETY: the caller's promise for `to`, and 16-bit elements.
-            DType::F16 => unsafe { std::slice::from_raw_parts_mut(to.cast::<f16>().add(at), n) }
-                .convert_from_f32_slice(&wide[..n]),
+            DType::F16 => {
+                Half::round(&wide[..n], unsafe { std::slice::from_raw_parts_mut(to.cast::<f16>().add(at), n) })
+            }
             // SAFETY: as above.
-            _ => unsafe { std::slice::from_raw_parts_mut(to.cast::<bf16>().add(at), n) }
-                .convert_from_f32_slice(&wide[..n]),
+            _ => Half::round(&wide[..n], unsafe { std::slice::from_raw_parts_mut(to.cast::<bf16>().add(at), n) }),
         }
         at += n;
     }
