@@ -263,6 +263,11 @@
 #define FSDP_ERR_NONFINITE 15
 
 /**
+ * A device (a GPU), or a library that drives it, failed a call.
+ */
+#define FSDP_ERR_DEVICE 16
+
+/**
  * Device type of host memory (DLPack's kDLCPU).
  */
 #define FSDP_DEVICE_CPU 1

@@ -37,6 +37,7 @@ pub mod forecast;
 mod gradients;
 pub mod hook;
 pub mod layout;
+mod library;
 pub mod log;
 pub mod materialize;
 mod memory;

@@ -17,6 +17,7 @@ mod combine;
 pub mod env;
 pub mod host;
 pub(crate) mod memory;
+pub mod nccl;
 pub(crate) mod reduce;
 pub mod shm;
 pub mod single;
