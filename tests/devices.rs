@@ -1,5 +1,8 @@
 //! `fsdp devices` on a machine that has none of CUDA's libraries, or other ones under their names.
 
+#[path = "cuda/fake.rs"]
+mod fake;
+
 use serde_json::Value;
 use std::process::{Command, Stdio};
 
@@ -50,4 +53,22 @@ fn another_library_under_that_name_is_an_error_that_names_the_function() {
     for function in ["cuInit", "nvrtcCompileProgram", "ncclGetVersion"] {
         assert!(text.contains(&format!("has no function {function}")), "{text}");
     }
+}
+
+#[test]
+fn gpus_are_described() {
+    let library = fake::library();
+    let library = library.to_str().unwrap();
+    let (code, text) = devices(&[], library);
+    assert_eq!(code, 0, "{text}");
+    for words in
+        ["GPU 0   Fake GPU, compute capability 9.0, 4 multiprocessors, 1.00 GiB\n", "driver  CUDA 13.2, ", library]
+    {
+        assert!(text.contains(words), "{words} is not in: {text}");
+    }
+    assert!(text.contains("NCCL    NCCL has no function ncclGetVersion"), "{text}");
+    let found: Value = serde_json::from_str(&devices(&["--json"], library).1).unwrap();
+    assert_eq!(found["gpus"][0]["compute_capability"], serde_json::json!([9, 0]));
+    assert_eq!(found["driver"]["version"], "CUDA 13.2");
+    assert_eq!(found["nvrtc"]["path"], library);
 }

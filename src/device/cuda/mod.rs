@@ -5,8 +5,14 @@
 //! `stream` orders work, `memory` is taken and given back in the order of a stream, `compile` turns the sources in `kernels/` into
 //! machine code once, and `kernels` launches them.
 
+pub mod compile;
 mod context;
 mod driver;
+pub mod kernels;
+mod memory;
+mod stream;
 
 pub use context::{devices, Context, Current, DeviceInfo};
 pub use driver::{Compiler, Driver};
+pub use memory::{DeviceAllocator, DeviceMemory, PinnedMemory, Source};
+pub use stream::{Event, Priority, Stream};
