@@ -20,7 +20,7 @@ namespace {
 
 using Code = int;
 constexpr Code kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kNoDevice = 100, kInvalidDevice = 101,
-               kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500, kIllegalAddress = 700;
+               kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500, kNotReady = 600, kIllegalAddress = 700;
 constexpr size_t kGuard = 64;
 constexpr unsigned char kCanary = 0xa5;
 
@@ -41,6 +41,7 @@ long device_count() {
 
 constexpr size_t kMemory = size_t{1} << 30;
 std::string failing;
+bool holding = false;
 
 /// Counts the call; the failure that was asked for, or what a driver in this state answers.
 Code enter(const char *name, bool needs_context = true) {
@@ -118,6 +119,12 @@ extern "C" {
 void fake_cuda_fail(const char *name) {
   std::lock_guard<std::recursive_mutex> guard(lock);
   failing = name;
+}
+
+/// The GPU comes to no event from here on (1), or does again (0).
+void fake_cuda_hold(int hold) {
+  std::lock_guard<std::recursive_mutex> guard(lock);
+  holding = hold != 0;
 }
 
 /// How often a function was called.
@@ -280,7 +287,7 @@ Code cuEventRecord(void *event, void *stream) {
 
 Code cuEventQuery(void *event) {
   ENTER(true);
-  return events.count(event) ? kOk : kInvalidHandle;
+  return !events.count(event) ? kInvalidHandle : holding ? kNotReady : kOk;
 }
 
 Code cuEventSynchronize(void *event) {

@@ -13,7 +13,8 @@ use std::sync::OnceLock;
 pub type Code = c_int;
 
 pub const SUCCESS: Code = 0;
-pub const REMOTE_ERROR: Code = 6;
+const REMOTE_ERROR: Code = 6;
+pub const IN_PROGRESS: Code = 7;
 const INVALID_ARGUMENT: Code = 4;
 const INVALID_USAGE: Code = 5;
 const TIMED_OUT: Code = 8;
