@@ -1,19 +1,36 @@
-//! CUDA as it is on this machine. Each test says so and passes where there is no driver, no GPU or no compiler.
+//! CUDA as it is on this machine. Each test says so and passes where there is no driver, GPU, compiler or NCCL.
 //!
-//! Libraries that the system does not find by name: FSDP_CUDA_LIBRARY, FSDP_NVRTC_LIBRARY.
+//! Libraries that the system does not find by name: FSDP_CUDA_LIBRARY, FSDP_NVRTC_LIBRARY, FSDP_NCCL_LIBRARY.
 
 mod cuda;
+#[path = "nccl/step.rs"]
+mod step;
 
 use cuda::gpu::Gpu;
 use cuda::{elements, reductions};
-use fsdp::device::cuda::{compile, devices, kernels, Compiler};
+use fsdp::comm::nccl::{Nccl, NcclComm, NcclConfig, UniqueId};
+use fsdp::device::cuda::{compile, devices, kernels, Compiler, Context};
+use fsdp::dtype::DType;
+use std::io::Write;
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// Says why tests do nothing, each reason once, past the test runner, which keeps what passing tests print.
+fn skip(why: impl std::fmt::Display) {
+    static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let (why, mut said) = (format!("\nskipped: {why}\n"), SAID.lock().unwrap());
+    if !said.contains(&why) {
+        let _ = std::io::stderr().write_all(why.as_bytes());
+        said.push(why);
+    }
+}
 
 /// Runs `f` on the first GPU, if there is one.
 fn on_gpu(f: impl FnOnce(&Gpu)) {
     match devices() {
         Ok(found) if !found.is_empty() => f(&Gpu::new()),
-        Ok(_) => eprintln!("skipped: the driver sees no GPU"),
-        Err(e) => eprintln!("skipped: {e}"),
+        Ok(_) => skip("the driver sees no GPU"),
+        Err(e) => skip(e),
     }
 }
 
@@ -21,7 +38,7 @@ fn on_gpu(f: impl FnOnce(&Gpu)) {
 fn the_compiler_takes_every_kernel() {
     let compiler = match Compiler::get() {
         Ok(compiler) => compiler,
-        Err(e) => return eprintln!("skipped: {e}"),
+        Err(e) => return skip(e),
     };
     let known = compiler.architectures().unwrap();
     for arch in [80, 90] {
@@ -72,4 +89,33 @@ fn sgd_on_a_gpu() {
 #[test]
 fn norms_on_a_gpu() {
     on_gpu(reductions::norms);
+}
+
+#[test]
+fn nccl_has_what_is_needed() {
+    match Nccl::get() {
+        Ok(nccl) => {
+            assert!(nccl.version() >= (2, 18, 0), "{:?}", nccl.version());
+            assert_eq!(nccl.fns.ncclCommRegister.is_some(), nccl.version() >= (2, 19, 0));
+            assert_eq!(nccl.fns.ncclCommWindowRegister.is_some(), nccl.version() >= (2, 27, 0));
+        }
+        Err(e) => skip(e),
+    }
+}
+
+#[test]
+fn steps_on_a_gpu_equal_the_cpus() {
+    on_gpu(|gpu| {
+        let nccl = match Nccl::get() {
+            Ok(nccl) => nccl,
+            Err(e) => return skip(e),
+        };
+        let context: &std::sync::Arc<Context> = gpu.stream.context();
+        for dtypes in [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::BF16, DType::BF16)] {
+            let config = NcclConfig { rank: 0, world_size: 1, timeout: Duration::from_secs(60) };
+            let gather = NcclComm::new(nccl, context, &UniqueId::new(nccl).unwrap(), config).unwrap();
+            let reduce = gather.split(0, 0, 0, 1).unwrap();
+            step::train([gather, reduce], dtypes);
+        }
+    });
 }

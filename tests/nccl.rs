@@ -3,6 +3,8 @@
 
 #[path = "cuda/fake.rs"]
 mod fake;
+#[path = "nccl/step.rs"]
+mod step;
 
 use fsdp::comm::nccl::{Nccl, NcclComm, NcclConfig, Part, Reduction, Registered, RegisteredMemory, UniqueId, What};
 use fsdp::comm::Kind;
@@ -48,6 +50,9 @@ impl Fake {
             let (nccl, cuda) = (build("libfake-nccl", &[]), fake::library());
             std::env::set_var("FSDP_NCCL_LIBRARY", &nccl);
             std::env::set_var("FSDP_CUDA_LIBRARY", &cuda);
+            std::env::set_var("FSDP_NVRTC_LIBRARY", &cuda);
+            let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cache-{}", std::process::id()));
+            std::env::set_var("XDG_CACHE_HOME", cache);
             (nccl, cuda)
         });
         // SAFETY: no initializers beyond the languages'.
@@ -396,4 +401,19 @@ fn an_id_comes_from_the_host_or_the_launcher() {
     let id = UniqueId::from_environment(nccl).unwrap().to_bytes();
     assert!(id.starts_with(b"node7:29501\0"), "{id:?}");
     std::env::remove_var("NCCL_COMM_ID");
+}
+
+#[test]
+fn steps_on_the_queues_equal_the_cpus() {
+    let fake = Fake::new();
+    for (rank, world) in [(0, 1), (0, 2), (1, 3)] {
+        for dtypes in [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::BF16, DType::BF16)] {
+            let context = Context::new(0).unwrap();
+            let (nccl, id) = (Nccl::get().unwrap(), UniqueId::new(Nccl::get().unwrap()).unwrap());
+            let gather = NcclComm::new(nccl, &context, &id, config(rank, world)).unwrap();
+            let reduce = gather.split(0, rank as i32, rank, world).unwrap();
+            step::train([gather, reduce], dtypes);
+        }
+    }
+    assert_eq!(fake.count("alive"), 0);
 }

@@ -12,8 +12,9 @@
 //! So the all-gather of the next unit runs beside the compute of this one, and the reduce-scatter of the last one too. Memory does not
 //! grow with how far the host runs ahead of the device: there are as many unit buffers and gradient slots as [`Limits`] says.
 
+use crate::dtype::DType;
 use crate::error::{err, Result};
-use crate::plan::{Plan, UnitId};
+use crate::plan::{Plan, UnitId, UnitPlan};
 
 mod pool;
 #[cfg(test)]
@@ -59,6 +60,40 @@ pub trait Queues {
     fn wait(&mut self, queue: Queue, event: Event) -> Result<()>;
 }
 
+/// What a unit is to the pipeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitBytes {
+    pub label: String,
+    /// Units that enclose it, as [`crate::plan::UnitPlan::depth`] counts them.
+    pub depth: usize,
+    /// Of its unit buffer: its layout in each type that one of its parameters is computed in.
+    pub buffer: usize,
+    /// Of its gradient slot: its layout in float32, and in the type that it is reduced in if that is another.
+    pub slot: usize,
+}
+
+impl UnitBytes {
+    /// The units of a plan.
+    pub fn of(plan: &Plan) -> Vec<UnitBytes> {
+        let unit = |(u, unit): (usize, &UnitPlan)| {
+            let slot_types = [Some(DType::F32), Some(unit.reduce_dtype).filter(|d| *d != DType::F32)];
+            UnitBytes {
+                label: unit.label().to_string(),
+                depth: unit.depth,
+                buffer: compute_dtypes(plan, u as UnitId).iter().map(|d| unit.layout.len * d.size()).sum(),
+                slot: slot_types.iter().flatten().map(|d| unit.layout.len * d.size()).sum(),
+            }
+        };
+        plan.units.iter().enumerate().map(unit).collect()
+    }
+}
+
+/// The types that the parameters of `unit` are computed in, each once.
+pub fn compute_dtypes(plan: &Plan, unit: UnitId) -> Vec<DType> {
+    let there = |d: &DType| plan.units[unit as usize].params.iter().any(|p| plan.params[*p as usize].compute == *d);
+    [DType::F32, DType::BF16, DType::F16].into_iter().filter(there).collect()
+}
+
 /// How much memory there is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -73,23 +108,25 @@ pub struct Limits {
 impl Limits {
     /// What a model needs whose units are resharded after their forward: the units on a path of nested ones, and `ahead` more; a slot
     /// more than units nest, whose reduction runs. They are the largest units, so that any as many fit.
-    pub fn of(plan: &Plan, ahead: usize) -> Limits {
-        let nested = plan.units.iter().map(|u| u.depth).max().unwrap_or(0) + 1;
-        Limits { unit_buffers: plan.slot_bytes(nested + ahead), gradient_slots: plan.slot_bytes(nested + 1), ahead }
+    pub fn of(units: &[UnitBytes], ahead: usize) -> Limits {
+        let nested = units.iter().map(|u| u.depth).max().unwrap_or(0) + 1;
+        let largest = |of: fn(&UnitBytes) -> usize, count: usize| {
+            let mut sizes: Vec<usize> = units.iter().map(of).filter(|bytes| *bytes > 0).collect();
+            sizes.sort_unstable_by(|a, b| b.cmp(a));
+            sizes.truncate(count);
+            sizes
+        };
+        Limits {
+            unit_buffers: largest(|u| u.buffer, nested + ahead),
+            gradient_slots: largest(|u| u.slot, nested + 1),
+            ahead,
+        }
     }
 
     /// Bytes of all of it.
     pub fn bytes(&self) -> usize {
         self.unit_buffers.iter().chain(&self.gradient_slots).sum()
     }
-}
-
-/// What a unit is to the pipeline.
-#[derive(Clone, Debug)]
-pub struct UnitBytes {
-    pub label: String,
-    /// Of its unit buffer, and of its full gradients.
-    pub bytes: usize,
 }
 
 /// What was done, for tests and statistics.
@@ -121,10 +158,15 @@ pub struct Pipeline {
 impl Pipeline {
     /// A pipeline at rest. An error if a unit fits nowhere.
     pub fn new(units: Vec<UnitBytes>, limits: &Limits) -> Result<Pipeline> {
-        for (what, sizes) in [("unit buffer", &limits.unit_buffers), ("gradient slot", &limits.gradient_slots)] {
+        type Size = fn(&UnitBytes) -> usize;
+        let memory: [(&str, &[usize], Size); 2] = [
+            ("unit buffer", &limits.unit_buffers, |u| u.buffer),
+            ("gradient slot", &limits.gradient_slots, |u| u.slot),
+        ];
+        for (what, sizes, of) in memory {
             let largest = sizes.iter().copied().max().unwrap_or(0);
-            if let Some(unit) = units.iter().find(|u| u.bytes > largest) {
-                let (label, bytes) = (&unit.label, unit.bytes);
+            if let Some(unit) = units.iter().find(|u| of(u) > largest) {
+                let (label, bytes) = (&unit.label, of(unit));
                 return Err(err!(
                     InvalidArgument,
                     "unit \"{label}\" of {bytes} bytes fits no {what}: the largest has {largest}"
@@ -174,7 +216,7 @@ impl Pipeline {
     /// Before compute that reads `unit`: returns its buffer; None if it has no elements. Units of `next`, in that order, are gathered ahead
     /// where there is room.
     pub fn unshard(&mut self, queues: &mut dyn Queues, unit: UnitId, next: &[UnitId]) -> Result<Option<usize>> {
-        if self.units[unit as usize].bytes > 0 && self.buffer(unit).is_none() {
+        if self.units[unit as usize].buffer > 0 && self.buffer(unit).is_none() {
             let buffer = match self.buffers.place(unit) {
                 Some(buffer) => buffer,
                 None => self.gather(queues, unit, true)?.expect("it has room or fails"),
@@ -184,7 +226,7 @@ impl Pipeline {
             self.last_gathered.take_if(|last| *last == buffer);
         }
         for unit in next.iter().copied() {
-            let there = self.buffers.place(unit).is_some() || self.units[unit as usize].bytes == 0;
+            let there = self.buffers.place(unit).is_some() || self.units[unit as usize].buffer == 0;
             if there {
                 continue;
             }
@@ -206,7 +248,7 @@ impl Pipeline {
 
     /// Before compute that writes gradients of `unit`: returns their slot, the same until they are reduced; None if it has no elements.
     pub fn collect(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<Option<usize>> {
-        let bytes = self.units[unit as usize].bytes;
+        let bytes = self.units[unit as usize].slot;
         let place = self.slots.place(unit);
         if place.is_some() || bytes == 0 {
             return Ok(place);
@@ -261,7 +303,7 @@ impl Pipeline {
 
     /// Launches an all-gather. None: there is no room, which is an error for a unit that is `needed` now.
     fn gather(&mut self, queues: &mut dyn Queues, unit: UnitId, needed: bool) -> Result<Option<usize>> {
-        let bytes = self.units[unit as usize].bytes;
+        let bytes = self.units[unit as usize].buffer;
         let mut found = self.buffers.choose(bytes);
         if found.is_none() && needed {
             // The one that was gathered last: it is needed last. The gather queue runs in order, and nothing has read it.

@@ -2,14 +2,19 @@
 
 use super::recorder::{Launch, Recorder};
 use super::*;
+use crate::config::EngineConfig;
 use crate::dtype::DType;
 use crate::error::Status;
 use crate::module::{ModuleTree, ROOT};
 use crate::wrap;
 use proptest::prelude::*;
 
+fn unit(label: &str, bytes: usize) -> UnitBytes {
+    UnitBytes { label: label.to_string(), depth: 0, buffer: bytes, slot: bytes }
+}
+
 fn pipeline(bytes: &[usize], buffers: &[usize], slots: &[usize], ahead: usize) -> Pipeline {
-    let unit = |(i, bytes): (usize, &usize)| UnitBytes { label: format!("u{i}"), bytes: *bytes };
+    let unit = |(i, bytes): (usize, &usize)| unit(&format!("u{i}"), *bytes);
     let limits = Limits { unit_buffers: buffers.to_vec(), gradient_slots: slots.to_vec(), ahead };
     Pipeline::new(bytes.iter().enumerate().map(unit).collect(), &limits).unwrap()
 }
@@ -239,7 +244,7 @@ fn units_without_elements_take_no_memory_and_launch_nothing() {
 
 #[test]
 fn a_unit_that_fits_nowhere_is_an_error() {
-    let units = vec![UnitBytes { label: "big".to_string(), bytes: 9 }];
+    let units = vec![unit("big", 9)];
     let limits =
         |buffers: usize, slots: usize| Limits { unit_buffers: vec![buffers], gradient_slots: vec![slots], ahead: 0 };
     let error = |limits| Pipeline::new(units.clone(), &limits).err().unwrap().message;
@@ -268,7 +273,7 @@ fn limits_come_from_the_plan_and_their_bytes_are_those_of_the_forecast() {
     tree.add_param(ROOT, "r", &[500], DType::F32, true, DATA.as_ptr().cast()).unwrap();
     wrap::always(&mut tree).unwrap();
     let plan = Plan::new(&tree, 0, 2).unwrap();
-    let limits = Limits::of(&plan, 1);
+    let limits = Limits::of(&UnitBytes::of(&plan), 1);
     // The root and a block in use, and the next block ahead; the largest ones.
     assert_eq!(limits.unit_buffers, [plan.units[2].bytes(), plan.units[3].bytes(), plan.units[1].bytes()]);
     let request = crate::forecast::Request { world_size: 2, ..Default::default() };
@@ -276,6 +281,14 @@ fn limits_come_from_the_plan_and_their_bytes_are_those_of_the_forecast() {
     assert_eq!(limits.gradient_slots.iter().sum::<usize>() as u64, forecast.gradient_slot_bytes);
     assert_eq!(limits.bytes() as u64, limits.unit_buffers.iter().sum::<usize>() as u64 + forecast.gradient_slot_bytes);
     assert!(limits.unit_buffers.iter().sum::<usize>() as u64 >= forecast.unsharded_peak_bytes);
+    // One parameter of a unit in 16 bits, all units reduced in 16 bits.
+    let config = EngineConfig { param_dtype: Some(DType::BF16), reduce_dtype: DType::BF16, ..Default::default() };
+    let plan = Plan::new(&tree.clone().with_engine_dtypes(&config), 0, 2).unwrap();
+    let units = UnitBytes::of(&plan);
+    assert_eq!((units[1].buffer, units[1].slot), (plan.units[1].bytes() / 2, plan.units[1].bytes() * 3 / 2));
+    tree.set_param_dtype(0, Some(DType::F16)).unwrap();
+    let plan = Plan::new(&tree.with_engine_dtypes(&EngineConfig::default()), 0, 2).unwrap();
+    assert_eq!(compute_dtypes(&plan, plan.params[0].unit), [DType::F16]);
 }
 
 /// What a host may do; units that are out of range of memory are refused.

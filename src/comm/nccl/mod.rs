@@ -3,17 +3,20 @@
 //! `library` finds it, `id` is how ranks meet, `comm` is a communicator: collectives on streams, in place in the unit buffer or gradient
 //! slot, never blocking the host without a deadline. `watch` follows what runs on the GPU: an error or a deadline aborts the communicator and
 //! names the unit, the rank and the collective. `register` lends NCCL a buffer for zero-copy where its version can do that.
+//! `queues` is a pipeline's device: streams, memory and two communicators.
 //!
 //! A communicator's collectives run in order; an engine takes one for all-gathers and one for reduce-scatters (`NcclComm::split`).
 
 mod comm;
 mod id;
 mod library;
+mod queues;
 mod register;
 mod watch;
 
 pub use comm::{NcclComm, NcclConfig, Part, Reduction};
 pub use id::UniqueId;
 pub use library::Nccl;
+pub use queues::{NcclQueues, UnitShards};
 pub use register::{Registered, RegisteredMemory};
 pub use watch::What;
