@@ -9,6 +9,7 @@ mod step;
 use cuda::gpu::Gpu;
 use cuda::{elements, reductions};
 use fsdp::comm::nccl::{Nccl, NcclComm, NcclConfig, UniqueId};
+use fsdp::comm::single;
 use fsdp::device::cuda::{compile, devices, kernels, Compiler, Context};
 use fsdp::dtype::DType;
 use std::io::Write;
@@ -115,7 +116,7 @@ fn steps_on_a_gpu_equal_the_cpus() {
             let config = NcclConfig { rank: 0, world_size: 1, timeout: Duration::from_secs(60) };
             let gather = NcclComm::new(nccl, context, &UniqueId::new(nccl).unwrap(), config).unwrap();
             let reduce = gather.split(0, 0, 0, 1).unwrap();
-            step::train([gather, reduce], dtypes);
+            step::train(single::init(), [gather, reduce], dtypes);
         }
     });
 }

@@ -3,15 +3,18 @@
 
 #[path = "cuda/fake.rs"]
 mod fake;
+#[path = "common/ranks.rs"]
+mod ranks;
 #[path = "nccl/step.rs"]
 mod step;
 
 use fsdp::comm::nccl::{Nccl, NcclComm, NcclConfig, Part, Reduction, Registered, RegisteredMemory, UniqueId, What};
-use fsdp::comm::Kind;
+use fsdp::comm::{Check, Kind};
 use fsdp::device::cuda::{Context, DeviceMemory, Priority, Source, Stream};
 use fsdp::dtype::DType;
 use fsdp::error::{Error, Status};
 use libloading::Library;
+use ranks::ranks;
 use std::ffi::{c_char, c_int, CStr, CString};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -403,17 +406,90 @@ fn an_id_comes_from_the_host_or_the_launcher() {
     std::env::remove_var("NCCL_COMM_ID");
 }
 
+/// Two communicators of NCCL's for rank `rank` of `world`.
+fn two_comms(rank: usize, world: usize, timeout: Duration) -> [Arc<NcclComm>; 2] {
+    let context = Context::new(0).unwrap();
+    let (nccl, id) = (Nccl::get().unwrap(), UniqueId::new(Nccl::get().unwrap()).unwrap());
+    let gather = NcclComm::new(nccl, &context, &id, NcclConfig { rank, world_size: world, timeout }).unwrap();
+    let reduce = gather.split(0, rank as i32, rank, world).unwrap();
+    [gather, reduce]
+}
+
 #[test]
 fn steps_on_the_queues_equal_the_cpus() {
     let fake = Fake::new();
-    for (rank, world) in [(0, 1), (0, 2), (1, 3)] {
+    for world in [1, 2, 3] {
         for dtypes in [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::BF16, DType::BF16)] {
-            let context = Context::new(0).unwrap();
-            let (nccl, id) = (Nccl::get().unwrap(), UniqueId::new(Nccl::get().unwrap()).unwrap());
-            let gather = NcclComm::new(nccl, &context, &id, config(rank, world)).unwrap();
-            let reduce = gather.split(0, rank as i32, rank, world).unwrap();
-            step::train([gather, reduce], dtypes);
+            ranks(world, |control| {
+                let comms = two_comms(control.rank(), world, Duration::from_secs(60));
+                step::train(control, comms, dtypes);
+            });
         }
+    }
+    assert_eq!(fake.count("alive"), 0);
+}
+
+#[test]
+fn ranks_that_launch_different_collectives_get_an_error_that_names_both() {
+    let fake = Fake::new();
+    for check in [Check::Together, Check::Announce] {
+        let errors = ranks(2, |control| {
+            let rank = control.rank();
+            let comms = two_comms(rank, 2, Duration::from_secs(60));
+            let mut t = step::Trainer::new(control, comms, (DType::F32, DType::F32));
+            t.queues.set_check(check);
+            // Units 1 and 2 are "a" and "b".
+            let launched = t.pipeline.unshard(&mut t.queues, 1 + rank as u32, &[]);
+            let e = match launched {
+                Err(e) => e,
+                // This rank came first, and NCCL would wait for ever: found while it waits.
+                Ok(_) => loop {
+                    if let Err(e) = t.queues.poll() {
+                        break e;
+                    }
+                },
+            };
+            assert!(t.pipeline.unshard(&mut t.queues, 0, &[]).is_err(), "broken");
+            e
+        });
+        for e in errors {
+            assert_eq!(e.status, Status::Mismatch, "{check:?}: {e}");
+            contains(
+                &e,
+                &[
+                    "rank 0 runs all-gather of unit \"a\"",
+                    "rank 1 runs all-gather of unit \"b\"",
+                    "a.weight",
+                    "b.weight",
+                ],
+            );
+        }
+        assert_eq!(fake.count("alive"), 0, "{check:?}");
+    }
+    assert!(!fake.log().iter().any(|line| line == "finalize"), "aborted, all of them");
+}
+
+#[test]
+fn a_rank_that_fails_breaks_the_others() {
+    let fake = Fake::new();
+    let errors = ranks(2, |control| {
+        let comms = two_comms(control.rank(), 2, Duration::from_secs(60));
+        let mut t = step::Trainer::new(control.clone(), comms, (DType::F32, DType::F32));
+        t.pipeline.unshard(&mut t.queues, 0, &[]).unwrap();
+        t.queues.finish().unwrap();
+        control.barrier().unwrap();
+        if control.rank() == 1 {
+            control.abort("out of patience");
+        }
+        loop {
+            if let Err(e) = t.queues.poll() {
+                break e;
+            }
+        }
+    });
+    for e in errors {
+        assert_eq!(e.status, Status::Aborted);
+        contains(&e, &["rank 1 aborted: out of patience"]);
     }
     assert_eq!(fake.count("alive"), 0);
 }

@@ -1,7 +1,9 @@
 /* An NCCL that is this process alone: every rank has what this one has. It works on host memory (the fake driver's), writes down what it is
  * asked, and can be told to be slow or to fail. Strict: a communicator that was destroyed, a collective that is not in place, or a call while
  * the last one is still at work is an error. */
+#include <pthread.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,15 +30,20 @@ struct config {
 
 static char lines[1 << 20];
 static char failing[64], last_error[128];
-static int fail_code, slow_polls, async_code, grouped, alive, registered;
+static int fail_code;
+static atomic_int slow_polls, async_code, alive, registered;
+static _Thread_local int grouped;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void note(const char *format, ...) {
+  pthread_mutex_lock(&lock);
   size_t used = strlen(lines);
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(lines + used, sizeof lines - used, format, arguments);
   va_end(arguments);
   strncat(lines, "\n", sizeof lines - strlen(lines) - 1);
+  pthread_mutex_unlock(&lock);
 }
 
 /* ---- for the tests ---- */

@@ -2,7 +2,8 @@
 //!
 //! The gradient of a parameter is half of it, as it was computed with; every rank has the same shards, so that the mean is what each has.
 
-use fsdp::comm::nccl::{NcclComm, NcclQueues, UnitShards};
+use fsdp::comm::nccl::{Comms, NcclComm, NcclQueues, UnitShards};
+use fsdp::comm::{Check, Communicator};
 use fsdp::config::EngineConfig;
 use fsdp::device::cuda::kernels::{Kernels, Piece, Step};
 use fsdp::device::cuda::{DeviceMemory, Priority, Source, Stream};
@@ -10,7 +11,7 @@ use fsdp::dtype::DType;
 use fsdp::module::{ModuleTree, ROOT};
 use fsdp::optim::{AdamWOptions, AdamWStep};
 use fsdp::pipeline::{Limits, Pipeline, UnitBytes};
-use fsdp::plan::{Plan, UnitId};
+use fsdp::plan::{Plan, UnitId, UnitPlan};
 use fsdp::wrap;
 use half::bf16;
 use std::sync::Arc;
@@ -49,40 +50,60 @@ fn on_cpu(unit: usize, len: usize, (param, reduce): (DType, DType)) -> Vec<f32> 
     w
 }
 
-/// Trains with two communicators of the same ranks, which all run this; computes and reduces in these types.
-pub fn train(comms: [Arc<NcclComm>; 2], dtypes: (DType, DType)) {
-    let context = comms[0].context().clone();
-    let compute = Stream::new(&context, Priority::Usual).unwrap();
-    let (kernels, source) = (Kernels::load(&context).unwrap(), Source::pool(&context).unwrap());
-    let plan = plan(&comms[0], dtypes);
-    let units: Vec<UnitId> = (0..plan.units.len() as UnitId).collect();
-    let floats = |len: usize, values: &[f32]| {
-        let memory = DeviceMemory::new(&source, &compute, len * 4, "a test").unwrap();
-        // SAFETY: as many bytes; waited for.
-        unsafe { compute.upload(values.as_ptr().cast(), memory.address(), values.len() * 4) }.unwrap();
-        compute.synchronize().unwrap();
-        memory
-    };
-    // Of each unit: masters, gradients, and the optimizer's two states.
-    let shards: Vec<[DeviceMemory; 4]> = plan
-        .units
-        .iter()
-        .enumerate()
-        .map(|(u, unit)| {
-            let len = unit.layout.shard_len;
-            let [a, b, c] = [floats(len, &vec![7.0; len]), floats(len, &vec![0.0; len]), floats(len, &vec![0.0; len])];
-            [floats(len, &first_values(u, len)), a, b, c]
-        })
-        .collect();
-    let places: Vec<UnitShards> =
-        shards.iter().map(|s| UnitShards { masters: s[0].address(), grads: s[1].address() }).collect();
-    let bytes = UnitBytes::of(&plan);
-    let limits = Limits::of(&bytes, 1);
-    let mut pipeline = Pipeline::new(bytes, &limits).unwrap();
-    // SAFETY: the shards outlive the queues, and are written below as they ask for.
-    let queues = unsafe { NcclQueues::new(&plan, &limits, &places, &kernels, &source, &compute, comms) };
-    let mut queues = queues.unwrap();
+/// A small model on a GPU, and what it is trained with.
+pub struct Trainer {
+    pub plan: Plan,
+    pub pipeline: Pipeline,
+    pub queues: NcclQueues,
+    compute: Arc<Stream>,
+    kernels: Arc<Kernels>,
+    /// Of each unit: masters, gradients, and the optimizer's two states.
+    shards: Vec<[DeviceMemory; 4]>,
+    dtypes: (DType, DType),
+}
 
+impl Trainer {
+    /// Computes and reduces in these types.
+    pub fn new(
+        control: Arc<dyn Communicator>,
+        [gather, reduce]: [Arc<NcclComm>; 2],
+        dtypes: (DType, DType),
+    ) -> Trainer {
+        let context = gather.context().clone();
+        let compute = Stream::new(&context, Priority::Usual).unwrap();
+        let (kernels, source) = (Kernels::load(&context).unwrap(), Source::pool(&context).unwrap());
+        let plan = plan(&gather, dtypes);
+        let floats = |values: &[f32]| {
+            let memory = DeviceMemory::new(&source, &compute, size_of_val(values), "a test").unwrap();
+            // SAFETY: as many bytes; waited for.
+            unsafe { compute.upload(values.as_ptr().cast(), memory.address(), size_of_val(values)) }.unwrap();
+            compute.synchronize().unwrap();
+            memory
+        };
+        let of_unit = |(u, unit): (usize, &UnitPlan)| {
+            let len = unit.layout.shard_len;
+            [first_values(u, len), vec![7.0; len], vec![0.0; len], vec![0.0; len]].map(|values| floats(&values))
+        };
+        let shards: Vec<[DeviceMemory; 4]> = plan.units.iter().enumerate().map(of_unit).collect();
+        let places: Vec<UnitShards> =
+            shards.iter().map(|s| UnitShards { masters: s[0].address(), grads: s[1].address() }).collect();
+        let bytes = UnitBytes::of(&plan);
+        let limits = Limits::of(&bytes, 1);
+        let pipeline = Pipeline::new(bytes, &limits).unwrap();
+        let names: Vec<_> = (0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect();
+        let first_unit = control.name_units(&names);
+        let comms = Comms { control, first_unit, gather, reduce };
+        // SAFETY: the shards are kept with the queues, and written as they ask for.
+        let queues = unsafe { NcclQueues::new(&plan, &limits, &places, &kernels, &source, &compute, comms) };
+        Trainer { plan, pipeline, queues: queues.unwrap(), compute, kernels, shards, dtypes }
+    }
+}
+
+/// Trains with communicators of the same ranks, which all run this, and compares with the CPU.
+pub fn train(control: Arc<dyn Communicator>, comms: [Arc<NcclComm>; 2], dtypes: (DType, DType)) {
+    let trainer = Trainer::new(control, comms, dtypes);
+    let Trainer { plan, mut pipeline, mut queues, compute, kernels, shards, dtypes } = trainer;
+    let units: Vec<UnitId> = (0..plan.units.len() as UnitId).collect();
     for t in 1..=STEPS {
         for (i, unit) in units.iter().copied().enumerate() {
             pipeline.unshard(&mut queues, unit, &units[i + 1..(i + 2).min(units.len())]).unwrap();
@@ -105,7 +126,7 @@ pub fn train(comms: [Arc<NcclComm>; 2], dtypes: (DType, DType)) {
         }
         pipeline.finish_backward(&mut queues).unwrap();
         pipeline.begin_write(&mut queues).unwrap();
-        let step = |(unit, s): (&fsdp::plan::UnitPlan, &[DeviceMemory; 4])| Step {
+        let step = |(unit, s): (&UnitPlan, &[DeviceMemory; 4])| Step {
             param: s[0].address(),
             grad: s[1].address(),
             states: [s[2].address(), s[3].address()],
@@ -115,9 +136,11 @@ pub fn train(comms: [Arc<NcclComm>; 2], dtypes: (DType, DType)) {
         // SAFETY: the shards' memory, which the pipeline has given to compute.
         unsafe { kernels.adamw(&compute, &numbers(t), &steps) }.unwrap();
         queues.poll().unwrap();
+        // As an engine does once the first iteration was the same on all ranks.
+        queues.set_check(Check::Announce);
     }
+    queues.finish().unwrap();
     compute.synchronize().unwrap();
-    assert!(queues.poll().unwrap());
     assert_eq!(pipeline.counts().all_gathers, 2 * STEPS * units.len() as u64);
 
     for (u, (unit, s)) in plan.units.iter().zip(&shards).enumerate() {

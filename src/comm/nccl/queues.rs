@@ -3,14 +3,17 @@
 //! A unit buffer is the unit's layout, once in each type that one of its parameters is computed in; this rank's shard is copied or rounded
 //! into its place there, and NCCL fills the rest. A slot is the layout in float32, and behind that in the type that it is reduced in if that
 //! is another; the mean is written or added to the gradient shard, which is float32.
+//!
+//! A host communicator of the same ranks is the control plane: each collective is announced there before it is launched, so that ranks that
+//! launch different ones get an error that names both. The error of one communicator breaks the others, on every rank that polls.
 
 use super::comm::{NcclComm, Part, Reduction};
 use super::watch::What;
-use crate::comm::Kind;
+use crate::comm::{Check, Communicator, Kind, Tag};
 use crate::device::cuda::kernels::{Kernels, Piece};
 use crate::device::cuda::{Context, DeviceMemory, Event as GpuEvent, Priority, Source, Stream};
 use crate::dtype::DType;
-use crate::error::{err, Result};
+use crate::error::{err, Error, Result};
 use crate::pipeline::{compute_dtypes, Event, Limits, Queue, Queues};
 use crate::plan::{Plan, UnitId};
 use cudarc::driver::sys::CUdeviceptr;
@@ -51,11 +54,25 @@ pub struct NcclQueues {
     units: Vec<Unit>,
     buffers: Vec<DeviceMemory>,
     slots: Vec<DeviceMemory>,
+    control: Arc<dyn Communicator>,
+    /// The control plane's number of unit 0.
+    first_unit: u32,
+    check: Check,
+}
+
+/// The communicators of the same ranks that queues work with.
+pub struct Comms {
+    /// On the host; no engine's, since its order of collectives is the queues' own.
+    pub control: Arc<dyn Communicator>,
+    /// The control plane's number of the plan's unit 0, of [`Communicator::name_units`].
+    pub first_unit: u32,
+    pub gather: Arc<NcclComm>,
+    pub reduce: Arc<NcclComm>,
 }
 
 impl NcclQueues {
-    /// Takes the memory that `limits` says from `source`, for work beside `compute`, the host's stream. `comms` are two communicators of the
-    /// plan's ranks: for all-gathers and for reduce-scatters. Local.
+    /// Takes the memory that `limits` says from `source`, for work beside `compute`, the host's stream. `comms` are of the
+    /// plan's ranks. Local. Until [`NcclQueues::set_check`] says otherwise every collective waits for all ranks to announce it.
     ///
     /// # Safety
     /// `shards` are as many as the plan's units, and their memory is there as long as the result. The host writes masters only between a
@@ -68,7 +85,7 @@ impl NcclQueues {
         kernels: &Arc<Kernels>,
         source: &Source,
         compute: &Arc<Stream>,
-        comms: [Arc<NcclComm>; 2],
+        comms: Comms,
     ) -> Result<NcclQueues> {
         if shards.len() != plan.units.len() {
             return Err(err!(
@@ -96,11 +113,24 @@ impl NcclQueues {
             reduce_dtype: unit.reduce_dtype,
             accumulate: false,
         });
-        let [gather_comm, reduce_comm] = comms;
+        let world = (comms.control.rank(), comms.control.world_size());
+        for comm in [&comms.gather, &comms.reduce] {
+            if (comm.rank(), comm.world_size()) != world {
+                return Err(err!(
+                    InvalidArgument,
+                    "{comm:?} is not of the control plane's ranks: rank {} of {}",
+                    world.0,
+                    world.1
+                ));
+            }
+        }
         let mut queues = NcclQueues {
             kernels: kernels.clone(),
-            gather_comm,
-            reduce_comm,
+            gather_comm: comms.gather,
+            reduce_comm: comms.reduce,
+            control: comms.control,
+            first_unit: comms.first_unit,
+            check: Check::Together,
             streams,
             events: HashMap::new(),
             units: units.collect(),
@@ -130,9 +160,47 @@ impl NcclQueues {
         self.units[unit as usize].accumulate = accumulate;
     }
 
-    /// Looks for failures of peers and for what hangs, without waiting; whether all collectives are done.
+    /// How collectives are compared from here on: the same on every rank. Local.
+    pub fn set_check(&mut self, check: Check) {
+        self.check = check;
+    }
+
+    /// Looks for failures of peers and for what hangs, without waiting; whether all collectives are done. An error has broken all three
+    /// communicators.
     pub fn poll(&self) -> Result<bool> {
-        Ok(self.gather_comm.poll()? & self.reduce_comm.poll()?)
+        if let Some(e) = self.control.async_error() {
+            return Err(self.broken(e));
+        }
+        let gathered = self.gather_comm.poll().map_err(|e| self.broken(e))?;
+        Ok(gathered & self.reduce_comm.poll().map_err(|e| self.broken(e))?)
+    }
+
+    /// Waits until all collectives are done, with NCCL's deadline for each.
+    pub fn finish(&self) -> Result<()> {
+        while !self.poll()? {
+            std::thread::sleep(std::time::Duration::from_micros(50));
+        }
+        Ok(())
+    }
+
+    /// Breaks all communicators, so that no rank waits for this one.
+    fn broken(&self, error: Error) -> Error {
+        // NCCL's kernels first: they would wait on the GPU.
+        self.gather_comm.abort(&error.message);
+        self.reduce_comm.abort(&error.message);
+        if self.control.async_error().is_none() {
+            self.control.abort(&error.message);
+        }
+        error
+    }
+
+    /// Says on the control plane what is launched next.
+    fn announce(&self, kind: Kind, unit: UnitId, parts: &[Part]) -> Result<()> {
+        let bytes = parts.iter().map(|p| (p.shard_len * p.dtype.size()) as u64).sum::<u64>();
+        let bytes = bytes * self.control.world_size() as u64;
+        let dtype = parts.first().map_or(DType::F32, |p| p.dtype);
+        let tag = Tag { kind, unit: self.first_unit + unit, dtype, bytes };
+        self.control.announce(tag, self.check).map_err(|e| self.broken(e))
     }
 
     /// The unit's layout in each of its types, one behind the other.
@@ -154,6 +222,7 @@ impl Queues for NcclQueues {
     fn all_gather(&mut self, unit: UnitId, buffer: usize) -> Result<()> {
         let (u, stream) = (&self.units[unit as usize], self.stream(Queue::Gather));
         let parts: Vec<Part> = self.parts(unit, buffer).collect();
+        self.announce(Kind::AllGather, unit, &parts)?;
         let rank = self.gather_comm.rank();
         for part in &parts {
             let to = part.data + (rank * u.shard_len * part.dtype.size()) as u64;
@@ -169,7 +238,7 @@ impl Queues for NcclQueues {
             }
         }
         // SAFETY: as above.
-        unsafe { self.gather_comm.all_gather(&u.gather, &parts, stream) }
+        unsafe { self.gather_comm.all_gather(&u.gather, &parts, stream) }.map_err(|e| self.broken(e))
     }
 
     fn reduce_scatter(&mut self, unit: UnitId, slot: usize) -> Result<()> {
@@ -178,6 +247,7 @@ impl Queues for NcclQueues {
         let behind = full + (u.len * DType::F32.size()) as u64;
         let data = if u.reduce_dtype == DType::F32 { full } else { behind };
         let part = Part { data, shard_len: u.shard_len, dtype: u.reduce_dtype };
+        self.announce(Kind::ReduceScatter, unit, &[part])?;
         let own = data + (self.reduce_comm.rank() * u.shard_len * u.reduce_dtype.size()) as u64;
         let mean = Piece { from: own, to: u.grads, len: u.shard_len as u64, add: u.accumulate.into() };
         // SAFETY: the pipeline lets nobody else use the slot meanwhile, and nobody else writes gradient shards; both have room.
@@ -186,7 +256,8 @@ impl Queues for NcclQueues {
                 let piece = Piece { from: full, to: behind, len: u.len as u64, add: 0 };
                 self.kernels.cast(stream, DType::F32, u.reduce_dtype, &[piece])?;
             }
-            self.reduce_comm.reduce_scatter(&u.reduce, part, Reduction::Mean, stream)?;
+            let reduced = self.reduce_comm.reduce_scatter(&u.reduce, part, Reduction::Mean, stream);
+            reduced.map_err(|e| self.broken(e))?;
             self.kernels.copy_in(stream, u.reduce_dtype, &[mean])
         }
     }
