@@ -191,6 +191,11 @@ fn memory_comes_from_the_pool_or_the_host_and_goes_back() {
 }
 
 #[test]
+fn both_homes_are_zeroed_memory_that_uploads() {
+    check(elements::homes);
+}
+
+#[test]
 fn copies_streams_and_events() {
     check(|gpu| {
         let data: Vec<u8> = (0..=255).collect();

@@ -78,6 +78,11 @@ fn unscaling_on_a_gpu() {
 }
 
 #[test]
+fn homes_on_a_gpu() {
+    on_gpu(elements::homes);
+}
+
+#[test]
 fn adamw_on_a_gpu() {
     on_gpu(reductions::adamw);
 }

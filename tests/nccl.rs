@@ -394,6 +394,22 @@ fn a_version_without_windows_says_so() {
 }
 
 #[test]
+fn a_copy_that_the_process_has_is_shared() {
+    let _fake = Fake::new();
+    // As LibTorch's would be, in a folder that the system does not look in.
+    let file = build("libfake-nccl-shared", &["-Wl,-soname,libnccl.so.2"]);
+    // SAFETY: no initializers beyond the languages'.
+    let there = unsafe { Library::new(&file) }.unwrap();
+    let found = Nccl::SEARCH.load_from(None).unwrap();
+    assert_eq!(found.path(), file.to_str().unwrap());
+    // SAFETY: as fake_nccl.c declares it.
+    let alive = |of: &Library| unsafe { *of.get::<extern "C" fn() -> c_int>(b"fake_nccl_alive\0").unwrap() as usize };
+    // SAFETY: as above.
+    let shared = unsafe { found.function::<extern "C" fn() -> c_int>("fake_nccl_alive") }.unwrap();
+    assert_eq!(alive(&there), shared as usize, "one copy");
+}
+
+#[test]
 fn an_id_comes_from_the_host_or_the_launcher() {
     let _fake = Fake::new();
     let nccl = Nccl::get().unwrap();

@@ -2,6 +2,8 @@
 //! float32 operation, so results must be equal, not close.
 
 use super::gpu::{noise, pieces, places, same, Gpu, LENGTHS};
+use fsdp::device::cuda::Cuda;
+use fsdp::device::{Device, Home};
 use fsdp::dtype::DType;
 use half::{bf16, f16};
 
@@ -194,4 +196,27 @@ pub fn unscaling(gpu: &Gpu) {
             }
         }
     }
+}
+
+pub fn homes(gpu: &Gpu) {
+    let device = Cuda::new(&gpu.stream, gpu.source.clone());
+    let (host, there) = (device.alloc(Home::Host, 1001, "a").unwrap(), device.alloc(Home::Device, 1001, "b").unwrap());
+    let read = || {
+        let mut data = vec![7f32; 1001];
+        // SAFETY: 1001 floats each; waited for.
+        unsafe { gpu.stream.download(there.as_ptr() as u64, data.as_mut_ptr().cast(), 4004) }.unwrap();
+        gpu.stream.synchronize().unwrap();
+        data
+    };
+    assert_eq!(read(), [0.0; 1001]);
+    // SAFETY: 1001 floats of this test's own.
+    let masters = unsafe { std::slice::from_raw_parts_mut(host.as_ptr(), 1001) };
+    assert_eq!(masters, [0.0; 1001]);
+    masters.copy_from_slice(&noise(21, 1001));
+    // SAFETY: as above.
+    unsafe { device.upload(host.as_ptr(), there.as_ptr(), 1001) }.unwrap();
+    assert_eq!(read(), masters);
+    assert_eq!(device.name(), "cuda");
+    assert!(!device.alloc(Home::Device, 0, "nothing").unwrap().as_ptr().is_null());
+    assert!(device.alloc(Home::Device, usize::MAX, "all").is_err());
 }

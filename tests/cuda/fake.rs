@@ -4,12 +4,16 @@ use fsdp::device::cuda::{compile, kernels};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// Accesses of 16 bytes at other addresses than the GPU allows end the process, as does everything else that is undefined.
+const FLAGS: &str = "-std=c++17 -O1 -ffp-contract=off -fno-strict-aliasing -fsanitize=undefined \
+                     -fsanitize-undefined-trap-on-error -Wall -Wextra -Werror -fPIC -shared";
+
 /// The library, made once for every version of its sources.
 pub fn library() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda");
     let kernels_cu = compile::SOURCES.concat();
     let names: Vec<String> = kernels::NAMES.iter().map(|n| format!("X({})", n.to_str().unwrap())).collect();
-    let mut all = kernels_cu.clone() + &names.concat();
+    let mut all = kernels_cu.clone() + &names.concat() + FLAGS;
     for file in ["words.hpp", "fake_driver.cpp"] {
         all += &std::fs::read_to_string(here.join(file)).unwrap();
     }
@@ -25,7 +29,7 @@ pub fn library() -> PathBuf {
     std::fs::write(&source, kernels_cu).unwrap();
     let compiler = std::env::var("CXX").unwrap_or("c++".to_string());
     let done = Command::new(&compiler)
-        .args("-std=c++17 -O1 -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Werror -fPIC -shared".split(' '))
+        .args(FLAGS.split(' '))
         .arg(format!("-DKERNELS(X)={}", names.join(" ")))
         .arg(format!("-DKERNEL_SOURCES=\"{}\"", source.display()))
         .args([Path::new("-o"), &made, &here.join("fake_driver.cpp")])

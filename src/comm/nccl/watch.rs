@@ -48,6 +48,8 @@ impl Watch {
             None => Event::new(context)?,
         };
         event.record(stream)?;
+        // So that a host that never looks keeps few events.
+        self.look()?;
         if self.running.is_empty() {
             self.moved = Some(Instant::now());
         }
