@@ -14,7 +14,6 @@ use fsdp::device::cuda::{
 use fsdp::error::Status;
 use libloading::Library;
 use std::ffi::{c_long, c_void, CString};
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The fake's own functions.
@@ -28,10 +27,10 @@ impl Fake {
         let guard = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
         let fake = FAKE.get_or_init(|| {
             let library = fake::library();
-            let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cache-{}", std::process::id()));
             std::env::set_var("FSDP_CUDA_LIBRARY", &library);
             std::env::set_var("FSDP_NVRTC_LIBRARY", &library);
-            std::env::set_var("XDG_CACHE_HOME", cache);
+            // Nothing of other processes, and nothing is left for them.
+            std::env::set_var("XDG_CACHE_HOME", "/proc/none");
             // SAFETY: it has no initializers beyond C++'s.
             Fake(unsafe { Library::new(&library) }.unwrap())
         });

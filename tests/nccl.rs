@@ -22,18 +22,25 @@ use std::time::Duration;
 
 const TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Compiles the library.
+/// The library, made once for every version of its source and these options.
 fn build(name: &str, options: &[&str]) -> PathBuf {
-    let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}.so", std::process::id()));
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/nccl/fake_nccl.c");
+    let all = std::fs::read_to_string(&source).unwrap() + &options.concat();
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let library = folder.join(format!("{name}-{:016x}.so", xxhash_rust::xxh3::xxh3_64(all.as_bytes())));
+    if library.exists() {
+        return library;
+    }
+    let made = folder.join(format!("{}-{name}.so", std::process::id()));
     let compiler = std::env::var("CC").unwrap_or("cc".to_string());
     let done = std::process::Command::new(&compiler)
-        .args(["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-o"])
-        .args([&library, &source])
+        .args(["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread", "-o"])
+        .args([&made, &source])
         .args(options)
         .output()
         .unwrap_or_else(|e| panic!("{compiler}: {e}"));
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    std::fs::rename(made, &library).unwrap();
     library
 }
 
@@ -54,8 +61,7 @@ impl Fake {
             std::env::set_var("FSDP_NCCL_LIBRARY", &nccl);
             std::env::set_var("FSDP_CUDA_LIBRARY", &cuda);
             std::env::set_var("FSDP_NVRTC_LIBRARY", &cuda);
-            let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cache-{}", std::process::id()));
-            std::env::set_var("XDG_CACHE_HOME", cache);
+            std::env::set_var("XDG_CACHE_HOME", "/proc/none");
             (nccl, cuda)
         });
         // SAFETY: no initializers beyond the languages'.
