@@ -1,8 +1,9 @@
 //! Shared libraries that are looked for when they are first needed: CUDA's driver, its compiler, NCCL.
 //!
-//! Building needs none of them, and a machine without them gets an error that says what was looked for and where. A copy that the
-//! process has already (LibTorch's, say) is shared: two copies of NCCL in one process would not know each other's communicators.
-//! What was loaded stays loaded until the process ends, so its functions may be called at any time.
+//! Building needs none of them, and a machine without them gets an error that says what was looked for and where. A
+//! copy that the process has already (LibTorch's, say) is shared: two copies of NCCL in one process would not know each
+//! other's communicators. What was loaded stays loaded until the process ends, so its functions may be called at any
+//! time.
 
 use crate::error::{err, Result};
 use libloading::os::unix::{Library as Handle, RTLD_LOCAL, RTLD_NOW};
@@ -32,8 +33,8 @@ pub struct Library {
 }
 
 impl Search<'_> {
-    /// The library that the variable names; else the copy that this process has; else what the system finds by name. Runs the
-    /// library's initializers. An error is `Unsupported`.
+    /// The library that the variable names; else the copy that this process has; else what the system finds by name.
+    /// Runs the library's initializers. An error is `Unsupported`.
     pub fn load(&self) -> Result<Library> {
         self.load_from(std::env::var_os(self.variable).filter(|path| !path.is_empty()))
     }
@@ -71,8 +72,8 @@ impl Search<'_> {
         }
         Err(err!(
             Unsupported,
-            "{} was not found, neither in this process nor where the system looks (LD_LIBRARY_PATH, /etc/ld.so.cache): {}. {} may \
-             name the file",
+            "{} was not found, neither in this process nor where the system looks (LD_LIBRARY_PATH, /etc/ld.so.cache): \
+             {}. {} may name the file",
             self.what,
             failures.join("; "),
             self.variable
@@ -132,8 +133,9 @@ fn file_of(symbol: *const c_void) -> Option<String> {
     Some(unsafe { CStr::from_ptr(info.dli_fname) }.to_string_lossy().into_owned())
 }
 
-/// `functions! { /// Doc. pub struct Name { fn cName(Type, ...) -> Type; ... } optional { fn cName(...) -> Type; ... } }`: a table of a
-/// library's functions by their C names; `Name::load(&Library)` fails for a missing one unless it is optional.
+/// `functions! { /// Doc. pub struct Name { fn cName(Type, ...) -> Type; ... } optional { fn cName(...) -> Type; ... }
+/// }`: a table of a library's functions by their C names; `Name::load(&Library)` fails for a missing one unless it is
+/// optional.
 macro_rules! functions {
     ($(#[$doc:meta])* pub struct $table:ident { $(fn $name:ident($($arg:ty),* $(,)?) -> $ret:ty;)* }
      optional { $(fn $maybe:ident($($marg:ty),* $(,)?) -> $mret:ty;)* }) => {

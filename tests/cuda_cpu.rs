@@ -1,5 +1,5 @@
-//! CUDA's part of the engine on a driver that is this machine's CPU (tests/cuda/fake_driver.cpp): the kernels' arithmetic, and that what is
-//! made is given back.
+//! CUDA's part of the engine on a driver that is this machine's CPU (tests/cuda/fake_driver.cpp): the kernels'
+//! arithmetic, and that what is made is given back.
 
 mod cuda;
 #[path = "cuda/fake.rs"]

@@ -1,5 +1,5 @@
-//! NCCL's part of the engine on a library that stands in for it (tests/nccl/fake_nccl.c), and on a driver that is this machine's CPU: what is
-//! asked of it, that nothing waits for ever, and what errors say.
+//! NCCL's part of the engine on a library that stands in for it (tests/nccl/fake_nccl.c), and on a driver that is this
+//! machine's CPU: what is asked of it, that nothing waits for ever, and what errors say.
 
 #[path = "cuda/fake.rs"]
 mod fake;

@@ -242,9 +242,9 @@ pub trait Communicator: Send + Sync {
     /// `output` = range `rank` of the combined `input`s; `input.len() == W * output.len()`.
     fn reduce_scatter_host(&self, input: &[u8], output: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()>;
 
-    /// Announces a collective that the caller runs elsewhere (on GPUs), so that a difference between ranks is an error instead of a hang
-    /// there: compared as this communicator's own are, and as `check` says. Moves nothing, waits with [`Check::Together`] only.
-    /// `Unsupported` where a backend cannot do that.
+    /// Announces a collective that the caller runs elsewhere (on GPUs), so that a difference between ranks is an error
+    /// instead of a hang there: compared as this communicator's own are, and as `check` says. Moves nothing, waits with
+    /// [`Check::Together`] only. `Unsupported` where a backend cannot do that.
     fn announce(&self, tag: Tag, check: Check) -> Result<()> {
         let _ = (tag, check);
         Err(err!(Unsupported, "this communicator cannot compare collectives that run elsewhere"))

@@ -1,7 +1,8 @@
-//! An iteration on a device whose collectives run on queues of their own: which unit is in which buffer, and what each launch waits for.
+//! An iteration on a device whose collectives run on queues of their own: which unit is in which buffer, and what each
+//! launch waits for.
 //!
-//! Pure: what is launched goes to a [`Queues`], which may be streams of a GPU or a recording. Nothing here waits for the device; all order is
-//! between queues, by events:
+//! Pure: what is launched goes to a [`Queues`], which may be streams of a GPU or a recording. Nothing here waits for
+//! the device; all order is between queues, by events:
 //!
 //! ```text
 //!   gather   all-gather of a unit      after compute has read what was in the buffer before, and has written the shards
@@ -9,8 +10,9 @@
 //!   reduce   reduce-scatter of a unit  after compute has written its gradients
 //! ```
 //!
-//! So the all-gather of the next unit runs beside the compute of this one, and the reduce-scatter of the last one too. Memory does not
-//! grow with how far the host runs ahead of the device: there are as many unit buffers and gradient slots as [`Limits`] says.
+//! So the all-gather of the next unit runs beside the compute of this one, and the reduce-scatter of the last one too.
+//! Memory does not grow with how far the host runs ahead of the device: there are as many unit buffers and gradient
+//! slots as [`Limits`] says.
 
 use crate::dtype::DType;
 use crate::error::{err, Result};
@@ -48,11 +50,14 @@ pub enum Event {
     Reduced(usize),
 }
 
-/// What a device does. Each call returns at once; an error of one is returned by the pipeline, which can be used no further.
+/// What a device does. Each call returns at once; an error of one is returned by the pipeline, which can be used no
+/// further.
 pub trait Queues {
-    /// On [`Queue::Gather`]: this rank's shard of `unit` goes to its place in unit buffer `buffer`, and every other rank's to theirs.
+    /// On [`Queue::Gather`]: this rank's shard of `unit` goes to its place in unit buffer `buffer`, and every other
+    /// rank's to theirs.
     fn all_gather(&mut self, unit: UnitId, buffer: usize) -> Result<()>;
-    /// On [`Queue::Reduce`]: the mean of all ranks' gradients of `unit` in slot `slot` goes to this rank's gradient shard.
+    /// On [`Queue::Reduce`]: the mean of all ranks' gradients of `unit` in slot `slot` goes to this rank's gradient
+    /// shard.
     fn reduce_scatter(&mut self, unit: UnitId, slot: usize) -> Result<()>;
     /// `event` is the end of what `queue` has been given so far.
     fn record(&mut self, event: Event, queue: Queue) -> Result<()>;
@@ -106,8 +111,9 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// What a model needs whose units are resharded after their forward: the units on a path of nested ones, and `ahead` more; a slot
-    /// more than units nest, whose reduction runs. They are the largest units, so that any as many fit.
+    /// What a model needs whose units are resharded after their forward: the units on a path of nested ones, and
+    /// `ahead` more; a slot more than units nest, whose reduction runs. They are the largest units, so that any as many
+    /// fit.
     pub fn of(units: &[UnitBytes], ahead: usize) -> Limits {
         let nested = units.iter().map(|u| u.depth).max().unwrap_or(0) + 1;
         let largest = |of: fn(&UnitBytes) -> usize, count: usize| {
@@ -194,8 +200,9 @@ impl Pipeline {
         self.buffers.place(unit).filter(|b| self.buffers.state(*b) == Use::Open(unit))
     }
 
-    /// Before compute that writes shards (an optimizer's step): it starts when nothing gathers them any more, and what is gathered from here on
-    /// is gathered after all that compute has been given by then. An error while units are unsharded.
+    /// Before compute that writes shards (an optimizer's step): it starts when nothing gathers them any more, and what
+    /// is gathered from here on is gathered after all that compute has been given by then. An error while units are
+    /// unsharded.
     pub fn begin_write(&mut self, queues: &mut dyn Queues) -> Result<()> {
         if let Some(unit) = self.buffers.open().next() {
             return Err(err!(
@@ -213,8 +220,8 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Before compute that reads `unit`: returns its buffer; None if it has no elements. Units of `next`, in that order, are gathered ahead
-    /// where there is room.
+    /// Before compute that reads `unit`: returns its buffer; None if it has no elements. Units of `next`, in that
+    /// order, are gathered ahead where there is room.
     pub fn unshard(&mut self, queues: &mut dyn Queues, unit: UnitId, next: &[UnitId]) -> Result<Option<usize>> {
         if self.units[unit as usize].buffer > 0 && self.buffer(unit).is_none() {
             let buffer = match self.buffers.place(unit) {
@@ -238,7 +245,8 @@ impl Pipeline {
         Ok(self.buffer(unit))
     }
 
-    /// After compute that reads `unit`: its buffer may be used for another one once that work is done. Nothing happens if it is sharded.
+    /// After compute that reads `unit`: its buffer may be used for another one once that work is done. Nothing happens
+    /// if it is sharded.
     pub fn reshard(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<()> {
         let Some(buffer) = self.buffer(unit) else { return Ok(()) };
         queues.record(Event::Released(buffer), Queue::Compute)?;
@@ -246,7 +254,8 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Before compute that writes gradients of `unit`: returns their slot, the same until they are reduced; None if it has no elements.
+    /// Before compute that writes gradients of `unit`: returns their slot, the same until they are reduced; None if it
+    /// has no elements.
     pub fn collect(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<Option<usize>> {
         let bytes = self.units[unit as usize].slot;
         let place = self.slots.place(unit);
@@ -258,8 +267,8 @@ impl Pipeline {
             let (label, count) = (self.label(unit), self.slots.len());
             return Err(err!(
                 InvalidState,
-                "unit \"{label}\" has no gradient slot: {units} have those of the {count} that are large enough and are not \
-                 reduced yet; more gradient_slots are needed"
+                "unit \"{label}\" has no gradient slot: {units} have those of the {count} that are large enough and \
+                 are not reduced yet; more gradient_slots are needed"
             ));
         };
         if self.slots.state(slot) == Use::Busy {
@@ -269,7 +278,8 @@ impl Pipeline {
         Ok(Some(slot))
     }
 
-    /// After compute that completes the gradients of `unit`: launches their reduction. Nothing happens if none were collected.
+    /// After compute that completes the gradients of `unit`: launches their reduction. Nothing happens if none were
+    /// collected.
     pub fn reduce(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<()> {
         let Some(slot) = self.slots.place(unit) else { return Ok(()) };
         queues.record(Event::Filled(slot), Queue::Compute)?;
@@ -282,7 +292,8 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Ends a backward: reduces what was collected, reshards all units, and lets what compute is given from here on see the gradient shards.
+    /// Ends a backward: reduces what was collected, reshards all units, and lets what compute is given from here on see
+    /// the gradient shards.
     pub fn finish_backward(&mut self, queues: &mut dyn Queues) -> Result<()> {
         let mut collected: Vec<UnitId> = self.slots.open().collect();
         // The same order on every rank.
@@ -306,7 +317,8 @@ impl Pipeline {
         let bytes = self.units[unit as usize].buffer;
         let mut found = self.buffers.choose(bytes);
         if found.is_none() && needed {
-            // The one that was gathered last: it is needed last. The gather queue runs in order, and nothing has read it.
+            // The one that was gathered last: it is needed last. The gather queue runs in order, and nothing has read
+            // it.
             found = self.buffers.ahead().filter(|b| self.buffers.bytes(*b) >= bytes).last();
             self.counts.evictions += u64::from(found.is_some());
         }
@@ -317,8 +329,8 @@ impl Pipeline {
             let (units, label, count) = (self.labels(self.buffers.open()), self.label(unit), self.buffers.len());
             return Err(err!(
                 InvalidState,
-                "unit \"{label}\" has no unit buffer: {units} are unsharded in those of the {count} that are large enough; \
-                 reshard one of them, or more unit buffers are needed"
+                "unit \"{label}\" has no unit buffer: {units} are unsharded in those of the {count} that are large \
+                 enough; reshard one of them, or more unit buffers are needed"
             ));
         };
         if std::mem::take(&mut self.stale) {

@@ -63,7 +63,8 @@ impl Pool {
         (self.places[place].state, self.places[place].since) = (state, self.time);
     }
 
-    /// What nobody has, of the smallest size that fits: first what nobody has to be waited for, then what was given back longest ago.
+    /// What nobody has, of the smallest size that fits: first what nobody has to be waited for, then what was given
+    /// back longest ago.
     pub fn choose(&self, bytes: usize) -> Option<usize> {
         let free = |i: &usize| matches!(self.places[*i].state, Use::Free | Use::Busy) && self.places[*i].bytes >= bytes;
         let key = |i: &usize| (self.places[*i].bytes, self.places[*i].state == Use::Busy, self.places[*i].since);

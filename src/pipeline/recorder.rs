@@ -1,5 +1,5 @@
-//! A device that records what it is given, and what that implies: which work may run beside which, and whether anybody may read or
-//! write memory that somebody else is writing.
+//! A device that records what it is given, and what that implies: which work may run beside which, and whether anybody
+//! may read or write memory that somebody else is writing.
 
 use super::{Event, Queue, Queues};
 use crate::error::{err, Result};
@@ -112,8 +112,8 @@ impl Recorder {
         !self.ordered(a, b) && !self.ordered(b, a)
     }
 
-    /// The first two launches that may touch the same memory at the same time, one of them writing, and the first that reads a buffer or slot
-    /// of another unit's.
+    /// The first two launches that may touch the same memory at the same time, one of them writing, and the first that
+    /// reads a buffer or slot of another unit's.
     pub fn check(&self) -> Result<()> {
         let mut holds: HashMap<usize, UnitId> = HashMap::new();
         for (j, b) in self.launched.iter().enumerate() {

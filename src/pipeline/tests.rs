@@ -315,8 +315,8 @@ fn act(units: u32) -> impl Strategy<Value = Act> {
 }
 
 proptest! {
-    /// Whatever a host does, and in whatever order: no memory is read while it is written, every unit is read where it is, and no more
-    /// units are gathered than there are buffers.
+    /// Whatever a host does, and in whatever order: no memory is read while it is written, every unit is read where it
+    /// is, and no more units are gathered than there are buffers.
     #[test]
     fn any_order_is_safe(
         acts in prop::collection::vec(act(5), 1..60),

@@ -1,5 +1,5 @@
-//! Casts, scaling, gradients and zeros, element by element against float64. A float32 operation computed in float64 and rounded once is the
-//! float32 operation, so results must be equal, not close.
+//! Casts, scaling, gradients and zeros, element by element against float64. A float32 operation computed in float64 and
+//! rounded once is the float32 operation, so results must be equal, not close.
 
 use super::gpu::{noise, pieces, places, same, Gpu, LENGTHS};
 use fsdp::device::cuda::Cuda;

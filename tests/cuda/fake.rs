@@ -4,7 +4,8 @@ use fsdp::device::cuda::{compile, kernels};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Accesses of 16 bytes at other addresses than the GPU allows end the process, as does everything else that is undefined.
+/// Accesses of 16 bytes at other addresses than the GPU allows end the process, as does everything else that is
+/// undefined.
 const FLAGS: &str = "-std=c++17 -O1 -ffp-contract=off -fno-strict-aliasing -fsanitize=undefined \
                      -fsanitize-undefined-trap-on-error -Wall -Wextra -Werror -fPIC -shared";
 

@@ -1,8 +1,9 @@
-// A CUDA driver and a run-time compiler that are this machine's CPU: the functions that the engine calls, on host memory, each
-// done when it returns. The kernels are the engine's own sources, compiled into this library; KERNELS(X) lists them.
+// A CUDA driver and a run-time compiler that are this machine's CPU: the functions that the engine calls, on host
+// memory, each done when it returns. The kernels are the engine's own sources, compiled into this library; KERNELS(X)
+// lists them.
 //
-// Strict where a driver is lenient: a call without a current context, an address that is not the device's, a stream or event
-// that is not there, a launch of the wrong size fail; writing past the end of memory ends the process.
+// Strict where a driver is lenient: a call without a current context, an address that is not the device's, a stream or
+// event that is not there, a launch of the wrong size fail; writing past the end of memory ends the process.
 //
 // In the environment, FAKE_CUDA_DEVICES says how many GPUs there are (1). Each has 1 GiB.
 #include <cstdio>

@@ -39,8 +39,9 @@ impl Gpu {
     }
 }
 
-/// Pieces of these lengths one after the other with a gap of at least one element, at addresses that are a multiple of 16 bytes, or one
-/// element past one where `shift`. Returns each piece's first element and length, and how many elements there are in all.
+/// Pieces of these lengths one after the other with a gap of at least one element, at addresses that are a multiple of
+/// 16 bytes, or one element past one where `shift`. Returns each piece's first element and length, and how many
+/// elements there are in all.
 pub fn places(lengths: &[usize], shift: bool) -> (Vec<(usize, usize)>, usize) {
     let mut at = 16;
     let mut places = Vec::new();

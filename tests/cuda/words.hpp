@@ -1,5 +1,5 @@
-// CUDA's words for a C++ compiler. Blocks run one after the other, so that what their threads share may be static. One thread of a
-// block runs at a time: to its end, or, in kernels whose threads wait for each other, until it waits.
+// CUDA's words for a C++ compiler. Blocks run one after the other, so that what their threads share may be static. One
+// thread of a block runs at a time: to its end, or, in kernels whose threads wait for each other, until it waits.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -60,8 +60,8 @@ inline unsigned short float_to_half(float x) {
   return bits;
 }
 
-/// The threads of a block that wait for each other. Each has a stack of its own; after the first switch onto it (ucontext), setjmp and
-/// longjmp switch without system calls.
+/// The threads of a block that wait for each other. Each has a stack of its own; after the first switch onto it
+/// (ucontext), setjmp and longjmp switch without system calls.
 class Block {
  public:
   explicit Block(unsigned threads) : threads_(threads) {

@@ -1,6 +1,6 @@
-/* An NCCL that is this process alone: every rank has what this one has. It works on host memory (the fake driver's), writes down what it is
- * asked, and can be told to be slow or to fail. Strict: a communicator that was destroyed, a collective that is not in place, or a call while
- * the last one is still at work is an error. */
+/* An NCCL that is this process alone: every rank has what this one has. It works on host memory (the fake driver's),
+ * writes down what it is asked, and can be told to be slow or to fail. Strict: a communicator that was destroyed, a
+ * collective that is not in place, or a call while the last one is still at work is an error. */
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>

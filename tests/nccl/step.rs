@@ -1,6 +1,7 @@
 //! Training steps of a small model on a GPU's queues, by the engine's own kernels alone, against the same on the CPU.
 //!
-//! The gradient of a parameter is half of it, as it was computed with; every rank has the same shards, so that the mean is what each has.
+//! The gradient of a parameter is half of it, as it was computed with; every rank has the same shards, so that the mean
+//! is what each has.
 
 use fsdp::comm::nccl::{Comms, NcclComm, NcclQueues, UnitShards};
 use fsdp::comm::{Check, Communicator};

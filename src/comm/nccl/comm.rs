@@ -1,7 +1,8 @@
 //! A communicator of NCCL: collectives on streams of a GPU, in place.
 //!
-//! It never blocks: NCCL's calls return while they are still at work, and are polled with a deadline. The first failure, of NCCL, of a
-//! peer, or of the deadline, aborts the communicator, so that no kernel waits on the GPU for ever; every later call returns the same error.
+//! It never blocks: NCCL's calls return while they are still at work, and are polled with a deadline. The first
+//! failure, of NCCL, of a peer, or of the deadline, aborts the communicator, so that no kernel waits on the GPU for
+//! ever; every later call returns the same error.
 
 use super::id::UniqueId;
 use super::library::{self, status_of, Code, Nccl, IN_PROGRESS, SUCCESS};
@@ -16,7 +17,7 @@ use std::ffi::{c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Polls between two looks at the clock are this far apart.
+/// Between two polls of what takes longer than this.
 const PAUSE: Duration = Duration::from_micros(50);
 
 /// Who this rank is among which.
@@ -89,8 +90,8 @@ impl NcclComm {
         NcclComm::connected(nccl, context, config, raw)
     }
 
-    /// A communicator of the ranks that give the same `color`, in the order of (`key`, rank), with a GPU queue of its own; `rank` and
-    /// `world_size` are what this rank will be there. Collective over this one's ranks.
+    /// A communicator of the ranks that give the same `color`, in the order of (`key`, rank), with a GPU queue of its
+    /// own; `rank` and `world_size` are what this rank will be there. Collective over this one's ranks.
     pub fn split(&self, color: u32, key: i32, rank: usize, world_size: usize) -> Result<Arc<NcclComm>> {
         let color =
             c_int::try_from(color).map_err(|_| err!(InvalidArgument, "{color} is too large a color for NCCL"))?;
@@ -118,8 +119,8 @@ impl NcclComm {
         &self.context
     }
 
-    /// In place: of each part, rank r's elements are at r times its length, and then all are everywhere. Several parts (a unit whose parameters
-    /// have several types) are one launch. Collective.
+    /// In place: of each part, rank r's elements are at r times its length, and then all are everywhere. Several parts
+    /// (a unit whose parameters have several types) are one launch. Collective.
     ///
     /// # Safety
     /// The memory is there, and touched by nothing else, from when `stream` comes to it until it is done.
@@ -144,8 +145,8 @@ impl NcclComm {
         })
     }
 
-    /// In place: rank r gets the combination of all ranks' elements from r times the length on, there; the rest is left as NCCL leaves it.
-    /// Collective.
+    /// In place: rank r gets the combination of all ranks' elements from r times the length on, there; the rest is left
+    /// as NCCL leaves it. Collective.
     ///
     /// # Safety
     /// As [`NcclComm::all_gather`].
@@ -203,8 +204,8 @@ impl NcclComm {
         })
     }
 
-    /// Looks for errors of peers, and for a collective that has been at work for too long, without waiting; whether all that was given to the
-    /// GPU is done.
+    /// Looks for errors of peers, and for a collective that has been at work for too long, without waiting; whether all
+    /// that was given to the GPU is done.
     pub fn poll(&self) -> Result<bool> {
         let mut state = self.working()?;
         let mut now: Code = SUCCESS;
@@ -234,8 +235,8 @@ impl NcclComm {
         Ok(())
     }
 
-    /// Ends all of it at once: nothing of it runs on the GPU any more, and peers that wait for this rank fail or meet their deadlines.
-    /// Every later call returns an error with `reason`.
+    /// Ends all of it at once: nothing of it runs on the GPU any more, and peers that wait for this rank fail or meet
+    /// their deadlines. Every later call returns an error with `reason`.
     pub fn abort(&self, reason: &str) {
         let error = err!(Aborted, "rank {} of {} has aborted: {reason}", self.config.rank, self.config.world_size);
         // Another thread may hold the lock while it waits for a peer.
@@ -306,7 +307,7 @@ impl NcclComm {
             Reduction::Mean if !dtype.is_float() => {
                 return Err(err!(InvalidArgument, "{dtype} has no averages"));
             }
-            // Of one rank the mean is the sum, which no version of NCCL has ever got wrong.
+            // Of one rank the mean is the sum: nothing depends on what NCCL's averages do there.
             Reduction::Mean if self.config.world_size == 1 => Some(NCCL_SUM),
             Reduction::Mean => Some(NCCL_AVG),
             Reduction::Scaled(_) => None,
@@ -361,7 +362,11 @@ impl NcclComm {
             if start.elapsed() > self.config.timeout {
                 return Err(self.late(state, what));
             }
-            std::thread::sleep(PAUSE);
+            // Most calls are done at once; the first ones of a communicator connect it.
+            match start.elapsed() < PAUSE {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(PAUSE),
+            }
         }
     }
 

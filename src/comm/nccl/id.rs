@@ -7,7 +7,8 @@ use cudarc::nccl::sys::ncclUniqueId;
 /// NCCL's own variable: host:port where rank 0 listens; with it every rank gets the same id.
 const VARIABLE: &str = "NCCL_COMM_ID";
 
-/// What ncclCommInitRankConfig needs: made by one rank and given to all by the host, or made by all from the environment.
+/// What ncclCommInitRankConfig needs: made by one rank and given to all by the host, or made by all from the
+/// environment.
 #[derive(Clone)]
 pub struct UniqueId(pub(super) ncclUniqueId);
 
@@ -22,8 +23,9 @@ impl UniqueId {
         Ok(UniqueId(id))
     }
 
-    /// The same id on every rank, from the launcher's variables: NCCL_COMM_ID if it is set, else the port after MASTER_PORT (which the launcher
-    /// itself may listen on) at MASTER_ADDR. Sets NCCL_COMM_ID in this process. For one communicator at a time. Local.
+    /// The same id on every rank, from the launcher's variables: NCCL_COMM_ID if it is set, else the port after
+    /// MASTER_PORT (which the launcher itself may listen on) at MASTER_ADDR. Sets NCCL_COMM_ID in this process. For one
+    /// communicator at a time. Local.
     pub fn from_environment(nccl: &Nccl) -> Result<UniqueId> {
         let get = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         std::env::set_var(VARIABLE, address(&get)?);
@@ -49,7 +51,8 @@ fn address(get: &dyn Fn(&str) -> Option<String>) -> Result<String> {
     }
     let need = |name: &str| {
         get(name).ok_or_else(|| {
-            err!(Rendezvous, "NCCL's ranks cannot meet: give them an id, or set {VARIABLE}, or MASTER_ADDR and MASTER_PORT; {name} is not set")
+            err!(Rendezvous, "NCCL's ranks cannot meet: give them an id, or set {VARIABLE}, or MASTER_ADDR and MASTER_PORT; {name} is \
+                 not set")
         })
     };
     let (host, port) = (need("MASTER_ADDR")?, need("MASTER_PORT")?);

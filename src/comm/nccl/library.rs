@@ -1,6 +1,7 @@
 //! The NCCL library, as far as it is used: loaded at run time, shared with LibTorch, every result code checked.
 //!
-//! Numbers instead of cudarc's enums: NCCL returns values that those do not have (its own reduction operators, newer errors).
+//! Numbers instead of cudarc's enums: NCCL returns values that those do not have (its own reduction operators, newer
+//! errors).
 
 use crate::error::{Error, Result, Status};
 use crate::library::{functions, Library, Search};
@@ -19,8 +20,8 @@ const INVALID_ARGUMENT: Code = 4;
 const INVALID_USAGE: Code = 5;
 const TIMED_OUT: Code = 8;
 
-/// The head of ncclConfig_t, as it was in 2.18 and still is: a library reads as many bytes as `size` says and gives what follows
-/// its defaults.
+/// The head of ncclConfig_t, as it was in 2.18 and still is: a library reads as many bytes as `size` says and gives
+/// what follows its defaults.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct NcclConfig {

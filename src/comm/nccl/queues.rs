@@ -1,11 +1,14 @@
-//! A pipeline's queues on a GPU: three streams, an event for each of the pipeline's, and a communicator for each kind of collective.
+//! A pipeline's queues on a GPU: three streams, an event for each of the pipeline's, and a communicator for each kind
+//! of collective.
 //!
-//! A unit buffer is the unit's layout, once in each type that one of its parameters is computed in; this rank's shard is copied or rounded
-//! into its place there, and NCCL fills the rest. A slot is the layout in float32, and behind that in the type that it is reduced in if that
-//! is another; the mean is written or added to the gradient shard, which is float32.
+//! A unit buffer is the unit's layout, once in each type that one of its parameters is computed in; this rank's shard
+//! is copied or rounded into its place there, and NCCL fills the rest. A slot is the layout in float32, and behind that
+//! in the type that it is reduced in if that is another; the mean is written or added to the gradient shard, which is
+//! float32.
 //!
-//! A host communicator of the same ranks is the control plane: each collective is announced there before it is launched, so that ranks that
-//! launch different ones get an error that names both. The error of one communicator breaks the others, on every rank that polls.
+//! A host communicator of the same ranks is the control plane: each collective is announced there before it is
+//! launched, so that ranks that launch different ones get an error that names both. The error of one communicator
+//! breaks the others, on every rank that polls.
 
 use super::comm::{NcclComm, Part, Reduction};
 use super::watch::What;
@@ -71,13 +74,14 @@ pub struct Comms {
 }
 
 impl NcclQueues {
-    /// Takes the memory that `limits` says from `source`, for work beside `compute`, the host's stream. `comms` are of the
-    /// plan's ranks. Local. Until [`NcclQueues::set_check`] says otherwise every collective waits for all ranks to announce it.
+    /// Takes the memory that `limits` says from `source`, for work beside `compute`, the host's stream. `comms` are of
+    /// the plan's ranks. Local. Until [`NcclQueues::set_check`] says otherwise every collective waits for all ranks to
+    /// announce it.
     ///
     /// # Safety
-    /// `shards` are as many as the plan's units, and their memory is there as long as the result. The host writes masters only between a
-    /// pipeline's `begin_write` and its next unshard, and gradient shards never between a reduction and the end of its backward, both in the
-    /// order of `compute`.
+    /// `shards` are as many as the plan's units, and their memory is there as long as the result. The host writes
+    /// masters only between a pipeline's `begin_write` and its next unshard, and gradient shards never between a
+    /// reduction and the end of its backward, both in the order of `compute`.
     pub unsafe fn new(
         plan: &Plan,
         limits: &Limits,
@@ -145,7 +149,8 @@ impl NcclQueues {
         Ok(queues)
     }
 
-    /// Where the layout of `unit` begins in unit buffer `buffer`, in this type; None if no parameter of it is computed in that.
+    /// Where the layout of `unit` begins in unit buffer `buffer`, in this type; None if no parameter of it is computed
+    /// in that.
     pub fn in_buffer(&self, unit: UnitId, buffer: usize, dtype: DType) -> Option<CUdeviceptr> {
         self.parts(unit, buffer).find(|part| part.dtype == dtype).map(|part| part.data)
     }
@@ -165,8 +170,8 @@ impl NcclQueues {
         self.check = check;
     }
 
-    /// Looks for failures of peers and for what hangs, without waiting; whether all collectives are done. An error has broken all three
-    /// communicators.
+    /// Looks for failures of peers and for what hangs, without waiting; whether all collectives are done. An error has
+    /// broken all three communicators.
     pub fn poll(&self) -> Result<bool> {
         if let Some(e) = self.control.async_error() {
             return Err(self.broken(e));
@@ -226,7 +231,8 @@ impl Queues for NcclQueues {
         let rank = self.gather_comm.rank();
         for part in &parts {
             let to = part.data + (rank * u.shard_len * part.dtype.size()) as u64;
-            // SAFETY: the pipeline lets nobody else use the buffer meanwhile, and the masters are read only; both have room for a shard.
+            // SAFETY: the pipeline lets nobody else use the buffer meanwhile, and the masters are read only; both have
+            // room for a shard.
             unsafe {
                 match part.dtype {
                     DType::F32 => stream.copy_on_device(u.masters, to, u.shard_len * DType::F32.size())?,
@@ -250,7 +256,8 @@ impl Queues for NcclQueues {
         self.announce(Kind::ReduceScatter, unit, &[part])?;
         let own = data + (self.reduce_comm.rank() * u.shard_len * u.reduce_dtype.size()) as u64;
         let mean = Piece { from: own, to: u.grads, len: u.shard_len as u64, add: u.accumulate.into() };
-        // SAFETY: the pipeline lets nobody else use the slot meanwhile, and nobody else writes gradient shards; both have room.
+        // SAFETY: the pipeline lets nobody else use the slot meanwhile, and nobody else writes gradient shards; both
+        // have room.
         unsafe {
             if u.reduce_dtype != DType::F32 {
                 let piece = Piece { from: full, to: behind, len: u.len as u64, add: 0 };
@@ -278,7 +285,8 @@ impl Queues for NcclQueues {
 }
 
 impl Drop for NcclQueues {
-    /// The memory goes back in the order of compute, so that comes after the other queues' work. A device that fails now frees it all the same.
+    /// The memory goes back in the order of compute, so that comes after the other queues' work. A device that fails
+    /// now frees it all the same.
     fn drop(&mut self) {
         for queue in [Queue::Gather, Queue::Reduce] {
             let _ =

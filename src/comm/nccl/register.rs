@@ -1,6 +1,7 @@
 //! Buffers that NCCL knows: memory of its own kind, and registrations for zero-copy, where the version has them.
 //!
-//! 2.19 registers any buffer; 2.27 has windows over memory of its own, in which ranks see each other's buffers symmetrically.
+//! 2.19 registers any buffer; 2.27 has windows over memory of its own, in which ranks see each other's buffers
+//! symmetrically.
 
 use super::comm::NcclComm;
 use super::library::Nccl;

@@ -1,8 +1,10 @@
-//! Kernels from source to machine code: compiled by NVRTC once per process and architecture, and kept in a file for later processes.
+//! Kernels from source to machine code: compiled by NVRTC once per process and architecture, and kept in a file for
+//! later processes.
 //!
-//! The file's name is a checksum of all that the code depends on, and the file begins with a checksum of the rest; one that is damaged
-//! counts as absent. It is written under another name and renamed, so that ranks that start together see all of it or none. A cache
-//! that cannot be used costs time and nothing else. With a file there, the compiler is not needed.
+//! The file's name is a checksum of all that the code depends on, and the file begins with a checksum of the rest; one
+//! that is damaged counts as absent. It is written under another name and renamed, so that ranks that start together
+//! see all of it or none. A cache that cannot be used costs time and nothing else. With a file there, the compiler is
+//! not needed.
 
 use super::driver::Compiler;
 use crate::error::{err, Result};
@@ -87,8 +89,8 @@ fn write(file: &Path, image: &[u8]) -> std::io::Result<()> {
     })
 }
 
-/// Machine code where the compiler knows the architecture; else code that the driver translates, for the newest one that it knows
-/// and the GPU can run.
+/// Machine code where the compiler knows the architecture; else code that the driver translates, for the newest one
+/// that it knows and the GPU can run.
 fn compile((major, minor): (i32, i32)) -> Result<Vec<u8>> {
     let compiler = Compiler::get().map_err(|e| e.context("the GPU's kernels cannot be compiled"))?;
     let wanted = major * 10 + minor;
@@ -98,7 +100,8 @@ fn compile((major, minor): (i32, i32)) -> Result<Vec<u8>> {
         Some(arch) => compile_for(compiler, &format!("compute_{arch}")),
         None => Err(err!(
             Unsupported,
-            "the GPU's kernels cannot be compiled: {} knows no architecture that a GPU of compute capability {major}.{minor} runs",
+            "the GPU's kernels cannot be compiled: {} knows no architecture that a GPU of compute capability \
+             {major}.{minor} runs",
             compiler.path()
         )),
     }

@@ -85,7 +85,8 @@ pub struct Current<'a> {
 }
 
 impl Context {
-    /// The primary context of GPU `ordinal`. `Unsupported` without a driver, without such a GPU, or if the GPU has no memory pools.
+    /// The primary context of GPU `ordinal`. `Unsupported` without a driver, without such a GPU, or if the GPU has no
+    /// memory pools.
     pub fn new(ordinal: usize) -> Result<Arc<Context>> {
         let driver = Driver::get().map_err(|e| e.context(format!("GPU {ordinal} cannot be used")))?;
         let count = driver.device_count()?;

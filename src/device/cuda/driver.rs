@@ -14,8 +14,8 @@ pub type Code = c_int;
 
 const SUCCESS: Code = 0;
 const OUT_OF_MEMORY: Code = 2;
-/// CUDA_ERROR_STUB_LIBRARY, NO_DEVICE, NO_BINARY_FOR_GPU, UNSUPPORTED_PTX_VERSION, NOT_SUPPORTED, SYSTEM_DRIVER_MISMATCH,
-/// COMPAT_NOT_SUPPORTED_ON_DEVICE: what this machine cannot do.
+/// CUDA_ERROR_STUB_LIBRARY, NO_DEVICE, NO_BINARY_FOR_GPU, UNSUPPORTED_PTX_VERSION, NOT_SUPPORTED,
+/// SYSTEM_DRIVER_MISMATCH, COMPAT_NOT_SUPPORTED_ON_DEVICE: what this machine cannot do.
 const UNSUPPORTED: [Code; 7] = [34, 100, 209, 222, 801, 803, 804];
 
 functions! {
@@ -60,7 +60,8 @@ functions! {
         fn cuModuleUnload(CUmodule) -> Code;
         fn cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char) -> Code;
         fn cuLaunchKernel(
-            CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream, *mut *mut c_void, *mut *mut c_void
+            CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream, *mut *mut c_void,
+            *mut *mut c_void
         ) -> Code;
     }
     optional {}

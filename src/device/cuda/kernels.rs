@@ -1,7 +1,7 @@
 //! Launches of the engine's kernels: each works on many pieces at once, in the order of a stream.
 //!
-//! Addresses that are multiples of 16 are accessed 16 bytes at a time, others element by element; results are the same. What a kernel
-//! computes has the bits of the engine's code for the CPU (powers in norms aside).
+//! Addresses that are multiples of 16 are accessed 16 bytes at a time, others element by element; results are the same.
+//! What a kernel computes has the bits of the engine's code for the CPU (powers in norms aside).
 
 use super::compile;
 use super::context::Context;
@@ -152,7 +152,8 @@ impl Kernels {
         unsafe { self.over_pieces(stream, kernel, pieces, &mut [(&raw mut factor).cast()]) }
     }
 
-    /// Gradients of a host, of float32, bfloat16 or float16, into the floats at `to`: written, or added where the piece says so.
+    /// Gradients of a host, of float32, bfloat16 or float16, into the floats at `to`: written, or added where the piece
+    /// says so.
     ///
     /// # Safety
     /// As [`Kernels::cast`].
@@ -176,8 +177,8 @@ impl Kernels {
         unsafe { self.over_pieces(stream, Kernel::Zero, pieces, &mut []) }
     }
 
-    /// The floats at `to` *= `factor` (nothing is written for 1), and the 32-bit number at `found` = 1 if one of them was not finite
-    /// before; it is left alone otherwise.
+    /// The floats at `to` *= `factor` (nothing is written for 1), and the 32-bit number at `found` = 1 if one of them
+    /// was not finite before; it is left alone otherwise.
     ///
     /// # Safety
     /// As [`Kernels::cast`]; `found` is the address of a u32.
@@ -193,7 +194,8 @@ impl Kernels {
         unsafe { self.over_pieces(stream, Kernel::Unscale, pieces, arguments) }
     }
 
-    /// A step of SGD, with momentum if `momentum`: the buffers are the first states, and written only in the `first` step.
+    /// A step of SGD, with momentum if `momentum`: the buffers are the first states, and written only in the `first`
+    /// step.
     ///
     /// # Safety
     /// As [`Kernels::cast`], for all memory of the steps.
@@ -226,8 +228,8 @@ impl Kernels {
         unsafe { self.over_steps(stream, Kernel::AdamW, steps, &mut [(&raw mut numbers).cast()]) }
     }
 
-    /// The part of a norm that each piece's floats at `from` are: `out` gets a float64 per piece, the order of additions depends on the
-    /// piece's length alone. `scratch` is room for [`Kernels::norm_scratch`] bytes.
+    /// The part of a norm that each piece's floats at `from` are: `out` gets a float64 per piece, the order of
+    /// additions depends on the piece's length alone. `scratch` is room for [`Kernels::norm_scratch`] bytes.
     ///
     /// # Safety
     /// As [`Kernels::cast`]; `out` and `scratch` are writable.
@@ -258,7 +260,8 @@ impl Kernels {
                 [(&raw mut table).cast(), (&raw mut number).cast(), (&raw mut power).cast()];
             let [parts, results]: [*mut c_void; 2] = [(&raw mut parts).cast(), (&raw mut results).cast()];
             let pieces = chunk.len() as u32;
-            // SAFETY: the caller's promise. In the stream's order, the parts of one chunk are joined before the next ones are written.
+            // SAFETY: the caller's promise. In the stream's order, the parts of one chunk are joined before the next
+            // ones are written.
             unsafe {
                 self.launch(stream, Kernel::NormParts, (most, pieces), &mut [table, number, power, parts])?;
                 self.launch(stream, Kernel::NormJoin, (1, pieces), &mut [table, number, parts, results])?;

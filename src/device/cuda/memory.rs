@@ -1,7 +1,8 @@
 //! Memory of a GPU, and host memory that it reaches.
 //!
-//! Device memory is taken and given back in the order of a stream: from the driver's pool, or from an allocator that the host lends, so
-//! that one allocator has all memory. Whoever uses memory on other streams makes them wait for each other; nothing here does.
+//! Device memory is taken and given back in the order of a stream: from the driver's pool, or from an allocator that
+//! the host lends, so that one allocator has all memory. Whoever uses memory on other streams makes them wait for each
+//! other; nothing here does.
 
 use super::context::Context;
 use super::stream::Stream;
@@ -12,8 +13,8 @@ use std::sync::Arc;
 
 /// A host's allocator of device memory.
 pub trait DeviceAllocator: Send + Sync {
-    /// `bytes` (more than 0) that work on `stream` (a CUstream) may use from here on, at an address of a multiple of 256; None if there
-    /// are no more.
+    /// `bytes` (more than 0) that work on `stream` (a CUstream) may use from here on, at an address of a multiple of
+    /// 256; None if there are no more.
     fn alloc(&self, bytes: usize, stream: *mut c_void) -> Option<CUdeviceptr>;
     /// Gives back what `alloc` gave: work that comes later on `stream` may use it for something else.
     fn free(&self, address: CUdeviceptr, bytes: usize, stream: *mut c_void);
@@ -28,7 +29,8 @@ pub enum Source {
 }
 
 impl Source {
-    /// The driver's pool, which keeps what is given back for later instead of returning it to the system at every synchronization.
+    /// The driver's pool, which keeps what is given back for later instead of returning it to the system at every
+    /// synchronization.
     pub fn pool(context: &Context) -> Result<Source> {
         let mut pool = std::ptr::null_mut();
         // SAFETY: the pointer is valid.
@@ -161,7 +163,8 @@ impl Stream {
     /// Copies host memory to the device, in the stream's order. From pinned memory it does not wait.
     ///
     /// # Safety
-    /// `from` is readable and `to` writable for `bytes`; pinned memory until the copy is done, other memory until this returns.
+    /// `from` is readable and `to` writable for `bytes`; pinned memory until the copy is done, other memory until this
+    /// returns.
     pub unsafe fn upload(&self, from: *const u8, to: CUdeviceptr, bytes: usize) -> Result<()> {
         self.copy(bytes, "a copy to the device", |fns| {
             // SAFETY: the caller's promise.
@@ -169,8 +172,8 @@ impl Stream {
         })
     }
 
-    /// Copies device memory to the host, in the stream's order. To pinned memory it does not wait, so the bytes are there once the
-    /// stream has come that far.
+    /// Copies device memory to the host, in the stream's order. To pinned memory it does not wait, so the bytes are
+    /// there once the stream has come that far.
     ///
     /// # Safety
     /// As [`Stream::upload`].

@@ -93,7 +93,8 @@ impl Drop for Stream {
     }
 }
 
-/// A place in a stream's work. It may be recorded again and again; whoever waits, waits for the latest record before the wait.
+/// A place in a stream's work. It may be recorded again and again; whoever waits, waits for the latest record before
+/// the wait.
 pub struct Event {
     context: Arc<Context>,
     raw: CUevent,

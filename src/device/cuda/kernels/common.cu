@@ -1,8 +1,8 @@
 // What the kernels are made of: tables of pieces, 16-byte accesses with a scalar rest, 16-bit floats.
 //
-// NVRTC compiles this file and the others as one program, without any header; the tests compile the same text for the CPU behind a
-// header that defines CUDA's words. Every float operation is rounded to nearest and none is contracted (--fmad=false), so that
-// results are those of the engine's code for the CPU.
+// NVRTC compiles this file and the others as one program, without any header; the tests compile the same text for the
+// CPU behind a header that defines CUDA's words. Every float operation is rounded to nearest and none is contracted
+// (--fmad=false), so that results are those of the engine's code for the CPU.
 //
 // A launch is over (blocks, pieces): blockIdx.y is the piece, the blocks of blockIdx.x share its elements.
 
@@ -109,7 +109,8 @@ __device__ inline void store8(T *to, const float *x) {
 __device__ inline bool aligned(const void *a) { return ((u64)a & 15) == 0; }
 __device__ inline bool aligned(const void *a, const void *b) { return aligned(a) && aligned(b); }
 
-// Calls `eight(i)` for groups of eight elements from i on, if `vector`, and `one(i)` for the rest, over `blocks` blocks.
+// Calls `eight(i)` for groups of eight elements from i on, if `vector`, and `one(i)` for the rest, over `blocks`
+// blocks.
 template <class Eight, class One>
 __device__ inline void walk_over(u64 blocks, u64 len, bool vector, Eight eight, One one) {
   const u64 thread = (u64)blockIdx.x * THREADS + threadIdx.x;

@@ -1,6 +1,7 @@
 // Parts of norms, in float64, as src/norm.rs defines them: sums of powers, counts, largest and smallest magnitudes.
 //
-// The order of additions depends on a piece's length and on nothing else: `flag` says how many blocks share it, at most THREADS.
+// The order of additions depends on a piece's length and on nothing else: `flag` says how many blocks share it, at most
+// THREADS.
 
 enum Order { LARGEST, SMALLEST, COUNT, ONE, TWO, POWER };
 

@@ -1,4 +1,5 @@
-// Fused steps of SGD and AdamW: the operations of src/optim/update.rs, in their order, so that results have the same bits.
+// Fused steps of SGD and AdamW: the operations of src/optim/update.rs, in their order, so that results have the same
+// bits.
 
 // One parameter's piece; states that the rule does not have are null.
 struct Step {
