@@ -6,14 +6,14 @@
 
 use super::id::UniqueId;
 use super::library::{self, status_of, Code, Nccl, IN_PROGRESS, SUCCESS};
+use super::types::{number_of, pointer, scalar_of, Part, Reduction, HOST_IMMEDIATE, NCCL_AVG, NCCL_MAX, NCCL_SUM};
 use super::watch::{Watch, What};
 use crate::device::cuda::{Context, Stream};
 use crate::dtype::DType;
-use crate::error::{err, Error, Result, Status};
+use crate::error::{err, Error, Result};
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::nccl::sys::ncclComm_t;
-use half::{bf16, f16};
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,23 +28,6 @@ pub struct NcclConfig {
     /// How long a call may be at work, and a collective at the head of the GPU's queue.
     pub timeout: Duration,
 }
-
-/// How elements of different ranks are combined.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Reduction {
-    Sum,
-    /// The sum divided by the world size.
-    Mean,
-    /// The sum of what each rank has times this factor, which is rounded to the type.
-    Scaled(f64),
-    Max,
-}
-
-const NCCL_SUM: c_int = 0;
-const NCCL_MAX: c_int = 2;
-const NCCL_AVG: c_int = 4;
-/// ncclScalarHostImmediate.
-const HOST_IMMEDIATE: c_int = 1;
 
 struct State {
     /// Null once it is aborted.
@@ -434,49 +417,5 @@ impl Drop for NcclComm {
 impl std::fmt::Debug for NcclComm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "NcclComm, rank {} of {}", self.config.rank, self.config.world_size)
-    }
-}
-
-/// Equal ranges of all ranks, one after the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// Of the first rank's.
-    pub data: CUdeviceptr,
-    /// Elements of each rank's.
-    pub shard_len: usize,
-    pub dtype: DType,
-}
-
-impl Part {
-    fn at(&self, rank: usize) -> *mut c_void {
-        pointer(self.data + (rank * self.shard_len * self.dtype.size()) as u64)
-    }
-}
-
-fn pointer(address: CUdeviceptr) -> *mut c_void {
-    address as *mut c_void
-}
-
-/// ncclDataType_t.
-fn number_of(dtype: DType) -> c_int {
-    match dtype {
-        DType::U8 => 1,
-        DType::I32 => 2,
-        DType::I64 => 4,
-        DType::F16 => 6,
-        DType::F32 => 7,
-        DType::F64 => 8,
-        DType::BF16 => 9,
-    }
-}
-
-/// A number of this type, as bytes.
-fn scalar_of(dtype: DType, value: f64) -> Result<Vec<u8>> {
-    match dtype {
-        DType::F32 => Ok((value as f32).to_ne_bytes().to_vec()),
-        DType::F64 => Ok(value.to_ne_bytes().to_vec()),
-        DType::F16 => Ok(f16::from_f32(value as f32).to_ne_bytes().to_vec()),
-        DType::BF16 => Ok(bf16::from_f32(value as f32).to_ne_bytes().to_vec()),
-        _ => Err(Error::new(Status::InvalidArgument, format!("a sum of {dtype} cannot be scaled"))),
     }
 }

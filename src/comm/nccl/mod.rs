@@ -14,11 +14,13 @@ mod id;
 mod library;
 mod queues;
 mod register;
+mod types;
 mod watch;
 
-pub use comm::{NcclComm, NcclConfig, Part, Reduction};
+pub use comm::{NcclComm, NcclConfig};
 pub use id::UniqueId;
 pub use library::Nccl;
 pub use queues::{Comms, NcclQueues, UnitShards};
 pub use register::{Registered, RegisteredMemory};
+pub use types::{Part, Reduction};
 pub use watch::What;

@@ -10,7 +10,8 @@
 //! launched, so that ranks that launch different ones get an error that names both. The error of one communicator
 //! breaks the others, on every rank that polls.
 
-use super::comm::{NcclComm, Part, Reduction};
+use super::comm::NcclComm;
+use super::types::{Part, Reduction};
 use super::watch::What;
 use crate::comm::{Check, Communicator, Kind, Tag};
 use crate::device::cuda::kernels::{Kernels, Piece};
