@@ -10,17 +10,17 @@ mod ranks;
 #[path = "nccl/step.rs"]
 mod step;
 
-use fsdp::comm::nccl::{Nccl, NcclComm, NcclConfig, Part, Reduction, Registered, RegisteredMemory, UniqueId, What};
+use fsdp::comm::nccl::{Nccl, NcclComm, NcclQueues, Part, Reduction, Registered, RegisteredMemory, UniqueId, What};
 use fsdp::comm::{Check, Kind};
 use fsdp::device::cuda::{Context, Priority, Source, Stream};
 use fsdp::dtype::DType;
 use fsdp::error::{Error, Status};
 use libloading::Library;
-use nccl::{build, config, Fake, Rank};
+use nccl::{build, config, Fake, Rank, LONG, SHORT};
 use ranks::ranks;
 use std::ffi::c_int;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn contains(e: &Error, words: &[&str]) {
     words.iter().for_each(|w| assert!(e.message.contains(w), "{w} is not in: {e}"));
@@ -125,7 +125,7 @@ fn slow_calls_are_polled_until_they_are_done() {
 #[test]
 fn a_peer_that_does_not_come_is_a_timeout_that_names_the_collective() {
     let fake = Fake::new();
-    let rank = Rank::new(1, 4);
+    let rank = Rank::with_timeout(1, 4, SHORT);
     let memory = rank.put(&[0.; 8]);
     fake.tell("slow", -1);
     let e = rank.gather(&memory, 2).unwrap_err();
@@ -150,22 +150,21 @@ fn a_peer_that_does_not_join_is_a_timeout_too() {
     fake.tell("slow", -1);
     let context = Context::new(0).unwrap();
     let id = UniqueId::new(Nccl::get().unwrap()).unwrap();
-    let e = NcclComm::new(Nccl::get().unwrap(), &context, &id, config(0, 2)).unwrap_err();
+    let e = NcclComm::new(Nccl::get().unwrap(), &context, &id, config(0, 2, SHORT)).unwrap_err();
     assert_eq!(e.status, Status::Timeout);
     contains(&e, &["rank 0 of 2", "joining NCCL's ranks"]);
     assert_eq!(fake.count("alive"), 0);
-    let e = NcclComm::new(Nccl::get().unwrap(), &context, &id, config(2, 2)).unwrap_err();
+    let e = NcclComm::new(Nccl::get().unwrap(), &context, &id, config(2, 2, SHORT)).unwrap_err();
     contains(&e, &["no rank 2 of 2"]);
 }
 
 #[test]
 fn work_that_hangs_on_the_gpu_is_found_by_its_deadline() {
     let fake = Fake::new();
-    let rank = Rank::new(0, 2);
+    let rank = Rank::with_timeout(0, 2, SHORT);
     let memory = rank.put(&[0.; 4]);
     fake.hold(true);
     rank.gather(&memory, 2).unwrap();
-    assert!(!rank.comm.poll().unwrap());
     let e = rank.comm.wait().unwrap_err();
     assert_eq!(e.status, Status::Timeout);
     contains(&e, &["rank 0 of 2", "all-gather of unit \"layers.3\""]);
@@ -193,7 +192,7 @@ fn a_failed_call_aborts_and_says_what_nccl_says() {
     fake.fail("ncclCommInitRankConfig", 3);
     let context = Context::new(0).unwrap();
     let id = UniqueId::new(Nccl::get().unwrap()).unwrap();
-    let e = NcclComm::new(Nccl::get().unwrap(), &context, &id, config(1, 2)).unwrap_err();
+    let e = NcclComm::new(Nccl::get().unwrap(), &context, &id, config(1, 2, LONG)).unwrap_err();
     contains(&e, &["rank 1 of 2", "joining NCCL's ranks", "internal error"]);
 }
 
@@ -216,9 +215,7 @@ fn an_abort_ends_a_wait_of_another_thread() {
     let fake = Fake::new();
     let context = Context::new(0).unwrap();
     let id = UniqueId::new(Nccl::get().unwrap()).unwrap();
-    // A deadline that no test waits for.
-    let slow = NcclConfig { timeout: Duration::from_secs(600), ..config(0, 2) };
-    let comm = NcclComm::new(Nccl::get().unwrap(), &context, &id, slow).unwrap();
+    let comm = NcclComm::new(Nccl::get().unwrap(), &context, &id, config(0, 2, LONG)).unwrap();
     let rank = Rank { stream: Stream::new(&context, Priority::Usual).unwrap(), source: Source::Pool, comm };
     let memory = rank.put(&[0.; 4]);
     fake.tell("slow", -1);
@@ -257,7 +254,7 @@ fn a_version_without_windows_says_so() {
     let old = Nccl::open(Nccl::SEARCH.load_from(Some(file.clone().into())).unwrap()).unwrap();
     let old: &'static Nccl = Box::leak(Box::new(old));
     let context = Context::new(0).unwrap();
-    let comm = NcclComm::new(old, &context, &UniqueId::new(old).unwrap(), config(0, 1)).unwrap();
+    let comm = NcclComm::new(old, &context, &UniqueId::new(old).unwrap(), config(0, 1, LONG)).unwrap();
     let memory = Arc::new(RegisteredMemory::new(old, &context, 64).unwrap());
     let e = Registered::window(&comm, &memory).err().unwrap();
     assert_eq!(e.status, Status::Unsupported);
@@ -297,10 +294,10 @@ fn an_id_comes_from_the_host_or_the_launcher() {
 }
 
 /// Two communicators of NCCL's for rank `rank` of `world`.
-fn two_comms(rank: usize, world: usize, timeout: Duration) -> [Arc<NcclComm>; 2] {
+fn two_comms(rank: usize, world: usize) -> [Arc<NcclComm>; 2] {
     let context = Context::new(0).unwrap();
     let (nccl, id) = (Nccl::get().unwrap(), UniqueId::new(Nccl::get().unwrap()).unwrap());
-    let gather = NcclComm::new(nccl, &context, &id, NcclConfig { rank, world_size: world, timeout }).unwrap();
+    let gather = NcclComm::new(nccl, &context, &id, config(rank, world, LONG)).unwrap();
     let reduce = gather.split(0, rank as i32, rank, world).unwrap();
     [gather, reduce]
 }
@@ -311,12 +308,23 @@ fn steps_on_the_queues_equal_the_cpus() {
     for world in [1, 2, 3] {
         for dtypes in [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::BF16, DType::BF16)] {
             ranks(world, |control| {
-                let comms = two_comms(control.rank(), world, Duration::from_secs(60));
+                let comms = two_comms(control.rank(), world);
                 step::train(control, comms, dtypes);
             });
         }
     }
     assert_eq!(fake.count("alive"), 0);
+}
+
+/// What a rank finds that polls.
+fn polled_error(queues: &NcclQueues) -> Error {
+    let start = Instant::now();
+    while start.elapsed() < LONG {
+        if let Err(e) = queues.poll() {
+            return e;
+        }
+    }
+    panic!("no error came");
 }
 
 #[test]
@@ -325,7 +333,7 @@ fn ranks_that_launch_different_collectives_get_an_error_that_names_both() {
     for check in [Check::Together, Check::Announce] {
         let errors = ranks(2, |control| {
             let rank = control.rank();
-            let comms = two_comms(rank, 2, Duration::from_secs(60));
+            let comms = two_comms(rank, 2);
             let mut t = step::Trainer::new(control, comms, (DType::F32, DType::F32));
             t.queues.set_check(check);
             // Units 1 and 2 are "a" and "b".
@@ -333,11 +341,7 @@ fn ranks_that_launch_different_collectives_get_an_error_that_names_both() {
             let e = match launched {
                 Err(e) => e,
                 // This rank came first, and NCCL would wait for ever: found while it waits.
-                Ok(_) => loop {
-                    if let Err(e) = t.queues.poll() {
-                        break e;
-                    }
-                },
+                Ok(_) => polled_error(&t.queues),
             };
             assert!(t.pipeline.unshard(&mut t.queues, 0, &[]).is_err(), "broken");
             e
@@ -363,7 +367,7 @@ fn ranks_that_launch_different_collectives_get_an_error_that_names_both() {
 fn a_rank_that_fails_breaks_the_others() {
     let fake = Fake::new();
     let errors = ranks(2, |control| {
-        let comms = two_comms(control.rank(), 2, Duration::from_secs(60));
+        let comms = two_comms(control.rank(), 2);
         let mut t = step::Trainer::new(control.clone(), comms, (DType::F32, DType::F32));
         t.pipeline.unshard(&mut t.queues, 0, &[]).unwrap();
         t.queues.finish().unwrap();
@@ -371,11 +375,7 @@ fn a_rank_that_fails_breaks_the_others() {
         if control.rank() == 1 {
             control.abort("out of patience");
         }
-        loop {
-            if let Err(e) = t.queues.poll() {
-                break e;
-            }
-        }
+        polled_error(&t.queues)
     });
     for e in errors {
         assert_eq!(e.status, Status::Aborted);

@@ -12,7 +12,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-pub const TIMEOUT: Duration = Duration::from_millis(200);
+/// For tests that wait until it has passed.
+pub const SHORT: Duration = Duration::from_millis(200);
+/// For the others, which never wait for it, however busy the machine.
+pub const LONG: Duration = Duration::from_secs(60);
 
 /// The library, made once for every version of its source and these options.
 pub fn build(name: &str, options: &[&str]) -> PathBuf {
@@ -111,16 +114,20 @@ pub struct Rank {
     pub source: Source,
 }
 
-pub fn config(rank: usize, world_size: usize) -> NcclConfig {
-    NcclConfig { rank, world_size, timeout: TIMEOUT }
+pub fn config(rank: usize, world_size: usize, timeout: Duration) -> NcclConfig {
+    NcclConfig { rank, world_size, timeout }
 }
 
 impl Rank {
     pub fn new(rank: usize, world: usize) -> Rank {
+        Rank::with_timeout(rank, world, LONG)
+    }
+
+    pub fn with_timeout(rank: usize, world: usize, timeout: Duration) -> Rank {
         let context = Context::new(0).unwrap();
         let nccl = Nccl::get().unwrap();
         let id = UniqueId::from_bytes(&[b'i'; 1].into_iter().chain([0; 127]).collect::<Vec<u8>>()).unwrap();
-        let comm = NcclComm::new(nccl, &context, &id, config(rank, world)).unwrap();
+        let comm = NcclComm::new(nccl, &context, &id, config(rank, world, timeout)).unwrap();
         let stream = Stream::new(&context, Priority::Highest).unwrap();
         Rank { comm, source: Source::pool(&context).unwrap(), stream }
     }
