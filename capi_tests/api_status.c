@@ -19,9 +19,10 @@ static void codes_are_what_the_abi_says(void) {
                                  FSDP_ERR_CHECKPOINT,
                                  FSDP_ERR_CALLBACK,
                                  FSDP_ERR_PANIC,
-                                 FSDP_ERR_NONFINITE};
+                                 FSDP_ERR_NONFINITE,
+                                 FSDP_ERR_DEVICE};
   const int count = (int)(sizeof codes / sizeof codes[0]);
-  CHECK_EQ(count, 16);
+  CHECK_EQ(count, 17);
   for (int i = 0; i < count; i++) {
     CHECK_EQ(codes[i], i);
     CHECK(fsdp_status_name(codes[i]) != NULL);
@@ -33,7 +34,7 @@ static void codes_are_what_the_abi_says(void) {
 }
 
 static void other_numbers_have_a_name_too(void) {
-  const fsdp_status_t codes[] = {-1, 16, 1000, INT32_MAX, INT32_MIN};
+  const fsdp_status_t codes[] = {-1, 17, 1000, INT32_MAX, INT32_MIN};
   for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++)
     CHECK_STR(fsdp_status_name(codes[i]), "unknown status");
 }

@@ -263,9 +263,19 @@
 #define FSDP_ERR_NONFINITE 15
 
 /**
+ * A device (a GPU), or a library that drives it, failed a call.
+ */
+#define FSDP_ERR_DEVICE 16
+
+/**
  * Device type of host memory (DLPack's kDLCPU).
  */
 #define FSDP_DEVICE_CPU 1
+
+/**
+ * Device type of a GPU's memory (DLPack's kDLCUDA).
+ */
+#define FSDP_DEVICE_CUDA 2
 
 /**
  * Type codes of fsdp_dtype_t (DLPack's): signed integers.
@@ -1767,6 +1777,17 @@ fsdp_status_t fsdp_comm_init_host(const fsdp_host_comm_config_t *config,
 fsdp_status_t fsdp_checkpoint_consolidate(const char *dir,
                                           const char *out_dir,
                                           const fsdp_consolidate_config_t *config);
+
+/**
+ * How many devices of a type, FSDP_DEVICE_*, this process sees: one CPU; GPUs perhaps none. The first question about GPUs
+ * loads CUDA's driver; without one the answer is FSDP_ERR_UNSUPPORTED, with a message that says what was looked for and
+ * where. Tensors and engines are on the CPU only so far. Local. Since 0.1.
+ *
+ * # Safety
+ * `out_count` is NULL or writable.
+ */
+fsdp_status_t fsdp_device_count(int32_t device_type,
+                                int32_t *out_count);
 
 /**
  * Shards a model over the ranks of `comm`: copies this rank's cut of every parameter; the host's own memory is not

@@ -22,10 +22,11 @@ pub enum Status {
     Callback = 13,
     Panic = 14,
     Nonfinite = 15,
+    Device = 16,
 }
 
 impl Status {
-    pub const ALL: [Status; 16] = [
+    pub const ALL: [Status; 17] = [
         Status::Ok,
         Status::InvalidArgument,
         Status::InvalidHandle,
@@ -42,6 +43,7 @@ impl Status {
         Status::Callback,
         Status::Panic,
         Status::Nonfinite,
+        Status::Device,
     ];
 
     /// The status with this number, if there is one.
@@ -68,6 +70,7 @@ impl Status {
             Status::Callback => "callback failed",
             Status::Panic => "internal error (panic)",
             Status::Nonfinite => "not finite",
+            Status::Device => "device error",
         }
     }
 }

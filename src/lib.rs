@@ -16,12 +16,14 @@
 //!   save       checkpoint shards to files, and back at any world size
 //! ```
 //!
-//! `mesh` says which ranks share shards and which are replicas, `precision` what parameters are computed in, `device` where
-//! memory lies. `trace` records in which order a forward needs what; from that, `schedule` says what comes next. `hook`, `norm`
-//! and `scaler` are what happens to gradients before and after they are reduced. Messages for a person go through `log`, and a
-//! timeline of all ranks through `timeline`. `forecast` says what all of it will take and move, from the plan alone. `comm`
-//! connects ranks (`shm`: shared pages of one host; `host`: collectives that a host lends; `single`: one rank). `capi` is the C ABI: it converts, calls, converts, and
-//! is the only part that knows C. See ARCHITECTURE.md for the protocol between the ranks.
+//! `mesh` says which ranks share shards and which are replicas, `precision` what parameters are computed in, `device`
+//! where memory lies. `trace` records in which order a forward needs what; from that, `schedule` says what comes next.
+//! `hook`, `norm` and `scaler` are what happens to gradients before and after they are reduced. Messages for a person
+//! go through `log`, and a timeline of all ranks through `timeline`. `pipeline` says what waits for what on a device
+//! whose collectives run beside its compute. `forecast` says what all of it will take and move, from the plan alone.
+//! `comm` connects ranks (`shm`: shared pages of one host; `host`: collectives that a host lends; `single`: one rank;
+//! `nccl`: GPUs). `capi` is the C ABI: it converts, calls, converts, and is the only part that knows C. See
+//! ARCHITECTURE.md for the protocol between the ranks.
 
 mod agree;
 pub mod capi;
@@ -38,6 +40,7 @@ mod gradients;
 mod halves;
 pub mod hook;
 pub mod layout;
+mod library;
 pub mod log;
 pub mod materialize;
 mod memory;
@@ -46,6 +49,7 @@ pub mod module;
 pub mod norm;
 pub mod optim;
 mod order;
+pub mod pipeline;
 pub mod plan;
 pub mod precision;
 pub mod scaler;

@@ -41,6 +41,8 @@ pub const FSDP_ERR_CALLBACK: i32 = 13;
 pub const FSDP_ERR_PANIC: i32 = 14;
 /// A norm is infinite or NaN, and the call was asked to refuse that.
 pub const FSDP_ERR_NONFINITE: i32 = 15;
+/// A device (a GPU), or a library that drives it, failed a call.
+pub const FSDP_ERR_DEVICE: i32 = 16;
 
 const _: () = assert!(
     FSDP_OK == Status::Ok as i32
@@ -59,6 +61,7 @@ const _: () = assert!(
         && FSDP_ERR_CALLBACK == Status::Callback as i32
         && FSDP_ERR_PANIC == Status::Panic as i32
         && FSDP_ERR_NONFINITE == Status::Nonfinite as i32
+        && FSDP_ERR_DEVICE == Status::Device as i32
 );
 
 thread_local! {

@@ -6,6 +6,8 @@ use crate::error::{err, Error, Result};
 
 /// Device type of host memory (DLPack's kDLCPU).
 pub const FSDP_DEVICE_CPU: i32 = 1;
+/// Device type of a GPU's memory (DLPack's kDLCUDA).
+pub const FSDP_DEVICE_CUDA: i32 = 2;
 /// Type codes of fsdp_dtype_t (DLPack's): signed integers.
 pub const FSDP_DTYPE_INT: u8 = 0;
 /// Unsigned integers.

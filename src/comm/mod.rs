@@ -10,13 +10,14 @@
 //! A communicator is used by one thread at a time (the engine's lock); `abort` and `async_error` by any thread.
 
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{err, Result};
 use std::sync::Arc;
 
 mod combine;
 pub mod env;
 pub mod host;
 pub(crate) mod memory;
+pub mod nccl;
 pub(crate) mod reduce;
 pub mod shm;
 pub mod single;
@@ -240,6 +241,14 @@ pub trait Communicator: Send + Sync {
     fn all_gather_host(&self, input: &[u8], output: &mut [u8], dtype: DType) -> Result<()>;
     /// `output` = range `rank` of the combined `input`s; `input.len() == W * output.len()`.
     fn reduce_scatter_host(&self, input: &[u8], output: &mut [u8], dtype: DType, op: ReduceOp) -> Result<()>;
+
+    /// Announces a collective that the caller runs elsewhere (on GPUs), so that a difference between ranks is an error
+    /// instead of a hang there: compared as this communicator's own are, and as `check` says. Moves nothing, waits with
+    /// [`Check::Together`] only. `Unsupported` where a backend cannot do that.
+    fn announce(&self, tag: Tag, check: Check) -> Result<()> {
+        let _ = (tag, check);
+        Err(err!(Unsupported, "this communicator cannot compare collectives that run elsewhere"))
+    }
 
     // ---- data plane: on memory of the communicator ----
 

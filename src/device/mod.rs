@@ -7,6 +7,7 @@ use crate::error::Result;
 use std::any::Any;
 
 mod cpu;
+pub mod cuda;
 
 pub use cpu::Cpu;
 

@@ -11,6 +11,7 @@ mod update;
 
 pub use resume::METADATA_KEY;
 pub use rule::{AdamWOptions, Rule, SgdOptions};
+pub use update::{AdamW as AdamWStep, Sgd as SgdStep};
 
 use crate::agree;
 use crate::device::Buffer;

@@ -35,8 +35,9 @@ fn sign(maximize: bool) -> f32 {
     }
 }
 
-/// SGD's numbers for one parameter.
+/// SGD's numbers for one parameter, laid out as the GPU's kernels take them.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Sgd {
     sign: f32,
     weight_decay: f32,
@@ -115,8 +116,9 @@ impl Pass for MomentumPass<'_> {
     }
 }
 
-/// AdamW's numbers for one parameter in one step.
+/// AdamW's numbers for one parameter in one step, laid out as the GPU's kernels take them.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct AdamW {
     sign: f32,
     decay: f32,

@@ -1,6 +1,8 @@
-// Norms, clipping, communication hooks, the gradient scaler, descriptions and log levels through
-// the C++ layer: arguments and errors arrive, and so do exceptions. What they do is tested in C.
+// Norms, clipping, communication hooks, the gradient scaler, descriptions, log levels and devices
+// through the C++ layer: arguments and errors arrive, and so do exceptions. What they do is tested
+// in C.
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 
@@ -41,6 +43,13 @@ void norms(const fsdp::Communicator& comm) {
   REQUIRE(status_of([&] { engine.clip_grad_norm(1, 2, true); }, "\"weight\"") ==
           FSDP_ERR_NONFINITE);
   REQUIRE(status_of([&] { engine.total_norm({}, 2); }, "0 pieces") == FSDP_ERR_INVALID_ARGUMENT);
+}
+
+void devices() {
+  REQUIRE(fsdp::device_count(fsdp::DeviceType::cpu) == 1);
+  REQUIRE(setenv("FSDP_CUDA_LIBRARY", "/nonexistent/libcuda.so.1", 1) == 0);
+  REQUIRE(status_of([] { fsdp::device_count(fsdp::DeviceType::cuda); }, "/nonexistent") ==
+          FSDP_ERR_UNSUPPORTED);
 }
 
 void hooks(const fsdp::Communicator& comm) {
@@ -138,6 +147,7 @@ int main(int argc, char** argv) {
     hooks(comm);
     scaler(comm);
     descriptions_and_logs(comm);
+    devices();
   });
   const int failed_last = run_ranks(argc, argv, [](const fsdp::Communicator& comm) {
     hook_that_throws(comm);

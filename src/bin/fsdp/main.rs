@@ -1,6 +1,7 @@
 //! The `fsdp` command-line tool: reads the arguments and calls the command's file.
 
 mod checkpoint;
+mod devices;
 mod launch;
 mod output;
 mod plan;
@@ -52,6 +53,13 @@ enum Command {
     #[command(verbatim_doc_comment)]
     Plan(plan::PlanArgs),
 
+    /// Say which devices there are to compute on, and which libraries drive them.
+    ///
+    /// What is missing is said with what was looked for and where. FSDP_CUDA_LIBRARY, FSDP_NVRTC_LIBRARY and FSDP_NCCL_LIBRARY may
+    /// name the files. The exit status is 0, or 2 for bad arguments.
+    #[command(verbatim_doc_comment)]
+    Devices(devices::DevicesArgs),
+
     /// Look at a checkpoint, or write it as Hugging Face's libraries read it.
     #[command(subcommand)]
     Checkpoint(checkpoint::CheckpointCommand),
@@ -61,6 +69,7 @@ fn main() {
     let code = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Plan(args) => plan::plan(&args),
+        Command::Devices(args) => devices::devices(&args),
         Command::Checkpoint(command) => checkpoint::run(&command),
     };
     std::process::exit(code);

@@ -224,6 +224,14 @@ impl Communicator for Shm {
         self.on_host(what, |h| h.reduce_scatter(input, output, dtype, op))
     }
 
+    fn announce(&self, tag: Tag, check: Check) -> Result<()> {
+        let local = &mut *self.working()?;
+        match check {
+            Check::Off => Ok(()),
+            _ => self.announce_with(local, &Announcement { tag, detail: Detail::None }, check == Check::Together),
+        }
+    }
+
     fn alloc_arena(&self, bytes: usize) -> Result<Arena> {
         let total = ArenaSegment::segment_bytes(bytes)?;
         let (what, number) = (Announcement::arena_allocation(bytes), self.number);

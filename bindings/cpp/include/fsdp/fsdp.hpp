@@ -1,5 +1,5 @@
 // The whole C++ layer over fsdp.h: exceptions, communicator, model description, plans, traces,
-// engine, optimizer, gradient scaler, full parameters, checkpoints, log.
+// engine, optimizer, gradient scaler, full parameters, checkpoints, devices, log.
 //
 // Header-only C++17; link libfsdp. Handles are shared: copying a Communicator, Model, Trace,
 // Engine, Optimizer, GradScaler, FullParams or CheckpointJob copies a reference, and the last one
@@ -10,6 +10,7 @@
 #include "fsdp/checkpoint.hpp"
 #include "fsdp/comm_hook.hpp"
 #include "fsdp/communicator.hpp"
+#include "fsdp/device.hpp"
 #include "fsdp/engine.hpp"
 #include "fsdp/error.hpp"
 #include "fsdp/full_params.hpp"

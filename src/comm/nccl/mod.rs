@@ -1,0 +1,26 @@
+//! NCCL: collectives of GPUs, loaded at run time and shared with LibTorch if that has it.
+//!
+//! `library` finds it, `id` is how ranks meet, `comm` is a communicator: collectives on streams, in place in the unit
+//! buffer or gradient slot, never blocking the host without a deadline. `watch` follows what runs on the GPU: an error
+//! or a deadline aborts the communicator and names the unit, the rank and the collective. `register` lends NCCL a
+//! buffer for zero-copy where its version can do that. `queues` is a pipeline's device: streams, memory, two
+//! communicators, and a third on the host that compares what ranks launch.
+//!
+//! A communicator's collectives run in order; an engine takes one for all-gathers and one for reduce-scatters
+//! (`NcclComm::split`).
+
+mod comm;
+mod id;
+mod library;
+mod queues;
+mod register;
+mod types;
+mod watch;
+
+pub use comm::{NcclComm, NcclConfig};
+pub use id::UniqueId;
+pub use library::Nccl;
+pub use queues::{Comms, NcclQueues, UnitShards};
+pub use register::{Registered, RegisteredMemory};
+pub use types::{Part, Reduction};
+pub use watch::What;

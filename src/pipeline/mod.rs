@@ -1,0 +1,363 @@
+//! An iteration on a device whose collectives run on queues of their own: which unit is in which buffer, and what each
+//! launch waits for.
+//!
+//! Pure: what is launched goes to a [`Queues`], which may be streams of a GPU or a recording. Nothing here waits for
+//! the device; all order is between queues, by events:
+//!
+//! ```text
+//!   gather   all-gather of a unit      after compute has read what was in the buffer before, and has written the shards
+//!   compute  forward, backward, step   after the all-gather of the unit; gradients are written after the slot was reduced
+//!   reduce   reduce-scatter of a unit  after compute has written its gradients
+//! ```
+//!
+//! So the all-gather of the next unit runs beside the compute of this one, and the reduce-scatter of the last one too.
+//! Memory does not grow with how far the host runs ahead of the device: there are as many unit buffers and gradient
+//! slots as [`Limits`] says.
+
+use crate::dtype::DType;
+use crate::error::{err, Result};
+use crate::plan::{Plan, UnitId, UnitPlan};
+
+mod pool;
+#[cfg(test)]
+mod recorder;
+#[cfg(test)]
+mod tests;
+
+use pool::{Pool, Use};
+
+/// Work in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Queue {
+    /// The host's: forward, backward, optimizer.
+    Compute,
+    Gather,
+    Reduce,
+}
+
+/// A place in a queue's work, recorded again and again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Compute has written this rank's shards.
+    ShardsWritten,
+    /// The unit buffer of this number is filled.
+    Gathered(usize),
+    /// Compute reads it no more.
+    Released(usize),
+    /// The gradients in the slot of this number are complete.
+    Filled(usize),
+    /// They are in the gradient shards.
+    Reduced(usize),
+}
+
+/// What a device does. Each call returns at once; an error of one is returned by the pipeline, which can be used no
+/// further.
+pub trait Queues {
+    /// On [`Queue::Gather`]: this rank's shard of `unit` goes to its place in unit buffer `buffer`, and every other
+    /// rank's to theirs.
+    fn all_gather(&mut self, unit: UnitId, buffer: usize) -> Result<()>;
+    /// On [`Queue::Reduce`]: the mean of all ranks' gradients of `unit` in slot `slot` goes to this rank's gradient
+    /// shard.
+    fn reduce_scatter(&mut self, unit: UnitId, slot: usize) -> Result<()>;
+    /// `event` is the end of what `queue` has been given so far.
+    fn record(&mut self, event: Event, queue: Queue) -> Result<()>;
+    /// What `queue` is given from here on starts after the latest record of `event`.
+    fn wait(&mut self, queue: Queue, event: Event) -> Result<()>;
+}
+
+/// What a unit is to the pipeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitBytes {
+    pub label: String,
+    /// Units that enclose it, as [`crate::plan::UnitPlan::depth`] counts them.
+    pub depth: usize,
+    /// Of its unit buffer: its layout in each type that one of its parameters is computed in.
+    pub buffer: usize,
+    /// Of its gradient slot: its layout in float32, and in the type that it is reduced in if that is another.
+    pub slot: usize,
+}
+
+impl UnitBytes {
+    /// The units of a plan.
+    pub fn of(plan: &Plan) -> Vec<UnitBytes> {
+        let unit = |(u, unit): (usize, &UnitPlan)| {
+            let slot_types = [Some(DType::F32), Some(unit.reduce_dtype).filter(|d| *d != DType::F32)];
+            UnitBytes {
+                label: unit.label().to_string(),
+                depth: unit.depth,
+                buffer: compute_dtypes(plan, u as UnitId).iter().map(|d| unit.layout.len * d.size()).sum(),
+                slot: slot_types.iter().flatten().map(|d| unit.layout.len * d.size()).sum(),
+            }
+        };
+        plan.units.iter().enumerate().map(unit).collect()
+    }
+}
+
+/// The types that the parameters of `unit` are computed in, each once.
+pub fn compute_dtypes(plan: &Plan, unit: UnitId) -> Vec<DType> {
+    let there = |d: &DType| plan.units[unit as usize].params.iter().any(|p| plan.params[*p as usize].compute == *d);
+    [DType::F32, DType::BF16, DType::F16].into_iter().filter(there).collect()
+}
+
+/// How much memory there is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of each unit buffer: as many units are gathered at once at most.
+    pub unit_buffers: Vec<usize>,
+    /// Bytes of each gradient slot.
+    pub gradient_slots: Vec<usize>,
+    /// Units gathered ahead of their use at most.
+    pub ahead: usize,
+}
+
+impl Limits {
+    /// What a model needs whose units are resharded after their forward: the units on a path of nested ones, and
+    /// `ahead` more; a slot more than units nest, whose reduction runs. They are the largest units, so that any as many
+    /// fit.
+    pub fn of(units: &[UnitBytes], ahead: usize) -> Limits {
+        let nested = units.iter().map(|u| u.depth).max().unwrap_or(0) + 1;
+        let largest = |of: fn(&UnitBytes) -> usize, count: usize| {
+            let mut sizes: Vec<usize> = units.iter().map(of).filter(|bytes| *bytes > 0).collect();
+            sizes.sort_unstable_by(|a, b| b.cmp(a));
+            sizes.truncate(count);
+            sizes
+        };
+        Limits {
+            unit_buffers: largest(|u| u.buffer, nested + ahead),
+            gradient_slots: largest(|u| u.slot, nested + 1),
+            ahead,
+        }
+    }
+
+    /// Bytes of all of it.
+    pub fn bytes(&self) -> usize {
+        self.unit_buffers.iter().chain(&self.gradient_slots).sum()
+    }
+}
+
+/// What was done, for tests and statistics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub all_gathers: u64,
+    /// Of these, ahead of their use.
+    pub prefetches: u64,
+    /// Prefetched units that had to make room before they were used.
+    pub evictions: u64,
+    pub reduce_scatters: u64,
+}
+
+/// See the module's text.
+pub struct Pipeline {
+    units: Vec<UnitBytes>,
+    buffers: Pool,
+    slots: Pool,
+    ahead: usize,
+    /// The gather queue has yet to wait for compute to write the shards.
+    stale: bool,
+    /// The buffer that was gathered last, unless compute has waited for that.
+    last_gathered: Option<usize>,
+    /// The slot whose reduction was launched last since the last end of a backward.
+    last_reduced: Option<usize>,
+    counts: Counts,
+}
+
+impl Pipeline {
+    /// A pipeline at rest. An error if a unit fits nowhere.
+    pub fn new(units: Vec<UnitBytes>, limits: &Limits) -> Result<Pipeline> {
+        type Size = fn(&UnitBytes) -> usize;
+        let memory: [(&str, &[usize], Size); 2] = [
+            ("unit buffer", &limits.unit_buffers, |u| u.buffer),
+            ("gradient slot", &limits.gradient_slots, |u| u.slot),
+        ];
+        for (what, sizes, of) in memory {
+            let largest = sizes.iter().copied().max().unwrap_or(0);
+            if let Some(unit) = units.iter().find(|u| of(u) > largest) {
+                let (label, bytes) = (&unit.label, of(unit));
+                return Err(err!(
+                    InvalidArgument,
+                    "unit \"{label}\" of {bytes} bytes fits no {what}: the largest has {largest}"
+                ));
+            }
+        }
+        Ok(Pipeline {
+            buffers: Pool::new(&limits.unit_buffers, units.len()),
+            slots: Pool::new(&limits.gradient_slots, units.len()),
+            ahead: limits.ahead,
+            units,
+            stale: true,
+            last_gathered: None,
+            last_reduced: None,
+            counts: Counts::default(),
+        })
+    }
+
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// The buffer that compute may read `unit` in, if it is unsharded.
+    pub fn buffer(&self, unit: UnitId) -> Option<usize> {
+        self.buffers.place(unit).filter(|b| self.buffers.state(*b) == Use::Open(unit))
+    }
+
+    /// Before compute that writes shards (an optimizer's step): it starts when nothing gathers them any more, and what
+    /// is gathered from here on is gathered after all that compute has been given by then. An error while units are
+    /// unsharded.
+    pub fn begin_write(&mut self, queues: &mut dyn Queues) -> Result<()> {
+        if let Some(unit) = self.buffers.open().next() {
+            return Err(err!(
+                InvalidState,
+                "shards cannot be written while unit \"{}\" is unsharded",
+                self.label(unit)
+            ));
+        }
+        // Gathered ahead and not used: compute has not waited for it. It is old from here on.
+        if let Some(buffer) = self.last_gathered.take() {
+            queues.wait(Queue::Compute, Event::Gathered(buffer))?;
+        }
+        self.buffers.drop_ahead();
+        self.stale = true;
+        Ok(())
+    }
+
+    /// Before compute that reads `unit`: returns its buffer; None if it has no elements. Units of `next`, in that
+    /// order, are gathered ahead where there is room.
+    pub fn unshard(&mut self, queues: &mut dyn Queues, unit: UnitId, next: &[UnitId]) -> Result<Option<usize>> {
+        if self.units[unit as usize].buffer > 0 && self.buffer(unit).is_none() {
+            let buffer = match self.buffers.place(unit) {
+                Some(buffer) => buffer,
+                None => self.gather(queues, unit, true)?.expect("it has room or fails"),
+            };
+            queues.wait(Queue::Compute, Event::Gathered(buffer))?;
+            self.buffers.set(buffer, Use::Open(unit));
+            self.last_gathered.take_if(|last| *last == buffer);
+        }
+        for unit in next.iter().copied() {
+            let there = self.buffers.place(unit).is_some() || self.units[unit as usize].buffer == 0;
+            if there {
+                continue;
+            }
+            if self.buffers.ahead().count() >= self.ahead || self.gather(queues, unit, false)?.is_none() {
+                break;
+            }
+            self.counts.prefetches += 1;
+        }
+        Ok(self.buffer(unit))
+    }
+
+    /// After compute that reads `unit`: its buffer may be used for another one once that work is done. Nothing happens
+    /// if it is sharded.
+    pub fn reshard(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<()> {
+        let Some(buffer) = self.buffer(unit) else { return Ok(()) };
+        queues.record(Event::Released(buffer), Queue::Compute)?;
+        self.buffers.set(buffer, Use::Busy);
+        Ok(())
+    }
+
+    /// Before compute that writes gradients of `unit`: returns their slot, the same until they are reduced; None if it
+    /// has no elements.
+    pub fn collect(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<Option<usize>> {
+        let bytes = self.units[unit as usize].slot;
+        let place = self.slots.place(unit);
+        if place.is_some() || bytes == 0 {
+            return Ok(place);
+        }
+        let Some(slot) = self.slots.choose(bytes) else {
+            let units = self.labels(self.slots.open());
+            let (label, count) = (self.label(unit), self.slots.len());
+            return Err(err!(
+                InvalidState,
+                "unit \"{label}\" has no gradient slot: {units} have those of the {count} that are large enough and \
+                 are not reduced yet; more gradient_slots are needed"
+            ));
+        };
+        if self.slots.state(slot) == Use::Busy {
+            queues.wait(Queue::Compute, Event::Reduced(slot))?;
+        }
+        self.slots.set(slot, Use::Open(unit));
+        Ok(Some(slot))
+    }
+
+    /// After compute that completes the gradients of `unit`: launches their reduction. Nothing happens if none were
+    /// collected.
+    pub fn reduce(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<()> {
+        let Some(slot) = self.slots.place(unit) else { return Ok(()) };
+        queues.record(Event::Filled(slot), Queue::Compute)?;
+        queues.wait(Queue::Reduce, Event::Filled(slot))?;
+        queues.reduce_scatter(unit, slot)?;
+        queues.record(Event::Reduced(slot), Queue::Reduce)?;
+        self.slots.set(slot, Use::Busy);
+        self.last_reduced = Some(slot);
+        self.counts.reduce_scatters += 1;
+        Ok(())
+    }
+
+    /// Ends a backward: reduces what was collected, reshards all units, and lets what compute is given from here on see
+    /// the gradient shards.
+    pub fn finish_backward(&mut self, queues: &mut dyn Queues) -> Result<()> {
+        let mut collected: Vec<UnitId> = self.slots.open().collect();
+        // The same order on every rank.
+        collected.sort_unstable();
+        collected.into_iter().try_for_each(|unit| self.reduce(queues, unit))?;
+        // The queue runs in order: after the last one, all are done.
+        if let Some(slot) = self.last_reduced.take() {
+            queues.wait(Queue::Compute, Event::Reduced(slot))?;
+        }
+        self.finish_forward(queues)
+    }
+
+    /// Ends a forward that no backward follows: reshards all units.
+    pub fn finish_forward(&mut self, queues: &mut dyn Queues) -> Result<()> {
+        let open: Vec<UnitId> = self.buffers.open().collect();
+        open.into_iter().try_for_each(|unit| self.reshard(queues, unit))
+    }
+
+    /// Launches an all-gather. None: there is no room, which is an error for a unit that is `needed` now.
+    fn gather(&mut self, queues: &mut dyn Queues, unit: UnitId, needed: bool) -> Result<Option<usize>> {
+        let bytes = self.units[unit as usize].buffer;
+        let mut found = self.buffers.choose(bytes);
+        if found.is_none() && needed {
+            // The one that was gathered last: it is needed last. The gather queue runs in order, and nothing has read
+            // it.
+            found = self.buffers.ahead().filter(|b| self.buffers.bytes(*b) >= bytes).last();
+            self.counts.evictions += u64::from(found.is_some());
+        }
+        let Some(buffer) = found else {
+            if !needed {
+                return Ok(None);
+            }
+            let (units, label, count) = (self.labels(self.buffers.open()), self.label(unit), self.buffers.len());
+            return Err(err!(
+                InvalidState,
+                "unit \"{label}\" has no unit buffer: {units} are unsharded in those of the {count} that are large \
+                 enough; reshard one of them, or more unit buffers are needed"
+            ));
+        };
+        if std::mem::take(&mut self.stale) {
+            queues.record(Event::ShardsWritten, Queue::Compute)?;
+            queues.wait(Queue::Gather, Event::ShardsWritten)?;
+        }
+        if self.buffers.state(buffer) == Use::Busy {
+            queues.wait(Queue::Gather, Event::Released(buffer))?;
+        }
+        queues.all_gather(unit, buffer)?;
+        queues.record(Event::Gathered(buffer), Queue::Gather)?;
+        self.buffers.set(buffer, Use::Ahead(unit));
+        self.last_gathered = Some(buffer);
+        self.counts.all_gathers += 1;
+        Ok(Some(buffer))
+    }
+
+    fn label(&self, unit: UnitId) -> &str {
+        &self.units[unit as usize].label
+    }
+
+    fn labels(&self, units: impl Iterator<Item = UnitId>) -> String {
+        let labels: Vec<String> = units.map(|u| format!("\"{}\"", self.label(u))).collect();
+        if labels.is_empty() {
+            "no units".to_string()
+        } else {
+            format!("units {}", labels.join(", "))
+        }
+    }
+}

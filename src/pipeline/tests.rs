@@ -1,0 +1,356 @@
+//! What a pipeline launches, in which order, and after what.
+
+use super::recorder::{Launch, Recorder};
+use super::*;
+use crate::config::EngineConfig;
+use crate::dtype::DType;
+use crate::error::Status;
+use crate::module::{ModuleTree, ROOT};
+use crate::wrap;
+use proptest::prelude::*;
+
+fn unit(label: &str, bytes: usize) -> UnitBytes {
+    UnitBytes { label: label.to_string(), depth: 0, buffer: bytes, slot: bytes }
+}
+
+fn pipeline(bytes: &[usize], buffers: &[usize], slots: &[usize], ahead: usize) -> Pipeline {
+    let unit = |(i, bytes): (usize, &usize)| unit(&format!("u{i}"), *bytes);
+    let limits = Limits { unit_buffers: buffers.to_vec(), gradient_slots: slots.to_vec(), ahead };
+    Pipeline::new(bytes.iter().enumerate().map(unit).collect(), &limits).unwrap()
+}
+
+/// A step of a chain of units, each with the next `ahead` foretold; the host launches compute as a trainer does.
+fn step(p: &mut Pipeline, r: &mut Recorder, units: u32, ahead: usize) {
+    let order: Vec<UnitId> = (0..units).collect();
+    for (i, unit) in order.iter().copied().enumerate() {
+        let buffer = p.unshard(r, unit, &order[i + 1..order.len().min(i + 1 + ahead)]).unwrap().unwrap();
+        r.launch(Launch::Forward { unit, buffer });
+        p.reshard(r, unit).unwrap();
+    }
+    let order: Vec<UnitId> = order.into_iter().rev().collect();
+    for (i, unit) in order.iter().copied().enumerate() {
+        let buffer = p.unshard(r, unit, &order[i + 1..order.len().min(i + 1 + ahead)]).unwrap().unwrap();
+        let slot = p.collect(r, unit).unwrap().unwrap();
+        r.launch(Launch::Backward { unit, buffer, slot });
+        p.reduce(r, unit).unwrap();
+        p.reshard(r, unit).unwrap();
+    }
+    p.finish_backward(r).unwrap();
+    p.begin_write(r).unwrap();
+    r.launch(Launch::Step);
+}
+
+fn gather_of(unit: UnitId) -> impl Fn(Launch) -> bool {
+    move |l| matches!(l, Launch::AllGather { unit: u, .. } if u == unit)
+}
+
+fn forward_of(unit: UnitId) -> impl Fn(Launch) -> bool {
+    move |l| matches!(l, Launch::Forward { unit: u, .. } if u == unit)
+}
+
+fn backward_of(unit: UnitId) -> impl Fn(Launch) -> bool {
+    move |l| matches!(l, Launch::Backward { unit: u, .. } if u == unit)
+}
+
+fn reduce_of(unit: UnitId) -> impl Fn(Launch) -> bool {
+    move |l| matches!(l, Launch::ReduceScatter { unit: u, .. } if u == unit)
+}
+
+#[test]
+fn every_launch_waits_for_what_it_needs_and_for_nothing_else() {
+    let (mut p, mut r) = (pipeline(&[8, 8], &[8, 8], &[8], 1), Recorder::default());
+    step(&mut p, &mut r, 2, 1);
+    let want = [
+        // Unit 0 now, unit 1 ahead: launched before the compute of unit 0.
+        "Compute: record ShardsWritten",
+        "Gather: wait ShardsWritten",
+        "Gather: AllGather { unit: 0, buffer: 0 }",
+        "Gather: record Gathered(0)",
+        "Compute: wait Gathered(0)",
+        "Gather: AllGather { unit: 1, buffer: 1 }",
+        "Gather: record Gathered(1)",
+        "Compute: Forward { unit: 0, buffer: 0 }",
+        "Compute: record Released(0)",
+        "Compute: wait Gathered(1)",
+        "Compute: Forward { unit: 1, buffer: 1 }",
+        "Compute: record Released(1)",
+        // Backward: the buffer that was released first is used first, after its last reader.
+        "Gather: wait Released(0)",
+        "Gather: AllGather { unit: 1, buffer: 0 }",
+        "Gather: record Gathered(0)",
+        "Compute: wait Gathered(0)",
+        "Gather: wait Released(1)",
+        "Gather: AllGather { unit: 0, buffer: 1 }",
+        "Gather: record Gathered(1)",
+        "Compute: Backward { unit: 1, buffer: 0, slot: 0 }",
+        "Compute: record Filled(0)",
+        "Reduce: wait Filled(0)",
+        "Reduce: ReduceScatter { unit: 1, slot: 0 }",
+        "Reduce: record Reduced(0)",
+        "Compute: record Released(0)",
+        "Compute: wait Gathered(1)",
+        // The only slot: its gradients are reduced before others are written.
+        "Compute: wait Reduced(0)",
+        "Compute: Backward { unit: 0, buffer: 1, slot: 0 }",
+        "Compute: record Filled(0)",
+        "Reduce: wait Filled(0)",
+        "Reduce: ReduceScatter { unit: 0, slot: 0 }",
+        "Reduce: record Reduced(0)",
+        "Compute: record Released(1)",
+        "Compute: wait Reduced(0)",
+        "Compute: Step",
+    ];
+    assert_eq!(r.lines, want);
+    r.check().unwrap();
+}
+
+#[test]
+fn the_next_unit_is_gathered_beside_the_compute_of_this_one() {
+    let (mut p, mut r) = (pipeline(&[8; 6], &[8; 2], &[8; 2], 1), Recorder::default());
+    (0..3).for_each(|_| step(&mut p, &mut r, 6, 1));
+    r.check().unwrap();
+    for s in 0..3 {
+        for unit in 0..5 {
+            // The forward's gather is the unit's first of the step, and the backward's its second.
+            let (gather, compute) = (r.find(2 * s, gather_of(unit + 1)), r.find(s, forward_of(unit)));
+            assert!(gather < compute && r.beside(gather, compute), "step {s}, forward of {unit}");
+            let (gather, compute) = (r.find(2 * s + 1, gather_of(unit)), r.find(s, backward_of(unit + 1)));
+            assert!(gather < compute && r.beside(gather, compute), "step {s}, backward of {}", unit + 1);
+        }
+        // With two buffers the gather after the next one has to wait.
+        assert!(r.ordered(r.find(s, forward_of(1)), r.find(2 * s, gather_of(3))));
+    }
+    assert_eq!(p.counts(), Counts { all_gathers: 36, prefetches: 30, evictions: 0, reduce_scatters: 18 });
+}
+
+#[test]
+fn gradients_are_reduced_beside_the_backward_of_the_next_unit() {
+    let (mut p, mut r) = (pipeline(&[8; 6], &[8; 2], &[8; 2], 1), Recorder::default());
+    (0..2).for_each(|_| step(&mut p, &mut r, 6, 1));
+    for s in 0..2 {
+        for unit in 1..6 {
+            let (reduce, next) = (r.find(s, reduce_of(unit)), r.find(s, backward_of(unit - 1)));
+            assert!(reduce < next && r.beside(reduce, next), "step {s}, unit {unit}");
+        }
+        // Gathers and reductions do not wait for each other either.
+        assert!(r.beside(r.find(s, reduce_of(4)), r.find(2 * s + 1, gather_of(3))));
+    }
+    // With one slot they cannot.
+    let (mut p, mut r) = (pipeline(&[8; 3], &[8; 2], &[8], 1), Recorder::default());
+    step(&mut p, &mut r, 3, 1);
+    assert!(r.ordered(r.find(0, reduce_of(2)), r.find(0, backward_of(1))));
+}
+
+#[test]
+fn without_a_foretold_order_a_gather_waits_for_nothing_but_its_buffer() {
+    let (mut p, mut r) = (pipeline(&[8; 4], &[8; 2], &[8; 2], 1), Recorder::default());
+    step(&mut p, &mut r, 4, 0);
+    r.check().unwrap();
+    assert_eq!(p.counts().prefetches, 0);
+    // Launched late, but beside the compute before it all the same.
+    assert!(r.beside(r.find(0, gather_of(1)), r.find(0, forward_of(0))));
+}
+
+#[test]
+fn what_is_left_out_is_found() {
+    // The check itself: each wait is needed.
+    let forgotten: [fn(Event) -> bool; 5] = [
+        |e| e == Event::ShardsWritten,
+        |e| matches!(e, Event::Gathered(_)),
+        |e| matches!(e, Event::Released(_)),
+        |e| matches!(e, Event::Filled(_)),
+        |e| matches!(e, Event::Reduced(_)),
+    ];
+    for (i, forget) in forgotten.into_iter().enumerate() {
+        let mut r = Recorder::default();
+        r.forget = Some(forget);
+        let mut p = pipeline(&[8; 4], &[8; 2], &[8; 2], 1);
+        (0..2).for_each(|_| step(&mut p, &mut r, 4, 1));
+        assert!(r.check().is_err(), "wait {i}");
+    }
+}
+
+#[test]
+fn units_in_flight_are_capped_and_prefetches_make_room() {
+    let (mut p, mut r) = (pipeline(&[8; 6], &[8; 3], &[8; 2], 5), Recorder::default());
+    // Two of the five foretold have room.
+    p.unshard(&mut r, 0, &[1, 2, 3, 4, 5]).unwrap();
+    assert_eq!((p.counts().all_gathers, p.counts().prefetches), (3, 2));
+    // Another one is needed: unit 2 makes room, which was gathered last.
+    p.unshard(&mut r, 5, &[]).unwrap();
+    assert_eq!((p.counts().all_gathers, p.counts().evictions), (4, 1));
+    p.unshard(&mut r, 1, &[]).unwrap();
+    assert_eq!(p.counts().all_gathers, 4, "unit 1 was still there");
+    let e = p.unshard(&mut r, 3, &[]).unwrap_err();
+    assert_eq!(e.status, Status::InvalidState);
+    for words in ["\"u3\"", "\"u0\"", "\"u1\"", "\"u5\"", "of the 3"] {
+        assert!(e.message.contains(words), "{words} is not in: {e}");
+    }
+    p.reshard(&mut r, 5).unwrap();
+    assert!(p.unshard(&mut r, 3, &[]).unwrap().is_some());
+    assert_eq!((p.buffer(5), p.buffer(2)), (None, None));
+    // A limit of its own on what is ahead.
+    let (mut p, mut r) = (pipeline(&[8; 6], &[8; 6], &[8; 2], 2), Recorder::default());
+    p.unshard(&mut r, 0, &[1, 2, 3, 4]).unwrap();
+    assert_eq!(p.counts().prefetches, 2);
+}
+
+#[test]
+fn slots_are_kept_until_they_are_reduced() {
+    let (mut p, mut r) = (pipeline(&[8; 3], &[8; 3], &[8; 2], 0), Recorder::default());
+    let first = p.collect(&mut r, 0).unwrap();
+    assert_eq!(p.collect(&mut r, 0).unwrap(), first, "the same until it is reduced");
+    assert_ne!(p.collect(&mut r, 1).unwrap(), first);
+    let e = p.collect(&mut r, 2).unwrap_err();
+    for words in ["\"u2\"", "\"u0\", \"u1\"", "gradient_slots"] {
+        assert!(e.message.contains(words), "{words} is not in: {e}");
+    }
+    p.reduce(&mut r, 0).unwrap();
+    p.reduce(&mut r, 0).unwrap();
+    assert_eq!(p.counts().reduce_scatters, 1, "nothing was collected for the second");
+    assert_eq!(p.collect(&mut r, 2).unwrap(), first);
+    // What was not reduced is reduced at the end, in the order of the units.
+    p.finish_backward(&mut r).unwrap();
+    assert!(r.find(0, reduce_of(1)) < r.find(0, reduce_of(2)));
+    assert_eq!(r.lines.last().unwrap(), &format!("Compute: wait Reduced({})", first.unwrap()));
+}
+
+#[test]
+fn shards_are_written_between_iterations_only() {
+    let (mut p, mut r) = (pipeline(&[8; 3], &[8; 2], &[8; 2], 1), Recorder::default());
+    p.unshard(&mut r, 0, &[1]).unwrap();
+    let e = p.begin_write(&mut r).unwrap_err();
+    assert!(e.message.contains("\"u0\""), "{e}");
+    p.finish_forward(&mut r).unwrap();
+    p.begin_write(&mut r).unwrap();
+    // What had been gathered ahead is old: the step starts after it, and it is gathered again, after the new values.
+    r.launch(Launch::Step);
+    assert!(r.ordered(r.find(0, gather_of(1)), r.find(0, |l| l == Launch::Step)));
+    let buffer = p.unshard(&mut r, 1, &[]).unwrap().unwrap();
+    r.launch(Launch::Forward { unit: 1, buffer });
+    assert!(r.ordered(r.find(0, |l| l == Launch::Step), r.find(1, gather_of(1))));
+    r.check().unwrap();
+}
+
+#[test]
+fn units_without_elements_take_no_memory_and_launch_nothing() {
+    let (mut p, mut r) = (pipeline(&[0, 8], &[8], &[8], 1), Recorder::default());
+    assert_eq!(p.unshard(&mut r, 0, &[]).unwrap(), None);
+    assert_eq!(p.collect(&mut r, 0).unwrap(), None);
+    p.reduce(&mut r, 0).unwrap();
+    p.finish_backward(&mut r).unwrap();
+    assert_eq!((r.lines.len(), p.counts()), (0, Counts::default()));
+}
+
+#[test]
+fn a_unit_that_fits_nowhere_is_an_error() {
+    let units = vec![unit("big", 9)];
+    let limits =
+        |buffers: usize, slots: usize| Limits { unit_buffers: vec![buffers], gradient_slots: vec![slots], ahead: 0 };
+    let error = |limits| Pipeline::new(units.clone(), &limits).err().unwrap().message;
+    assert!(error(limits(8, 9)).contains("\"big\" of 9 bytes fits no unit buffer: the largest has 8"));
+    assert!(error(limits(9, 8)).contains("fits no gradient slot"));
+}
+
+#[test]
+fn a_failed_launch_is_returned_and_the_unit_stays_sharded() {
+    let (mut p, mut r) = (pipeline(&[8; 2], &[8; 2], &[8; 2], 1), Recorder::default());
+    r.fail_at = Some(2);
+    let e = p.unshard(&mut r, 0, &[1]).unwrap_err();
+    assert_eq!((e.status, e.message.as_str()), (Status::Device, "the all-gather of unit 0 failed"));
+    assert_eq!(p.buffer(0), None);
+}
+
+#[test]
+fn limits_come_from_the_plan_and_their_bytes_are_those_of_the_forecast() {
+    static DATA: [f32; 4096] = [0.0; 4096];
+    let mut tree = ModuleTree::new("Net");
+    for (name, numel) in [("a", 1000), ("b", 3000), ("c", 2000)] {
+        let block = tree.add_module(ROOT, name, "Block").unwrap();
+        tree.add_param(block, "w", &[numel], DType::F32, true, DATA.as_ptr().cast()).unwrap();
+        tree.wrap(block).unwrap();
+    }
+    tree.add_param(ROOT, "r", &[500], DType::F32, true, DATA.as_ptr().cast()).unwrap();
+    wrap::always(&mut tree).unwrap();
+    let plan = Plan::new(&tree, 0, 2).unwrap();
+    let limits = Limits::of(&UnitBytes::of(&plan), 1);
+    // The root and a block in use, and the next block ahead; the largest ones.
+    assert_eq!(limits.unit_buffers, [plan.units[2].bytes(), plan.units[3].bytes(), plan.units[1].bytes()]);
+    let request = crate::forecast::Request { world_size: 2, ..Default::default() };
+    let forecast = crate::forecast::Forecast::new(&tree, &request).unwrap();
+    assert_eq!(limits.gradient_slots.iter().sum::<usize>() as u64, forecast.gradient_slot_bytes);
+    assert_eq!(limits.bytes() as u64, limits.unit_buffers.iter().sum::<usize>() as u64 + forecast.gradient_slot_bytes);
+    assert!(limits.unit_buffers.iter().sum::<usize>() as u64 >= forecast.unsharded_peak_bytes);
+    // One parameter of a unit in 16 bits, all units reduced in 16 bits.
+    let config = EngineConfig { param_dtype: Some(DType::BF16), reduce_dtype: DType::BF16, ..Default::default() };
+    let plan = Plan::new(&tree.clone().with_engine_dtypes(&config), 0, 2).unwrap();
+    let units = UnitBytes::of(&plan);
+    assert_eq!((units[1].buffer, units[1].slot), (plan.units[1].bytes() / 2, plan.units[1].bytes() * 3 / 2));
+    tree.set_param_dtype(0, Some(DType::F16)).unwrap();
+    let plan = Plan::new(&tree.with_engine_dtypes(&EngineConfig::default()), 0, 2).unwrap();
+    assert_eq!(compute_dtypes(&plan, plan.params[0].unit), [DType::F16]);
+}
+
+/// What a host may do; units that are out of range of memory are refused.
+#[derive(Clone, Debug)]
+enum Act {
+    Forward(u32, Vec<u32>),
+    Backward(u32, Vec<u32>),
+    Reduce(u32),
+    Reshard(u32),
+    Finish,
+    Step,
+}
+
+fn act(units: u32) -> impl Strategy<Value = Act> {
+    let next = || prop::collection::vec(0..units, 0..3);
+    prop_oneof![
+        4 => (0..units, next()).prop_map(|(u, n)| Act::Forward(u, n)),
+        4 => (0..units, next()).prop_map(|(u, n)| Act::Backward(u, n)),
+        3 => (0..units).prop_map(Act::Reduce),
+        4 => (0..units).prop_map(Act::Reshard),
+        1 => Just(Act::Finish),
+        1 => Just(Act::Step),
+    ]
+}
+
+proptest! {
+    /// Whatever a host does, and in whatever order: no memory is read while it is written, every unit is read where it
+    /// is, and no more units are gathered than there are buffers.
+    #[test]
+    fn any_order_is_safe(
+        acts in prop::collection::vec(act(5), 1..60),
+        buffers in 1usize..4,
+        slots in 1usize..4,
+        ahead in 0usize..4,
+    ) {
+        // The largest buffer and slot take every unit; others are smaller.
+        let sizes = |count: usize| [40, 24, 16][..count].to_vec();
+        let (mut p, mut r) = (pipeline(&[8, 40, 16, 24, 0], &sizes(buffers), &sizes(slots), ahead), Recorder::default());
+        for act in acts {
+            match act {
+                Act::Forward(unit, next) => {
+                    if let Ok(Some(buffer)) = p.unshard(&mut r, unit, &next) {
+                        r.launch(Launch::Forward { unit, buffer });
+                    }
+                }
+                Act::Backward(unit, next) => {
+                    if let (Ok(Some(buffer)), Ok(Some(slot))) = (p.unshard(&mut r, unit, &next), p.collect(&mut r, unit)) {
+                        r.launch(Launch::Backward { unit, buffer, slot });
+                    }
+                }
+                Act::Reduce(unit) => p.reduce(&mut r, unit).unwrap(),
+                Act::Reshard(unit) => p.reshard(&mut r, unit).unwrap(),
+                Act::Finish => p.finish_backward(&mut r).unwrap(),
+                Act::Step => {
+                    p.finish_backward(&mut r).unwrap();
+                    p.begin_write(&mut r).unwrap();
+                    r.launch(Launch::Step);
+                }
+            }
+            let held = (0..5).filter(|u| p.buffer(*u).is_some()).count();
+            prop_assert!(held <= buffers);
+        }
+        prop_assert!(r.check().is_ok(), "{}", r.check().unwrap_err());
+    }
+}

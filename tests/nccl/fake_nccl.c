@@ -1,0 +1,307 @@
+/* An NCCL that is this process alone: every rank has what this one has. It works on host memory (the fake driver's),
+ * writes down what it is asked, and can be told to be slow or to fail. Strict: a communicator that was destroyed, a
+ * collective that is not in place, or a call while the last one is still at work is an error. */
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7 };
+
+struct comm {
+  int alive, rank, world, polls, finalized;
+  int ops;
+  float scalar;
+};
+
+typedef struct {
+  char internal[128];
+} unique_id;
+
+struct config {
+  size_t size;
+  unsigned magic, version;
+  int blocking, cga, min_ctas, max_ctas;
+  const char *net_name;
+  int split_share;
+};
+
+static char lines[1 << 20];
+static char failing[64], last_error[128];
+static int fail_code;
+static atomic_int slow_polls, async_code, alive, registered;
+static _Thread_local int grouped;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void note(const char *format, ...) {
+  pthread_mutex_lock(&lock);
+  size_t used = strlen(lines);
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(lines + used, sizeof lines - used, format, arguments);
+  va_end(arguments);
+  strncat(lines, "\n", sizeof lines - strlen(lines) - 1);
+  pthread_mutex_unlock(&lock);
+}
+
+/* ---- for the tests ---- */
+
+/* Forgets what was asked; nothing is slow or fails from here on. */
+void fake_nccl_reset(void) {
+  lines[0] = failing[0] = last_error[0] = 0;
+  fail_code = slow_polls = async_code = 0;
+}
+
+const char *fake_nccl_log(void) { return lines; }
+
+/* The function of this name returns `code`. */
+void fake_nccl_fail(const char *name, int code) {
+  snprintf(failing, sizeof failing, "%s", name);
+  snprintf(last_error, sizeof last_error, "socket 7 was reset");
+  fail_code = code;
+}
+
+/* Calls return while they are at work, and are for so many polls; below 0: for ever. */
+void fake_nccl_slow(int polls) { slow_polls = polls; }
+
+/* What every poll finds. */
+void fake_nccl_async(int code) {
+  async_code = code;
+  snprintf(last_error, sizeof last_error, "peer 1 has gone");
+}
+
+/* Communicators, and registrations and pieces of memory, that there are. */
+int fake_nccl_alive(void) { return alive; }
+int fake_nccl_registered(void) { return registered; }
+
+/* ---- NCCL ---- */
+
+static int begin(const char *name, struct comm *comm) {
+  if (strcmp(failing, name) == 0) return fail_code;
+  if (comm && (!comm->alive || comm->finalized)) return kInvalidArgument;
+  if (comm && comm->polls) return kInvalidUsage;
+  return kSuccess;
+}
+
+#define BEGIN(comm)                      \
+  do {                                   \
+    int code = begin(__func__, comm);    \
+    if (code != kSuccess) return code;   \
+  } while (0)
+
+static int work(struct comm *comm) {
+  if (grouped) return kSuccess;
+  comm->polls = slow_polls;
+  return slow_polls ? kInProgress : kSuccess;
+}
+
+static struct comm *make(int rank, int world) {
+  struct comm *comm = calloc(1, sizeof *comm);
+  comm->alive = 1, comm->rank = rank, comm->world = world;
+  alive++;
+  return comm;
+}
+
+static int is_config(const struct config *c) {
+  return c->magic == 0xcafebeef && c->size >= sizeof *c && c->version >= 21800 && c->blocking == 0 && c->net_name == NULL &&
+         c->split_share == 0;
+}
+
+int ncclGetVersion(int *version) {
+  *version = 22703;
+  return kSuccess;
+}
+
+int ncclGetUniqueId(unique_id *id) {
+  BEGIN(NULL);
+  const char *address = getenv("NCCL_COMM_ID");
+  memset(id, 0, sizeof *id);
+  snprintf(id->internal, sizeof id->internal, "%s", address ? address : "made here");
+  return kSuccess;
+}
+
+int ncclCommInitRankConfig(struct comm **comm, int world, unique_id id, int rank, struct config *config) {
+  BEGIN(NULL);
+  if (!is_config(config)) return kInvalidArgument;
+  note("init rank %d of %d by %s", rank, world, id.internal);
+  *comm = make(rank, world);
+  return work(*comm);
+}
+
+int ncclCommSplit(struct comm *comm, int color, int key, struct comm **made, struct config *config) {
+  BEGIN(comm);
+  if (!is_config(config)) return kInvalidArgument;
+  note("split color %d key %d", color, key);
+  *made = make(comm->rank, comm->world);
+  return work(comm);
+}
+
+int ncclCommGetAsyncError(struct comm *comm, int *code) {
+  if (!comm || !comm->alive) return kInvalidArgument;
+  if (comm->polls > 0) comm->polls--;
+  *code = async_code ? async_code : comm->polls ? kInProgress : kSuccess;
+  return kSuccess;
+}
+
+int ncclCommAbort(struct comm *comm) {
+  if (!comm || !comm->alive) return kInvalidArgument;
+  note("abort");
+  comm->alive = 0;
+  alive--;
+  return kSuccess;
+}
+
+int ncclCommFinalize(struct comm *comm) {
+  BEGIN(comm);
+  comm->polls = slow_polls, comm->finalized = 1;
+  note("finalize");
+  return slow_polls ? kInProgress : kSuccess;
+}
+
+int ncclCommDestroy(struct comm *comm) {
+  if (!comm->alive || !comm->finalized || comm->polls) return kInvalidArgument;
+  note("destroy");
+  comm->alive = 0;
+  alive--;
+  return kSuccess;
+}
+
+int ncclGroupStart(void) {
+  BEGIN(NULL);
+  note("group start");
+  grouped = 1;
+  return kSuccess;
+}
+
+int ncclGroupEnd(void) {
+  note("group end");
+  grouped = 0;
+  BEGIN(NULL);
+  return slow_polls ? kInProgress : kSuccess;
+}
+
+static size_t size_of(int dtype) {
+  static const size_t sizes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2};
+  return sizes[dtype];
+}
+
+/* Every rank has these floats. */
+static void combine(const struct comm *comm, float *to, const float *from, size_t count, int op) {
+  for (size_t i = 0; i < count; i++) {
+    float x = from[i];
+    if (op == 0) x *= (float)comm->world;
+    if (op >= 5) x = x * comm->scalar * (float)comm->world;
+    to[i] = x;
+  }
+}
+
+int ncclAllGather(const char *from, char *to, size_t count, int dtype, struct comm *comm, void *stream) {
+  BEGIN(comm);
+  size_t bytes = count * size_of(dtype);
+  if (from != to + (size_t)comm->rank * bytes || !stream) return kInvalidArgument;
+  note("all_gather %zu of type %d", count, dtype);
+  for (int r = 0; r < comm->world; r++)
+    if (r != comm->rank) memcpy(to + (size_t)r * bytes, from, bytes);
+  return work(comm);
+}
+
+int ncclReduceScatter(const char *from, char *to, size_t count, int dtype, int op, struct comm *comm, void *stream) {
+  BEGIN(comm);
+  if (to != from + (size_t)comm->rank * count * size_of(dtype) || !stream || op > 4 + comm->ops) return kInvalidArgument;
+  note("reduce_scatter %zu of type %d by %d", count, dtype, op);
+  if (dtype == 7) combine(comm, (float *)to, (const float *)to, count, op);
+  return work(comm);
+}
+
+int ncclAllReduce(const char *from, char *to, size_t count, int dtype, int op, struct comm *comm, void *stream) {
+  BEGIN(comm);
+  if (to != from || !stream) return kInvalidArgument;
+  note("all_reduce %zu of type %d by %d", count, dtype, op);
+  if (dtype == 7) combine(comm, (float *)to, (const float *)from, count, op);
+  return work(comm);
+}
+
+int ncclBroadcast(const char *from, char *to, size_t count, int dtype, int root, struct comm *comm, void *stream) {
+  BEGIN(comm);
+  if (to != from || !stream) return kInvalidArgument;
+  note("broadcast %zu of type %d from %d", count, dtype, root);
+  return work(comm);
+}
+
+const char *ncclGetErrorString(int code) {
+  switch (code) {
+    case 3: return "internal error";
+    case 4: return "invalid argument";
+    case 5: return "invalid usage";
+    case 6: return "remote process exited or there was a network error";
+    default: return "unhandled error";
+  }
+}
+
+const char *ncclGetLastError(struct comm *comm) {
+  if (comm && !comm->alive) return "asked about a communicator that has gone";
+  return last_error;
+}
+
+int ncclRedOpCreatePreMulSum(int *op, void *scalar, int dtype, int residence, struct comm *comm) {
+  BEGIN(comm);
+  if (residence != 1) return kInvalidArgument;
+  if (dtype == 7) memcpy(&comm->scalar, scalar, sizeof comm->scalar);
+  comm->ops++;
+  *op = 5;
+  note("scaled sum of type %d", dtype);
+  return kSuccess;
+}
+
+int ncclRedOpDestroy(int op, struct comm *comm) {
+  BEGIN(comm);
+  if (op != 5 || comm->ops == 0) return kInvalidArgument;
+  comm->ops--;
+  return kSuccess;
+}
+
+int ncclMemAlloc(void **data, size_t size) {
+  BEGIN(NULL);
+  *data = calloc(1, size);
+  registered++;
+  return kSuccess;
+}
+
+int ncclMemFree(void *data) {
+  free(data);
+  registered--;
+  return kSuccess;
+}
+
+int ncclCommRegister(struct comm *comm, void *data, size_t size, void **handle) {
+  BEGIN(comm);
+  note("register %zu", size);
+  registered++;
+  *handle = data;
+  return kSuccess;
+}
+
+int ncclCommDeregister(struct comm *comm, void *handle) {
+  BEGIN(comm);
+  registered--;
+  return handle ? kSuccess : kInvalidArgument;
+}
+
+#ifndef WITHOUT_WINDOWS
+int ncclCommWindowRegister(struct comm *comm, void *data, size_t size, void **handle, int flags) {
+  BEGIN(comm);
+  if (flags != 1) return kInvalidArgument;
+  note("window %zu", size);
+  registered++;
+  *handle = data;
+  return work(comm);
+}
+
+int ncclCommWindowDeregister(struct comm *comm, void *handle) {
+  BEGIN(comm);
+  registered--;
+  return handle ? kSuccess : kInvalidArgument;
+}
+#endif
