@@ -6,17 +6,22 @@
  * and the engines on it are destroyed. It makes communicators of its own; the caller's messages are
  * not touched.
  *
- * Threads   Below MPI_THREAD_SERIALIZED only the thread that initialized MPI may use the
+ * Threads: below MPI_THREAD_SERIALIZED only the thread that initialized MPI may use the
  * communicator; other threads get an error. From there on calls are made one at a time; with
  * MPI_THREAD_SERIALIZED the caller's own MPI calls in other threads must not be made meanwhile.
- * Saves in the background therefore need MPI_THREAD_MULTIPLE where the caller, too, uses MPI. Sums
- * float32 and float64 in the order that MPI chooses: the same bits as on shm with two ranks, else
- * equal up to rounding. float16 and bfloat16: each combination of two is computed in float32 and
- * rounded to 16 bits (nearest, ties to even), so a sum of W ranks is rounded up to W - 1 times.
- * Small all-reduces (64 KiB) are in rank order. Sizes     All-gathers of any; sums of at most 2^31
- * - 1 elements over all ranks, else FSDP_ERR_CALLBACK. Errors    MPI's own are returned
- * (FSDP_ERR_CALLBACK, with MPI's text), not fatal. A rank that MPI itself sees die ends the job, as
- * MPI does. */
+ * Saves in the background therefore need MPI_THREAD_MULTIPLE where the caller, too, uses MPI.
+ *
+ * Sums: float32 and float64 in the order that MPI chooses: the same bits as on shm with two
+ * ranks, else equal up to rounding. float16 and bfloat16: each combination of two is computed in
+ * float32 and rounded to 16 bits (nearest, ties to even), so a sum of W ranks is rounded up to W
+ * - 1 times. Small all-reduces (64 KiB) are in rank order.
+ *
+ * Sizes: all-gathers of any; sums of at most 2^31 - 1 elements over all ranks, else
+ * FSDP_ERR_CALLBACK.
+ *
+ * Errors: MPI's own are returned (FSDP_ERR_CALLBACK, with MPI's text), not fatal. A rank that MPI
+ * itself sees die ends the job, as MPI does.
+ */
 #ifndef FSDP_MPI_H
 #define FSDP_MPI_H
 
