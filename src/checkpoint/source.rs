@@ -11,14 +11,11 @@ use crate::error::Result;
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::fs;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Files kept open at once.
 const OPEN: usize = 16;
-/// Blocks that are fetched while one is looked at.
-const AHEAD: usize = 2;
 
 /// See the module's text.
 pub struct Source {
@@ -143,8 +140,6 @@ impl Source {
                 false => (at / self.block * self.block, bytes.min((at / self.block + 1) * self.block)),
             };
             buffer.resize(end - begin, 0);
-            let ahead = (end + AHEAD * self.block).min(bytes) - end;
-            self.read_ahead(f, piece.offset + end as u64, ahead).map_err(|e| e.context(label()))?;
             self.read_at(f, &mut buffer, piece.offset + begin as u64).map_err(|e| e.context(label()))?;
             if piece.checksums.get(begin / self.block).is_some_and(|sum| *sum != checksum(&buffer)) {
                 let why = format!("{} is damaged: its checksum does not fit", label());
@@ -157,36 +152,19 @@ impl Source {
         Ok(())
     }
 
-    /// Reads from a file.
+    /// Reads from a file, which is opened and checked before.
     fn read_at(&self, f: usize, buffer: &mut [u8], offset: u64) -> Result<()> {
         let path = self.dir.join(&self.files[f].name);
-        self.with_file(f, |file| file.read_exact_at(buffer, offset))?.map_err(|e| damaged(&path, e))
-    }
-
-    /// Has the system fetch what is read next, while this thread computes the checksum of what it has. Only a hint.
-    fn read_ahead(&self, f: usize, offset: u64, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.with_file(f, |file| {
-            // SAFETY: an open file, and numbers.
-            unsafe { libc::posix_fadvise(file.as_raw_fd(), offset as i64, bytes as i64, libc::POSIX_FADV_WILLNEED) };
-        })
-    }
-
-    /// A file, opened and checked before its first use.
-    fn with_file<T>(&self, f: usize, run: impl FnOnce(&fs::File) -> T) -> Result<T> {
         let mut open = self.open.borrow_mut();
-        if let Some((_, file)) = open.iter().find(|(number, _)| *number == f) {
-            return Ok(run(file));
+        if !open.iter().any(|(number, _)| *number == f) {
+            let file = self.check_file(f)?;
+            if open.len() == OPEN {
+                open.pop_front();
+            }
+            open.push_back((f, file));
         }
-        let file = self.check_file(f)?;
-        if open.len() == OPEN {
-            open.pop_front();
-        }
-        let done = run(&file);
-        open.push_back((f, file));
-        Ok(done)
+        let file = open.iter().find(|(number, _)| *number == f).map(|(_, file)| file);
+        file.map_or(Ok(()), |file| file.read_exact_at(buffer, offset)).map_err(|e| damaged(&path, e))
     }
 
     /// Opens a file; the first time, its size and its header are compared with what the checkpoint says.
