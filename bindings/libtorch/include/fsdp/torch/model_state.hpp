@@ -357,10 +357,11 @@ class ModelState final : public UnitHost,
     const bool plain = gradient.is_contiguous() && gradient.scalar_type() == at::kFloat &&
                        !gradient.is_neg() && !is_sharded(gradient);
     if (!accumulate && plain) {
+      const float* from = gradient.const_data_ptr<float>();
       if (numel <= kSmall) {
-        std::memcpy(data, gradient.const_data_ptr(), static_cast<std::size_t>(numel) * sizeof(float));
+        std::memcpy(data, from, static_cast<std::size_t>(numel) * sizeof(float));
       } else {
-        stream_copy(reinterpret_cast<float*>(data), gradient.const_data_ptr<float>(), numel);
+        stream_copy(reinterpret_cast<float*>(data), from, numel);
       }
       return;
     }

@@ -13,14 +13,16 @@
 
 namespace fsdp::detail {
 
-/// Copies `count` floats, which do not overlap, on as many threads as torch has. Stores bypass the
+/// Copies `count` floats (the ranges do not overlap) on as many threads as torch has. Any thread.
+/// Stores bypass the
 /// cache where the processor has such stores: what is copied is not read again on this core soon, and
 /// fetching the lines only to overwrite them would cost as much as the copy.
 inline void stream_copy(float* to, const float* from, std::int64_t count) {
   at::parallel_for(0, count, 1 << 18, [&](std::int64_t begin, std::int64_t end) {
 #if defined(__SSE2__)
     constexpr std::int64_t kLine = 16;  // floats in a cache line
-    const auto past = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to + begin) / 4 % kLine);
+    const auto address = reinterpret_cast<std::uintptr_t>(to + begin) / sizeof(float);
+    const auto past = static_cast<std::int64_t>(address % kLine);
     const std::int64_t head = std::min(end, begin + (kLine - past) % kLine);
     std::memcpy(to + begin, from + begin, static_cast<std::size_t>(head - begin) * sizeof(float));
     begin = head;
