@@ -78,6 +78,43 @@ static void regions(void) {
   toy_destroy(toy);
 }
 
+/* A reserved region is the one that param_grad gives, and counts for nothing without it. */
+static void reserved_regions(void) {
+  toy_t toy = toy_create();
+  fsdp_tensor_t reserved, region, out = {0};
+  int32_t accumulate = -7;
+  CHECK_ERR(fsdp_engine_reserve_grad(toy.engine, TOY_V, &out, &accumulate), FSDP_ERR_INVALID_STATE,
+            "\"a.x.v\"");
+  toy_forward(toy.engine);
+  CHECK_OK(fsdp_engine_pre_backward(toy.engine, TOY_X));
+  CHECK_ERR(fsdp_engine_reserve_grad(toy.engine, TOY_V, NULL, &accumulate),
+            FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
+  CHECK_ERR(fsdp_engine_reserve_grad(toy.engine, TOY_V, &out, NULL), FSDP_ERR_INVALID_ARGUMENT,
+            "out_accumulate is NULL");
+  CHECK_ERR(fsdp_engine_reserve_grad(toy.engine, TOY_PARAMS, &out, &accumulate),
+            FSDP_ERR_INVALID_ARGUMENT, "parameter 5");
+  CHECK_ERR(fsdp_engine_reserve_grad(toy.engine, TOY_FROZEN, &out, &accumulate),
+            FSDP_ERR_INVALID_STATE, "\"a.frozen\"");
+  CHECK_BAD_ENGINES(fsdp_engine_reserve_grad(engine, 0, &out, &accumulate));
+  CHECK_EQ(accumulate, -7);
+  CHECK(out.data == NULL);
+  CHECK_OK(fsdp_engine_reserve_grad(toy.engine, TOY_WEIGHT, &reserved, &accumulate));
+  CHECK_OK(fsdp_engine_reserve_grad(toy.engine, TOY_V, &reserved, &accumulate));
+  CHECK_EQ(accumulate, 0);
+  for (int i = 0; i < 10; i++) ((float *)reserved.data)[i] = (float)i;
+  CHECK_OK(fsdp_engine_param_grad(toy.engine, TOY_V, &region, &accumulate));
+  CHECK_EQ(accumulate, 0);
+  CHECK(region.data == reserved.data);
+  CHECK_OK(fsdp_engine_reserve_grad(toy.engine, TOY_V, &reserved, &accumulate));
+  CHECK_EQ(accumulate, 1);
+  CHECK_OK(fsdp_engine_post_backward(toy.engine, TOY_X));
+  CHECK_OK(fsdp_engine_finish_backward(toy.engine));
+  fsdp_shard_t shard = toy_shard(toy.engine, TOY_V);
+  for (int i = 0; i < 10; i++) CHECK(shard.grad[i] == (float)i);
+  CHECK(toy_shard(toy.engine, TOY_WEIGHT).grad == NULL);
+  toy_destroy(toy);
+}
+
 static void adding(void) {
   toy_t toy = toy_create();
   float grad[21];
@@ -157,6 +194,7 @@ static void with_few_slots(void) {
 int main(void) {
   full_parameters();
   regions();
+  reserved_regions();
   adding();
   with_few_slots();
   return 0;

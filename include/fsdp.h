@@ -2647,6 +2647,19 @@ fsdp_status_t fsdp_engine_param_grad(fsdp_engine_t *engine,
                                      int32_t *out_accumulate);
 
 /**
+ * The same memory, for an operator that is about to compute a parameter's gradient: what it writes there does not count
+ * until fsdp_engine_param_grad is called for the parameter, and is nothing if that is never called. Otherwise as
+ * fsdp_engine_param_grad. Since 0.1.
+ *
+ * # Safety
+ * `out` and `out_accumulate` are NULL or writable.
+ */
+fsdp_status_t fsdp_engine_reserve_grad(fsdp_engine_t *engine,
+                                       uint32_t param,
+                                       fsdp_tensor_t *out,
+                                       int32_t *out_accumulate);
+
+/**
  * Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
  * the call) in float32 to what this backward has collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
  *

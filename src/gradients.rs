@@ -199,14 +199,20 @@ impl Gradients {
     /// backward (add to it) or not (overwrite it). It counts as present from here on. Opens the unit, which may wait
     /// for a slot.
     pub fn region(&mut self, plan: &Plan, unit: UnitId, index: usize) -> Result<(*mut f32, bool)> {
+        let found = self.reserve(plan, unit, index)?;
+        self.open[unit as usize].as_mut().expect("opened above").present[index] = true;
+        Ok(found)
+    }
+
+    /// As `region`, but what is written there does not count as a gradient yet.
+    pub fn reserve(&mut self, plan: &Plan, unit: UnitId, index: usize) -> Result<(*mut f32, bool)> {
         if self.open[unit as usize].is_none() {
             self.open_unit(plan, unit)?;
         }
         let open = self.open[unit as usize].as_mut().expect("opened above");
         let base = open.slot.map_or(std::ptr::null_mut(), |s| self.memory.slots[s].data.cast::<f32>());
         open.touched = true;
-        let held = std::mem::replace(&mut open.present[index], true);
-        Ok((base.wrapping_add(plan.units[unit as usize].layout.offsets[index]), held))
+        Ok((base.wrapping_add(plan.units[unit as usize].layout.offsets[index]), open.present[index]))
     }
 
     /// The gradients of `unit` are complete: starts its reduce-scatter as the communicator's unit `number`. A unit that

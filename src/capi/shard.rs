@@ -1,11 +1,12 @@
 //! Parameters and gradients of an engine: full ones in an iteration, this rank's pieces at any time.
 
-use super::engine::with;
+use super::engine::{with, EngineObject};
 use super::handle::{fsdp_engine_t, get};
 use super::status::{boundary, fsdp_status_t, out};
 use super::tensor::{self, fsdp_tensor_t, HostTensor};
 use crate::dtype::DType;
-use crate::error::err;
+use crate::engine::Engine;
+use crate::error::{err, Result};
 
 /// This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
 /// said at fsdp_engine_begin_write.
@@ -58,13 +59,46 @@ pub unsafe extern "C" fn fsdp_engine_param_grad(
 ) -> fsdp_status_t {
     boundary(|| {
         let object = get(engine as *const fsdp_engine_t)?;
-        // SAFETY: the caller's promise; both are checked before anything changes.
-        let (_, out_accumulate) = unsafe { (self::out(out, "out")?, self::out(out_accumulate, "out_accumulate")?) };
-        let (region, held) = object.engine.param_grad(param)?;
-        out_accumulate.write(held.into());
-        // SAFETY: the caller's promise; the shape lives as long as the engine.
-        unsafe { tensor::write(out, region.cast(), DType::F32, &object.engine.param(param)?.shape) }
+        // SAFETY: the caller's promise.
+        unsafe { gradient_region(&object, param, Engine::param_grad, out, out_accumulate) }
     })
+}
+
+/// The same memory, for an operator that is about to compute a parameter's gradient: what it writes there does not count
+/// until fsdp_engine_param_grad is called for the parameter, and is nothing if that is never called. Otherwise as
+/// fsdp_engine_param_grad. Since 0.1.
+///
+/// # Safety
+/// `out` and `out_accumulate` are NULL or writable.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_reserve_grad(
+    engine: *mut fsdp_engine_t,
+    param: u32,
+    out: *mut fsdp_tensor_t,
+    out_accumulate: *mut i32,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine as *const fsdp_engine_t)?;
+        // SAFETY: the caller's promise.
+        unsafe { gradient_region(&object, param, Engine::reserve_grad, out, out_accumulate) }
+    })
+}
+
+/// # Safety
+/// As of both above.
+unsafe fn gradient_region(
+    object: &EngineObject,
+    param: u32,
+    region: fn(&Engine, u32) -> Result<(*mut f32, bool)>,
+    out: *mut fsdp_tensor_t,
+    out_accumulate: *mut i32,
+) -> Result<()> {
+    // SAFETY: the caller's promise; both are checked before anything changes.
+    let (_, out_accumulate) = unsafe { (self::out(out, "out")?, self::out(out_accumulate, "out_accumulate")?) };
+    let (address, held) = region(&object.engine, param)?;
+    out_accumulate.write(held.into());
+    // SAFETY: the caller's promise; the shape lives as long as the engine.
+    unsafe { tensor::write(out, address.cast(), DType::F32, &object.engine.param(param)?.shape) }
 }
 
 /// Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for

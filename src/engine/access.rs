@@ -3,8 +3,9 @@
 use super::Engine;
 use crate::dtype::DType;
 use crate::error::{err, Result};
+use crate::gradients::Gradients;
 use crate::module::ParamId;
-use crate::plan::{ParamPlan, UnitId};
+use crate::plan::{ParamPlan, Plan, UnitId};
 use crate::precision;
 use crate::shards::ShardStore;
 
@@ -36,6 +37,20 @@ impl Engine {
     /// The region for a parameter's full gradient, and whether it holds one already (add) or not (overwrite). Counts as
     /// written. May wait for a slot.
     pub fn param_grad(&self, param: ParamId) -> Result<(*mut f32, bool)> {
+        self.grad_region(param, Gradients::region)
+    }
+
+    /// The same region, for an operator that is about to compute the gradient there: it does not count as written until
+    /// `param_grad`. May wait for a slot.
+    pub fn reserve_grad(&self, param: ParamId) -> Result<(*mut f32, bool)> {
+        self.grad_region(param, Gradients::reserve)
+    }
+
+    fn grad_region(
+        &self,
+        param: ParamId,
+        region: fn(&mut Gradients, &Plan, UnitId, usize) -> Result<(*mut f32, bool)>,
+    ) -> Result<(*mut f32, bool)> {
         let p = self.param(param)?;
         let mut state = self.lock()?;
         if !state.requires_grad[param as usize] {
@@ -48,7 +63,7 @@ impl Engine {
                 p.fqn
             ));
         }
-        state.gradients.region(self.plan(), p.unit, p.index)
+        region(&mut state.gradients, self.plan(), p.unit, p.index)
     }
 
     /// Adds `grad` (the parameter's `numel` elements of `dtype`, in its shape's order) in float32 to what this backward has

@@ -252,6 +252,15 @@ class Engine {
     return {tensor, accumulate != 0};
   }
 
+  /// The same region, for an operator that is about to compute the gradient there. Nothing counts
+  /// as present before param_grad.
+  std::pair<fsdp_tensor_t, bool> reserve_grad(std::uint32_t param) {
+    fsdp_tensor_t tensor{};
+    std::int32_t accumulate = 0;
+    check(fsdp_engine_reserve_grad(get(), param, &tensor, &accumulate));
+    return {tensor, accumulate != 0};
+  }
+
   /// Writes or adds a full-size gradient, float32 or of the type that the parameter is computed in,
   /// into its region.
   void accumulate_grad(std::uint32_t param, const TensorView& grad) {

@@ -23,6 +23,8 @@ class GradientSink {
  public:
   /// Consumes the full-size, dense float gradient of parameter `param`.
   virtual void accept_gradient(std::uint32_t param, const at::Tensor& gradient) = 0;
+  /// The autograd node that runs next on this thread computes it.
+  virtual void expect_gradient(std::uint32_t param) = 0;
 
  protected:
   ~GradientSink() = default;
@@ -46,6 +48,13 @@ class GradientNode final : public torch::autograd::Node {
   void release_resources() override {
     leaf_.reset();
     Node::release_resources();
+  }
+
+  const at::Tensor& leaf() const noexcept { return leaf_; }
+
+  /// Says that the node which runs next computes what arrives here. Nothing if nobody listens.
+  void expect() const {
+    if (const std::shared_ptr<GradientSink> sink = sink_.lock()) sink->expect_gradient(param_);
   }
 
   std::string name() const override { return "fsdp::GradientNode(" + parameter_ + ")"; }

@@ -5,7 +5,8 @@
 // pays. One boxed fallback on that key recognizes storages by the deleter of their DataPtr and
 // finds the StorageTag in its context. A sharded storage's tag is asked and the operator goes on
 // below the key; a deferred one's names a recorder, which gets the operator instead. A thread that
-// is inside deferred_init has the key in its thread-local state, so that factories come here too.
+// is inside deferred_init has the key in its thread-local state, so that factories come here too; so
+// has one that is about to compute a weight's gradient, for a few operators.
 //
 // A process may register one fallback per key, while this header may be compiled into several
 // shared objects. The first registers, and publishes what the others need (DispatchTable) through
@@ -19,6 +20,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <thread>
 
@@ -53,6 +55,10 @@ class StorageTag {
   /// What the operator's other arguments are cast to, called after before_operator; null: nothing.
   virtual const InputCast* input_cast() const noexcept { return nullptr; }
 
+  /// Called with the first result of an operator of ATen's on the storage, where follows_results().
+  virtual void after_result(const c10::OperatorHandle&, const at::Tensor&) {}
+  bool follows_results() const noexcept { return follows_results_; }
+
   /// Who gets the operators on this storage; null for a sharded one, whose operators run.
   OperatorRecorder* recorder() const noexcept { return recorder_; }
 
@@ -62,18 +68,32 @@ class StorageTag {
   }
 
  protected:
-  explicit StorageTag(OperatorRecorder* recorder = nullptr) : recorder_(recorder) {}
+  explicit StorageTag(OperatorRecorder* recorder = nullptr, bool follows_results = false)
+      : recorder_(recorder), follows_results_(follows_results) {}
   virtual ~StorageTag() = default;
 
  private:
   OperatorRecorder* const recorder_;
+  const bool follows_results_;
   std::atomic<std::size_t> references_{0};
+};
+
+/// Chooses where results are computed. Implemented by GradPlacement (grad_placement.hpp).
+class ResultPlacer {
+ public:
+  /// Runs `op` on the arguments on top of `stack`, and leaves its results there; or does nothing, and
+  /// returns false. Called on the thread that calls the operator, with the key excluded.
+  virtual bool compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) = 0;
+
+ protected:
+  ~ResultPlacer() = default;
 };
 
 /// What a thread is inside of.
 struct ThreadSlots {
   OperatorRecorder* recorder;  ///< gets this thread's factories, and all that deferred tensors meet
   DeferredScope* scope;        ///< the innermost
+  std::weak_ptr<ResultPlacer> placer;  ///< asked about this thread's operators
 };
 
 /// What the shared objects of a process agree on. The layout belongs to the operator's name below.
@@ -84,7 +104,7 @@ struct DispatchTable {
 };
 
 inline constexpr const char* kTableOperator = "fsdp::dispatch_table";
-inline constexpr const char* kTableOverload = "v3";
+inline constexpr const char* kTableOverload = "v4";
 
 inline void release_storage_tag(void* context) { static_cast<StorageTag*>(context)->release(); }
 
@@ -131,7 +151,13 @@ class TouchedTags {
     tag->retain();
     tags_.push_back(tag);
     if (input_cast_ == nullptr) input_cast_ = tag->input_cast();
+    if (follower_ == nullptr && tag->follows_results()) follower_ = tag;
   }
+
+  bool empty() const noexcept { return tags_.empty(); }
+
+  /// Who is shown the operator's result, if anybody is.
+  StorageTag* follower() const noexcept { return follower_; }
 
   /// What the first tag that casts inputs casts them to; null if none does.
   const InputCast* input_cast() const noexcept { return input_cast_; }
@@ -152,6 +178,7 @@ class TouchedTags {
   c10::SmallVector<StorageTag*, 8> tags_;
   OperatorRecorder* recorder_ = nullptr;
   const InputCast* input_cast_ = nullptr;
+  StorageTag* follower_ = nullptr;
 };
 
 /// Whether the operators inside `op` may be left alone. True for ATen's own, whose kernels only
@@ -190,7 +217,16 @@ inline void tag_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys
       keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kTagKey);
   if (is_closed(op)) {
     c10::impl::ExcludeDispatchKeyGuard nested(kTagKey);
+    if (touched.empty()) {  // it came for the placer
+      const std::shared_ptr<ResultPlacer> placer = own_thread_slots().placer.lock();
+      if (placer && placer->compute(op, stack)) return;
+    }
     op.redispatchBoxed(below, stack);
+    StorageTag* const follower = touched.follower();
+    if (follower != nullptr && at::GradMode::is_enabled() && !stack->empty() &&
+        stack->back().isTensor()) {
+      follower->after_result(op, stack->back().toTensor());
+    }
   } else {
     op.redispatchBoxed(below, stack);
   }

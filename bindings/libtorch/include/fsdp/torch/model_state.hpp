@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "fsdp/torch/accumulator.hpp"
+#include "fsdp/torch/grad_placement.hpp"
 #include "fsdp/torch/shard_leaf.hpp"
 #include "fsdp/torch/stream_copy.hpp"
 #include "fsdp/torch/unit_storage.hpp"
@@ -43,6 +44,7 @@ struct ParamState {
   bool requires_grad = false;  ///< as the engine knows it
   bool arrived = false;        ///< has a gradient since its unit's last reduction
   at::Tensor grad_view = {};   ///< of the gradient shard, for the shard's `.grad`
+  PlacedGradient placed = {};  ///< computed where it is collected, on its way to the node
 };
 
 class ModelState final : public UnitHost,
@@ -212,7 +214,10 @@ class ModelState final : public UnitHost,
     // A backward that needs no parameter's value still takes part in an iteration.
     if (!writes->reading()) activate(*param.unit);
     const auto [region, accumulate] = engine().param_grad(index);
-    store_gradient(region, accumulate, param, gradient);
+    if (accumulate || !param.placed.arrives_in_place(gradient)) {
+      param.placed.move_out();
+      store_gradient(region, accumulate, param, gradient);
+    }
     UnitStorage& unit = *param.unit;
     if (!param.arrived) {
       param.arrived = true;
@@ -224,6 +229,19 @@ class ModelState final : public UnitHost,
       unit.arrived = 0;
       if (!unit.pinned()) reshard(unit, /*keep=*/false);
     }
+  }
+
+  void expect_gradient(std::uint32_t index) override {
+    ParamState& param = params[index];
+    // Where only some gradients were asked for, this one may go elsewhere.
+    const auto* chosen = torch::autograd::get_current_graph_task_exec_info();
+    if (replaced_ || at::GradMode::is_enabled() || (chosen != nullptr && !chosen->empty()) ||
+        !param.requires_grad || !param.placed.vacant()) {
+      return;
+    }
+    enter_backward();
+    if (!writes->reading()) activate(*param.unit);  // as accept_gradient
+    placement_->expect(engine(), index, param.leaf, param.placed);
   }
 
   /// Finishes what a backward that threw has left open: a barrier first, so that a rank that failed
@@ -350,7 +368,6 @@ class ModelState final : public UnitHost,
 
   static void store_gradient(const fsdp_tensor_t& region, bool accumulate, const ParamState& param,
                              const at::Tensor& gradient) {
-    constexpr std::int64_t kSmall = 1 << 16;  // below, the caches are the better place
     const std::int64_t numel = gradient.numel();
     if (numel == 0) return;
     char* data = static_cast<char*>(region.data) + region.byte_offset;
@@ -358,7 +375,7 @@ class ModelState final : public UnitHost,
                        !gradient.is_neg() && !is_sharded(gradient);
     if (!accumulate && plain) {
       const float* from = gradient.const_data_ptr<float>();
-      if (numel <= kSmall) {
+      if (numel < kLargeGradient) {
         std::memcpy(data, from, static_cast<std::size_t>(numel) * sizeof(float));
       } else {
         stream_copy(reinterpret_cast<float*>(data), from, numel);
@@ -373,9 +390,14 @@ class ModelState final : public UnitHost,
     }
   }
 
+  void empty_places() {
+    for (ParamState& param : params) param.placed.move_out();
+  }
+
   void finish_backward() {
     backward_open_ = false;
     failed_ = true;  // until everything below has succeeded
+    empty_places();
     reshard_all(false);
     engine().finish_backward();
     iteration_open_ = !is_last_backward;
@@ -406,12 +428,14 @@ class ModelState final : public UnitHost,
     backward_open_ = false;
     failed_ = true;
     try {
+      empty_places();
       reshard_all(false);
     } catch (...) {
       // The engine's own error comes again at the next call, which settles.
     }
   }
 
+  const std::shared_ptr<GradPlacement> placement_ = std::make_shared<GradPlacement>();
   bool replaced_ = false;
   std::atomic<std::thread::id> forward_thread_{};
   int forward_depth_ = 0;

@@ -5,6 +5,7 @@
 // over their copies: swapping the two pointers unshards and reshards them all.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <map>
@@ -14,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "fsdp/torch/grad_placement.hpp"
 #include "fsdp/torch/shard_leaf.hpp"
 #include "fsdp/torch/tensors.hpp"
 
@@ -81,7 +83,8 @@ class UnitStorage final : public StorageTag {
   /// the unit buffer; `copies`: the others, in their 16-bit copies. Both without storages yet.
   UnitStorage(UnitHost* host, std::shared_ptr<ShardedRoot> root, std::uint32_t index,
               const std::string& name, UnitFace buffer, UnitFace copies)
-      : index(index),
+      : StorageTag(nullptr, /*follows_results=*/has_large(buffer)),
+        index(index),
         name(name.empty() ? "(root)" : name),
         host_(host),
         root_(std::move(root)),
@@ -108,6 +111,10 @@ class UnitStorage final : public StorageTag {
                       ": write the shards that the handle's parameters() returns instead");
     }
     pins_.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  void after_result(const c10::OperatorHandle& op, const at::Tensor& result) override {
+    if (is_weighted(op)) follow_gradients(result);
   }
 
   const InputCast* input_cast() const noexcept override {
@@ -202,6 +209,11 @@ class UnitStorage final : public StorageTag {
       "the model was re-wrapped by another fsdp::fully_shard: use the newer handle";
 
  private:
+  static bool has_large(const UnitFace& face) {
+    const auto large = [](const UnitParam& param) { return param.numel >= kLargeGradient; };
+    return std::any_of(face.params.begin(), face.params.end(), large);
+  }
+
   void end(const char* why) {
     if (host_ == nullptr) return;
     host_ = nullptr;
