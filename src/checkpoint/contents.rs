@@ -183,7 +183,7 @@ impl Listing {
 }
 
 /// An empty vector with room for `bytes`; a lack of memory is an error.
-pub fn reserve(bytes: usize, what: &str) -> Result<Vec<u8>> {
+fn reserve(bytes: usize, what: &str) -> Result<Vec<u8>> {
     let mut memory = Vec::new();
     let full = |_| Error::new(crate::error::Status::OutOfMemory, format!("no memory to copy {what}: {bytes} bytes"));
     memory.try_reserve_exact(bytes).map_err(full)?;

@@ -1,6 +1,6 @@
 //! Loading: each rank reads the ranges that are its own, whatever world size they were saved at.
 
-use super::contents::{reserve, Contents, Entry, Listing};
+use super::contents::{Contents, Listing};
 use super::manifest::{Kind, Manifest, Metadata};
 use super::source::Source;
 use super::{damaged, gather};
@@ -9,29 +9,31 @@ use crate::error::{err, Error, Result};
 use safetensors::Dtype;
 use std::collections::HashSet;
 use std::path::Path;
+use std::slice::ChunksExactMut;
 
 /// Fills the shards of `engine` and the data of the states and extra tensors of `contents` from the checkpoint in `dir`.
-/// Collective. Changes nothing on any rank unless every rank has read and checked all of its part, for which it needs
-/// memory as for what it fills. A sharded checkpoint of another model (names, shapes, dtypes) is refused by the first
-/// parameter that differs; a folder in Hugging Face's layout must have all parameters and may have more, in float32, float16
-/// or bfloat16. No backward may be under way.
+/// Collective. Changes nothing on any rank unless every rank has read and checked all of its part; then all is read again, as
+/// a rule from the system's page cache, so that no memory for a second copy is needed. A sharded checkpoint of another model
+/// (names, shapes, dtypes) is refused by the first parameter that differs; a folder in Hugging Face's layout must have all
+/// parameters and may have more, in float32, float16 or bfloat16. No backward may be under way.
 ///
 /// # Safety
 /// The data of states and extra tensors must be writable.
 pub unsafe fn load(engine: &Engine, dir: &Path, contents: &Contents) -> Result<()> {
-    let read = Listing::to_load(engine, contents).and_then(|listing| {
-        let data = read(&Source::open(dir)?, &listing)?;
-        Ok((listing, data))
+    let checked = Listing::to_load(engine, contents).and_then(|listing| {
+        let source = Source::open(dir)?;
+        let numbers = check(&source, &listing)?;
+        Ok((source, listing, numbers))
     });
-    gather(engine.world().as_ref(), read.as_ref().map(|_| String::new()).map_err(Error::clone))?;
+    gather(engine.world().as_ref(), checked.as_ref().map(|_| String::new()).map_err(Error::clone))?;
     engine.begin_write()?;
-    let (listing, data) = read?;
-    for (e, values) in listing.entries.iter().zip(&data) {
-        // SAFETY: `values` has the entry's length; the entry is the engine's own piece, writable since begin_write, or
-        // the caller's promise.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), e.data, values.len()) };
-    }
-    Ok(())
+    let (source, listing, numbers) = checked?;
+    // SAFETY: the entries are the engine's own pieces, writable since begin_write, or the caller's promise.
+    let filled = unsafe { fill(&source, &listing, &numbers) };
+    let changed =
+        "the checkpoint was changed, or could not be read again, after it had been checked; what was being loaded is \
+                   undefined now";
+    gather(engine.world().as_ref(), filled.map(|()| String::new()).map_err(|e| e.context(changed))).map(|_| ())
 }
 
 /// The metadata given when the checkpoint in `dir` was saved. Local.
@@ -39,32 +41,46 @@ pub fn metadata(dir: &Path) -> Result<Metadata> {
     Ok(Manifest::read(dir)?.metadata)
 }
 
-/// Every entry's bytes, in memory of their own.
-fn read(source: &Source, listing: &Listing) -> Result<Vec<Vec<u8>>> {
+/// Reads all that the entries need, and compares what can be compared.
+fn check(source: &Source, listing: &Listing) -> Result<Vec<usize>> {
     let numbers = same_model(source, listing)?;
-    listing.entries.iter().map(|e| read_entry(source, listing, e, numbers[e.tensor])).collect()
+    for e in &listing.entries {
+        source.read(numbers[e.tensor], e.state.as_deref(), e.first, e.len, &mut |_| Ok(()))?;
+    }
+    Ok(numbers)
 }
 
-fn read_entry(source: &Source, listing: &Listing, e: &Entry, tensor: usize) -> Result<Vec<u8>> {
-    let mut data = reserve(listing.bytes_of(e), &listing.label(e))?;
-    let stored = source.tensors[tensor].dtype;
-    let exact = stored == listing.tensors[e.tensor].dtype;
-    source.read(tensor, e.state.as_deref(), e.first, e.len, &mut |bytes| {
-        match exact {
-            true => data.extend_from_slice(bytes),
-            false => widen(stored, bytes, &mut data)?,
+/// Fills the entries from the tensors of these numbers.
+///
+/// # Safety
+/// The entries' data are writable, and nobody else uses them meanwhile.
+unsafe fn fill(source: &Source, listing: &Listing, numbers: &[usize]) -> Result<()> {
+    for e in &listing.entries {
+        let (tensor, state) = (numbers[e.tensor], e.state.as_deref());
+        // SAFETY: the caller's promise, for as many bytes as the entry has.
+        let out = match listing.bytes_of(e) {
+            0 => &mut [],
+            bytes => unsafe { std::slice::from_raw_parts_mut(e.data, bytes) },
+        };
+        let stored = source.tensors[tensor].dtype;
+        if stored == listing.tensors[e.tensor].dtype {
+            source.read_again(tensor, state, e.first, out)?;
+        } else {
+            let mut out = out.chunks_exact_mut(size_of::<f32>());
+            source.read(tensor, state, e.first, e.len, &mut |bytes| widen(stored, bytes, &mut out))?;
         }
-        Ok(())
-    })?;
-    Ok(data)
+    }
+    source.require_unchanged()
 }
 
-/// Appends 16-bit floating numbers as float32, without loss.
-fn widen(stored: Dtype, bytes: &[u8], out: &mut Vec<u8>) -> Result<()> {
-    let numbers = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+/// Writes 16-bit floating numbers as float32, without loss.
+fn widen(stored: Dtype, bytes: &[u8], out: &mut ChunksExactMut<'_, u8>) -> Result<()> {
+    let numbers = bytes.chunks_exact(2).map(|b| [b[0], b[1]]).zip(out);
     match stored {
-        Dtype::F16 => out.extend(numbers.flat_map(|b| half::f16::from_le_bytes(b).to_f32().to_le_bytes())),
-        Dtype::BF16 => out.extend(numbers.flat_map(|b| half::bf16::from_le_bytes(b).to_f32().to_le_bytes())),
+        Dtype::F16 => numbers.for_each(|(b, o)| o.copy_from_slice(&half::f16::from_le_bytes(b).to_f32().to_le_bytes())),
+        Dtype::BF16 => {
+            numbers.for_each(|(b, o)| o.copy_from_slice(&half::bf16::from_le_bytes(b).to_f32().to_le_bytes()))
+        }
         other => return Err(err!(Panic, "{other} was taken for a 16-bit floating type")),
     }
     Ok(())

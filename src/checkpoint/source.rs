@@ -11,7 +11,8 @@ use crate::error::Result;
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Files kept open at once.
@@ -30,7 +31,8 @@ pub struct Source {
     /// By tensor and state, in order of first elements.
     places: HashMap<(usize, Option<String>), Vec<Place>>,
     open: RefCell<VecDeque<(usize, fs::File)>>,
-    checked: RefCell<Vec<bool>>,
+    /// Of each file that was checked, what it was then.
+    checked: RefCell<Vec<Option<Stamp>>>,
 }
 
 /// A piece, as numbers.
@@ -38,6 +40,22 @@ pub struct Source {
 struct Place {
     file: usize,
     piece: usize,
+}
+
+/// Tells a file from what it becomes when it is written or replaced.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    inode: u64,
+    bytes: u64,
+    /// Seconds and nanoseconds.
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &fs::Metadata) -> Stamp {
+        let changed = (metadata.ctime(), metadata.ctime_nsec());
+        Stamp { inode: metadata.ino(), bytes: metadata.len(), changed }
+    }
 }
 
 /// See [`Source::sharded`].
@@ -69,7 +87,7 @@ impl Source {
             }
         }
         places.values_mut().for_each(|list| list.sort_by_key(|p| files[p.file].pieces[p.piece].first));
-        let checked = RefCell::new(vec![false; files.len()]);
+        let checked = RefCell::new(vec![None; files.len()]);
         Source { dir, tensors, files, sharded, block, by_name, places, open: RefCell::default(), checked }
     }
 
@@ -101,7 +119,49 @@ impl Source {
         len: usize,
         take: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        let size = self.tensors[tensor].dtype.bitsize() / 8;
+        let mut buffer = Vec::new();
+        self.parts(tensor, state, first, len, &mut |f, piece, bytes| self.read_part(f, piece, bytes, &mut buffer, take))
+    }
+
+    /// Fills `out` with the elements of a tensor or state from `first` on, that were read before: nothing is compared again.
+    /// `require_unchanged` says whether that was right. Errors as of `read`.
+    pub fn read_again(&self, tensor: usize, state: Option<&str>, first: usize, out: &mut [u8]) -> Result<()> {
+        let len = out.len() / self.size_of(tensor);
+        let mut rest = out;
+        self.parts(tensor, state, first, len, &mut |f, piece, bytes| {
+            let (out, behind) = std::mem::take(&mut rest).split_at_mut(bytes.len());
+            rest = behind;
+            let read = self.read_at(f, out, piece.offset + bytes.start as u64);
+            read.map_err(|e| e.context(self.label(tensor, state)))
+        })
+    }
+
+    /// An error that names a file which is another one, or has been written, since it was first opened.
+    pub fn require_unchanged(&self) -> Result<()> {
+        for (file, stamp) in self.files.iter().zip(self.checked.borrow().iter()) {
+            let path = self.dir.join(&file.name);
+            if stamp.is_some_and(|stamp| fs::metadata(&path).map(|m| Stamp::of(&m)).ok() != Some(stamp)) {
+                return Err(damaged(&path, "was changed while it was read"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of an element of a tensor.
+    fn size_of(&self, tensor: usize) -> usize {
+        self.tensors[tensor].dtype.bitsize() / 8
+    }
+
+    /// Calls `take` with the pieces that have the elements `first..first + len`, in order, and the bytes of each.
+    fn parts(
+        &self,
+        tensor: usize,
+        state: Option<&str>,
+        first: usize,
+        len: usize,
+        take: &mut dyn FnMut(usize, &Piece, Range<usize>) -> Result<()>,
+    ) -> Result<()> {
+        let size = self.size_of(tensor);
         let (mut at, end) = (first, first + len);
         let places = self.places.get(&(tensor, state.map(str::to_string)));
         for place in places.into_iter().flatten() {
@@ -109,8 +169,7 @@ impl Source {
             // Pieces are in order: one that begins after `at` leaves a gap.
             if at < end && piece.first <= at && at < piece.first + piece.len {
                 let last = end.min(piece.first + piece.len);
-                let bytes = (at - piece.first) * size..(last - piece.first) * size;
-                self.read_piece(place.file, piece, bytes, take)?;
+                take(place.file, piece, (at - piece.first) * size..(last - piece.first) * size)?;
                 at = last;
             }
         }
@@ -120,18 +179,18 @@ impl Source {
         }
     }
 
-    /// The bytes `range` of a piece.
-    fn read_piece(
+    /// The bytes `range` of a piece, in blocks.
+    fn read_part(
         &self,
         f: usize,
         piece: &Piece,
-        range: std::ops::Range<usize>,
+        range: Range<usize>,
+        buffer: &mut Vec<u8>,
         take: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let path = self.dir.join(&self.files[f].name);
         let label = || self.label(piece.tensor, piece.state.as_deref());
-        let bytes = piece.len * (self.tensors[piece.tensor].dtype.bitsize() / 8);
-        let mut buffer = Vec::new();
+        let bytes = piece.len * self.size_of(piece.tensor);
         let mut at = range.start;
         while at < range.end {
             // With checksums the whole block is read, else no more than is wanted.
@@ -140,8 +199,8 @@ impl Source {
                 false => (at / self.block * self.block, bytes.min((at / self.block + 1) * self.block)),
             };
             buffer.resize(end - begin, 0);
-            self.read_at(f, &mut buffer, piece.offset + begin as u64).map_err(|e| e.context(label()))?;
-            if piece.checksums.get(begin / self.block).is_some_and(|sum| *sum != checksum(&buffer)) {
+            self.read_at(f, buffer, piece.offset + begin as u64).map_err(|e| e.context(label()))?;
+            if piece.checksums.get(begin / self.block).is_some_and(|sum| *sum != checksum(buffer)) {
                 let why = format!("{} is damaged: its checksum does not fit", label());
                 return Err(damaged(&path, why));
             }
@@ -172,10 +231,11 @@ impl Source {
         let file = &self.files[f];
         let path = self.dir.join(&file.name);
         let opened = fs::File::open(&path).map_err(|e| damaged(&path, e))?;
-        if self.checked.borrow()[f] {
+        if self.checked.borrow()[f].is_some() {
             return Ok(opened);
         }
-        let bytes = opened.metadata().map_err(|e| damaged(&path, e))?.len();
+        let metadata = opened.metadata().map_err(|e| damaged(&path, e))?;
+        let bytes = metadata.len();
         if bytes != file.bytes {
             return Err(damaged(&path, format_args!("has {bytes} bytes, but was saved with {}", file.bytes)));
         }
@@ -189,12 +249,53 @@ impl Source {
                 return Err(damaged(&path, "is damaged: the checksum of its header does not fit"));
             }
         }
-        self.checked.borrow_mut()[f] = true;
+        self.checked.borrow_mut()[f] = Some(Stamp::of(&metadata));
         Ok(opened)
     }
 
     /// Whether a tensor is cut over the ranks; unknown in Hugging Face's layout.
     pub fn is_parameter(&self, tensor: usize) -> bool {
         self.tensors[tensor].kind == Kind::Parameter
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::writer::{Spec, Writer};
+    use super::*;
+    use safetensors::Dtype;
+
+    #[test]
+    fn a_file_that_changes_after_it_was_read_is_found() {
+        let dir = std::env::temp_dir().join(format!("fsdp-source-{}", std::process::id()));
+        fs::create_dir(&dir).unwrap();
+        let path = dir.join("model.safetensors");
+        let write = |bytes: &[u8]| {
+            let spec = Spec { key: "w".into(), dtype: Dtype::F32, shape: vec![bytes.len() / 4] };
+            let mut writer = Writer::create(&path, &[spec], &Default::default()).unwrap();
+            writer.write(bytes).unwrap();
+            writer.finish().unwrap();
+        };
+        write(&[1; 64]);
+        let source = Source::open(&path).unwrap();
+        let mut bytes = 0;
+        source
+            .read(0, None, 2, 10, &mut |b| {
+                bytes += b.len();
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(bytes, 40);
+        let mut out = [0; 40];
+        source.read_again(0, None, 2, &mut out).unwrap();
+        source.require_unchanged().unwrap();
+        assert_eq!(out, [1; 40]);
+        let e = source.read_again(0, None, 10, &mut [0; 28]).unwrap_err();
+        assert!(e.message.contains("not (all) in it"), "{e}");
+        std::thread::sleep(std::time::Duration::from_millis(20)); // file systems stamp in ticks
+        write(&[2; 64]);
+        let e = source.require_unchanged().unwrap_err();
+        assert!(e.message.contains("model.safetensors") && e.message.contains("was changed"), "{e}");
+        fs::remove_dir_all(&dir).unwrap();
     }
 }
