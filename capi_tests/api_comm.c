@@ -173,7 +173,7 @@ static void tensor_descriptions(void) {
             "tensor is not contiguous");
   t = tensor_f32(values, 2, shape);
   t.device.device_type = 2;
-  CHECK_ERR(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_UNSUPPORTED, "device");
+  CHECK_ERR(fsdp_comm_all_reduce(comm, &t, FSDP_REDUCE_SUM), FSDP_ERR_UNSUPPORTED, "on GPU 0");
   const uint8_t bad_types[][2] = {
       {FSDP_DTYPE_FLOAT, 8}, {FSDP_DTYPE_UINT, 32}, {FSDP_DTYPE_INT, 7}, {9, 32}};
   for (size_t i = 0; i < sizeof bad_types / sizeof bad_types[0]; i++) {

@@ -144,9 +144,9 @@ static void adding(void) {
   CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT,
             "float64");
   bad = tensor_f32(grad, 2, shape);
-  bad.device.device_type = 2;
-  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_UNSUPPORTED,
-            "\"a.weight\"");
+  bad.device.device_type = FSDP_DEVICE_CUDA;
+  CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_WEIGHT, &bad), FSDP_ERR_INVALID_ARGUMENT,
+            "the gradient of \"a.weight\" is on GPU 0");
   int64_t four[1] = {4};
   bad = tensor_f32(grad, 1, four);
   CHECK_ERR(fsdp_engine_accumulate_grad(toy.engine, TOY_FROZEN, &bad), FSDP_ERR_INVALID_STATE,

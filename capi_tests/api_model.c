@@ -141,7 +141,7 @@ static void parameters(void) {
   CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &bad, 1, &out), FSDP_ERR_UNSUPPORTED,
             "\"w\" is not contiguous");
   bad = tensor_f32(memory, 2, shape);
-  bad.device.device_type = 2;
+  bad.device.device_type = 7;
   CHECK_ERR(fsdp_model_add_parameter(m, 0, "w", &bad, 1, &out), FSDP_ERR_UNSUPPORTED, "\"w\"");
   CHECK_BAD_HANDLES(fsdp_model_add_parameter(model, 0, "w", &t, 1, &out));
   CHECK_EQ(out, 77);

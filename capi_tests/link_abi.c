@@ -118,7 +118,7 @@ FIELD(fsdp_tensor_t, shape, 24);
 FIELD(fsdp_tensor_t, strides, 32);
 FIELD(fsdp_tensor_t, byte_offset, 40);
 
-SIZE(fsdp_engine_config_t, 56);
+SIZE(fsdp_engine_config_t, 64);
 FIELD(fsdp_engine_config_t, struct_size, 0);
 FIELD(fsdp_engine_config_t, gradient_slots, 8);
 FIELD(fsdp_engine_config_t, strategy, 12);
@@ -130,6 +130,30 @@ FIELD(fsdp_engine_config_t, param_dtype, 40);
 FIELD(fsdp_engine_config_t, shard_size, 44);
 FIELD(fsdp_engine_config_t, sync_module_states, 48);
 FIELD(fsdp_engine_config_t, cpu_offload, 52);
+FIELD(fsdp_engine_config_t, cuda, 56);
+
+SIZE(fsdp_cuda_config_t, 72);
+FIELD(fsdp_cuda_config_t, struct_size, 0);
+FIELD(fsdp_cuda_config_t, device, 8);
+FIELD(fsdp_cuda_config_t, prefetch, 12);
+FIELD(fsdp_cuda_config_t, max_units_in_flight, 16);
+FIELD(fsdp_cuda_config_t, compute_stream, 24);
+FIELD(fsdp_cuda_config_t, timeout_ms, 32);
+FIELD(fsdp_cuda_config_t, nccl_unique_id, 40);
+FIELD(fsdp_cuda_config_t, alloc, 48);
+FIELD(fsdp_cuda_config_t, free, 56);
+FIELD(fsdp_cuda_config_t, allocator_user_data, 64);
+
+SIZE(fsdp_cuda_stats_t, 64);
+FIELD(fsdp_cuda_stats_t, struct_size, 0);
+FIELD(fsdp_cuda_stats_t, pool_bytes, 8);
+FIELD(fsdp_cuda_stats_t, pool_buffers, 16);
+FIELD(fsdp_cuda_stats_t, buffers_peak, 20);
+FIELD(fsdp_cuda_stats_t, slot_bytes, 24);
+FIELD(fsdp_cuda_stats_t, device_bytes, 32);
+FIELD(fsdp_cuda_stats_t, device_bytes_peak, 40);
+FIELD(fsdp_cuda_stats_t, evictions, 48);
+FIELD(fsdp_cuda_stats_t, overflows, 56);
 
 SIZE(fsdp_sgd_config_t, 48);
 FIELD(fsdp_sgd_config_t, struct_size, 0);
@@ -164,7 +188,7 @@ typedef int32_t (*fsdp_module_init_fn)(const fsdp_module_init_t *, void *);
 typedef int32_t (*fsdp_param_init_fn)(uint32_t, const fsdp_tensor_t *, void *);
 typedef void (*fsdp_log_fn)(int32_t, const char *, void *);
 
-SIZE(fsdp_unit_info_t, 88);
+SIZE(fsdp_unit_info_t, 96);
 FIELD(fsdp_unit_info_t, struct_size, 0);
 FIELD(fsdp_unit_info_t, name, 8);
 FIELD(fsdp_unit_info_t, module, 16);
@@ -178,6 +202,7 @@ FIELD(fsdp_unit_info_t, reduce_dtype, 60);
 FIELD(fsdp_unit_info_t, compute_bytes, 64);
 FIELD(fsdp_unit_info_t, all_gathers, 72);
 FIELD(fsdp_unit_info_t, reduce_scatters, 80);
+FIELD(fsdp_unit_info_t, buffer_bytes, 88);
 
 SIZE(fsdp_param_info_t, 80);
 FIELD(fsdp_param_info_t, struct_size, 0);
@@ -226,7 +251,7 @@ FIELD(fsdp_stats_t, all_reduce_bytes, 128);
 FIELD(fsdp_stats_t, compute_buffer_bytes, 136);
 FIELD(fsdp_stats_t, offloaded_bytes, 144);
 
-SIZE(fsdp_plan_request_t, 48);
+SIZE(fsdp_plan_request_t, 56);
 FIELD(fsdp_plan_request_t, struct_size, 0);
 FIELD(fsdp_plan_request_t, world_size, 8);
 FIELD(fsdp_plan_request_t, strategy, 12);
@@ -237,8 +262,10 @@ FIELD(fsdp_plan_request_t, rank, 28);
 FIELD(fsdp_plan_request_t, param_dtype, 32);
 FIELD(fsdp_plan_request_t, shard_size, 36);
 FIELD(fsdp_plan_request_t, cpu_offload, 40);
+FIELD(fsdp_plan_request_t, device_type, 44);
+FIELD(fsdp_plan_request_t, prefetch, 48);
 
-SIZE(fsdp_plan_t, 232);
+SIZE(fsdp_plan_t, 248);
 FIELD(fsdp_plan_t, struct_size, 0);
 FIELD(fsdp_plan_t, rank, 8);
 FIELD(fsdp_plan_t, unit_count, 12);
@@ -269,6 +296,8 @@ FIELD(fsdp_plan_t, all_reduce_messages, 200);
 FIELD(fsdp_plan_t, compute_buffer_bytes, 208);
 FIELD(fsdp_plan_t, all_gather_bytes_moved, 216);
 FIELD(fsdp_plan_t, offloaded_bytes, 224);
+FIELD(fsdp_plan_t, pool_bytes, 232);
+FIELD(fsdp_plan_t, device_peak_bytes, 240);
 
 SIZE(fsdp_plan_unit_t, 88);
 FIELD(fsdp_plan_unit_t, struct_size, 0);

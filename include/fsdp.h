@@ -31,7 +31,8 @@
     NULL, NULL, NULL, NULL }
 #define FSDP_ENGINE_CONFIG_INIT \
   { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL, \
-    { 0, 0, 0 }, 0, 0, 0 }
+    { 0, 0, 0 }, 0, 0, 0, NULL }
+#define FSDP_CUDA_CONFIG_INIT { sizeof(fsdp_cuda_config_t), 0, 1, 0, NULL, 0, NULL, NULL, NULL, NULL }
 #define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
 #define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
 #define FSDP_FULL_PARAMS_CONFIG_INIT { sizeof(fsdp_full_params_config_t), 0, 0, 0 }
@@ -40,7 +41,7 @@
 #define FSDP_CONSOLIDATE_CONFIG_INIT { sizeof(fsdp_consolidate_config_t), 0, { 0, 0, 0 } }
 #define FSDP_GRAD_SCALER_CONFIG_INIT { sizeof(fsdp_grad_scaler_config_t), 65536.0, 2.0, 0.5, 2000, 0, 1 }
 #define FSDP_PLAN_REQUEST_INIT \
-  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, { 0, 0, 0 }, 0, 0 }
+  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, { 0, 0, 0 }, 0, 0, 0, 1 }
 
 /**
  * Sum over the ranks, in rank order.
@@ -86,6 +87,11 @@
  * Bytes of every message of fsdp_host_collectives_t.post and poll.
  */
 #define FSDP_HOST_MESSAGE_BYTES 1024
+
+/**
+ * Bytes of fsdp_cuda_config_t.nccl_unique_id.
+ */
+#define FSDP_NCCL_UNIQUE_ID_BYTES 128
 
 /**
  * fsdp_engine_config_t.strategy: a unit is unsharded only while it computes, in forward and in backward (ZeRO-3).
@@ -384,11 +390,11 @@ typedef struct {
  */
 typedef struct {
   /**
-   * FSDP_DEVICE_CPU.
+   * FSDP_DEVICE_CPU, or FSDP_DEVICE_CUDA where a function takes or gives memory of a GPU.
    */
   int32_t device_type;
   /**
-   * 0 for host memory.
+   * 0 for host memory; the GPU's number.
    */
   int32_t device_id;
 } fsdp_device_t;
@@ -678,6 +684,49 @@ typedef struct {
 } fsdp_consolidate_config_t;
 
 /**
+ * What an engine on a GPU has taken there and done. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_cuda_stats_t).
+   */
+  size_t struct_size;
+  /**
+   * Bytes of the fixed pool of unit buffers.
+   */
+  uint64_t pool_bytes;
+  /**
+   * Unit buffers in the pool.
+   */
+  uint32_t pool_buffers;
+  /**
+   * Most unit buffers that held a unit at once, gathered ahead included.
+   */
+  uint32_t buffers_peak;
+  /**
+   * Bytes of the fixed gradient slots.
+   */
+  uint64_t slot_bytes;
+  /**
+   * Bytes of device memory that the engine and its optimizers have now: the pool, slots, shards, gradient shards, states,
+   * and what was taken beyond the pool.
+   */
+  uint64_t device_bytes;
+  /**
+   * Most of it at once.
+   */
+  uint64_t device_bytes_peak;
+  /**
+   * All-gathers that were issued ahead and had to make room before they were used.
+   */
+  uint64_t evictions;
+  /**
+   * Times that unit buffers, and gradient slots, were taken beyond the pool.
+   */
+  uint64_t overflows;
+} fsdp_cuda_stats_t;
+
+/**
  * A module to initialize. The library sets struct_size; pointers are borrowed for the call. A newer library appends
  * fields.
  */
@@ -717,6 +766,78 @@ typedef struct {
  * thread of fsdp_engine_create; must not throw or unwind.
  */
 typedef int32_t (*fsdp_module_init_fn)(const fsdp_module_init_t *init, void *user_data);
+
+/**
+ * An engine on a GPU: what fsdp_engine_config_t.cuda points to. Initialize with FSDP_CUDA_CONFIG_INIT, then set what
+ * differs.
+ *
+ * CUDA's driver and NVRTC, and with several ranks NCCL, are looked for when the engine is made: what this machine lacks is
+ * FSDP_ERR_UNSUPPORTED, with a message that says what was looked for and where. Each rank has a GPU; the communicator that
+ * the engine is made with stays on the host: it compares what ranks do and carries small things, NCCL moves the rest.
+ *
+ * Addresses of an engine on a GPU are device addresses: of fsdp_engine_unshard, fsdp_engine_param_data and
+ * fsdp_engine_param_grad always; those of fsdp_shard_t and of an optimizer's states, too, unless cpu_offload is set: they are
+ * pinned host memory then. Tensors say which (fsdp_tensor_t.device). What the host launches that uses them, it launches on
+ * the compute stream; the engine orders its own queues after and before that, and waits on the host only where a function
+ * says so. Pieces and states that the host gives (fsdp_engine_total_norm, fsdp_grad_scaler_*, fsdp_state_t,
+ * fsdp_engine_gather) lie where the engine's shards do; full parameters, whole tensors of checkpoints and initializers'
+ * tensors are in host memory.
+ *
+ * Refused on a GPU (FSDP_ERR_UNSUPPORTED): strategies with replicas (hybrid; FSDP_NO_SHARD with several ranks),
+ * fsdp_engine_set_reshard_after_forward over a number of ranks, communication hooks, and models that another engine
+ * has sharded before. With several ranks units are unsharded and reduced in the same order on every rank, whatever
+ * order_check says, and 16-bit gradients are summed by NCCL in that type.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_cuda_config_t).
+   */
+  size_t struct_size;
+  /**
+   * The GPU's number among those that this process sees; may differ between ranks.
+   */
+  int32_t device;
+  /**
+   * Units gathered ahead of their use at most, where fsdp_engine_set_prefetch_order gives an order; 0: none. Each may take
+   * a unit buffer.
+   */
+  uint32_t prefetch;
+  /**
+   * Most unit buffers at once; a unit that needs one more is FSDP_ERR_INVALID_STATE. 0: as many as needed: a
+   * fixed pool for the deepest path of nested units and `prefetch` more (without resharding after forward: for all units),
+   * and memory taken and given back as it is used for what the pool has no room for.
+   */
+  uint32_t max_units_in_flight;
+  /**
+   * The host's stream (a cudaStream_t or CUstream of the GPU's primary context) until fsdp_engine_set_compute_stream says
+   * otherwise; NULL: the legacy default stream. It outlives the engine and its optimizers.
+   */
+  void *compute_stream;
+  /**
+   * Milliseconds that a collective may take on the GPU once it is its turn; 0: 600,000.
+   */
+  int64_t timeout_ms;
+  /**
+   * FSDP_NCCL_UNIQUE_ID_BYTES bytes, the same on every rank, of which no other communicator was made (ncclGetUniqueId); NULL
+   * on every rank: rank 0 makes one. Not used with one rank, which needs no NCCL.
+   */
+  const void *nccl_unique_id;
+  /**
+   * Takes device memory that work on `stream` may use from here on, at an address of a multiple of 256; NULL if there is
+   * none. `bytes` is more than 0. NULL: memory comes from the driver's pool. May be called in every function of the
+   * engine, in its thread, with the GPU's primary context current; must not call the engine.
+   */
+  void *(*alloc)(void *user_data, size_t bytes, void *stream);
+  /**
+   * Gives it back: work that comes later on `stream`, the one it was taken for, may use it for something else. NULL exactly
+   * if alloc is.
+   */
+  void (*free)(void *user_data, void *memory, size_t bytes, void *stream);
+  /**
+   * Passed to alloc and free; used until the engine and its optimizers are destroyed.
+   */
+  void *allocator_user_data;
+} fsdp_cuda_config_t;
 
 /**
  * Options of an engine, the same on every rank. Initialize with FSDP_ENGINE_CONFIG_INIT, then set what differs.
@@ -775,9 +896,14 @@ typedef struct {
    * 1: this rank's shards, gradient shards and optimizer state (of fsdp_optimizer_t) lie in host memory, apart from the
    * unit buffers, which are on the device; shards are uploaded when they are first needed after they were written. On the
    * CPU this is a second copy of the shards in the same kind of memory, and gives the same results. 0: they lie on the
-   * device, and shards in the unit buffers. A part of the model that was sharded before stays where it was.
+   * device, and shards in the unit buffers. A part of the model that was sharded before stays where it was. On a GPU host
+   * memory is pinned, shards go up as units are gathered, and gradients come down as they are reduced.
    */
   int32_t cpu_offload;
+  /**
+   * The engine computes on a GPU: see fsdp_cuda_config_t; borrowed for the call. On every rank or on none. NULL: on the CPU.
+   */
+  const fsdp_cuda_config_t *cuda;
 } fsdp_engine_config_t;
 
 /**
@@ -836,6 +962,11 @@ typedef struct {
    * Reduce-scatters of it that this rank has started.
    */
   uint64_t reduce_scatters;
+  /**
+   * Bytes at the address that fsdp_engine_unshard gives. On the CPU unit_bytes; on a GPU the unit's layout in each type that
+   * one of its parameters is computed in, one behind the other: float32, bfloat16, float16.
+   */
+  uint64_t buffer_bytes;
 } fsdp_unit_info_t;
 
 /**
@@ -887,7 +1018,8 @@ typedef struct {
    */
   fsdp_dtype_t dtype;
   /**
-   * First byte of its 16-bit copy among those of its unit; 0 if it is computed in float32.
+   * First byte of its 16-bit copy among those of its unit; 0 if it is computed in float32. On a GPU, of every parameter: its
+   * first byte in the unit buffer.
    */
   int64_t compute_offset;
 } fsdp_param_info_t;
@@ -1230,6 +1362,14 @@ typedef struct {
    * As in fsdp_engine_config_t.
    */
   int32_t cpu_offload;
+  /**
+   * Where the engine will compute: FSDP_DEVICE_CUDA, or FSDP_DEVICE_CPU or 0.
+   */
+  int32_t device_type;
+  /**
+   * On a GPU: as in fsdp_cuda_config_t.
+   */
+  uint32_t prefetch;
 } fsdp_plan_request_t;
 
 /**
@@ -1364,6 +1504,16 @@ typedef struct {
    * As fsdp_stats_t will say. Part of rank_peak_bytes.
    */
   uint64_t offloaded_bytes;
+  /**
+   * On a GPU, else 0, as the next: the fixed pool of unit buffers, as fsdp_cuda_stats_t will say. gradient_slot_bytes is of
+   * the fixed slots there.
+   */
+  uint64_t pool_bytes;
+  /**
+   * This rank's device memory at its peak: pool, gradient slots and, without cpu_offload, shards, gradient shards and
+   * optimizer state; as fsdp_cuda_stats_t will say, if nothing is taken beyond the pool. Activations are the host's.
+   */
+  uint64_t device_peak_bytes;
 } fsdp_plan_t;
 
 /**
@@ -1461,7 +1611,8 @@ typedef struct {
 
 /**
  * This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
- * said at fsdp_engine_begin_write.
+ * said at fsdp_engine_begin_write. Of an engine on a GPU they are device addresses, to be used on the compute stream; with
+ * cpu_offload pinned host memory.
  */
 typedef struct {
   /**
@@ -1779,9 +1930,42 @@ fsdp_status_t fsdp_checkpoint_consolidate(const char *dir,
                                           const fsdp_consolidate_config_t *config);
 
 /**
+ * What the host launches from here on for this engine, it launches on `stream` (NULL: the legacy default stream): the new
+ * stream starts after what the one before has been given so far. Call it before the engine's other functions where the
+ * host's current stream may have changed (another thread, backward); nothing happens if it is the same. FSDP_ERR_UNSUPPORTED
+ * for an engine on the CPU. Local; does not wait. Since 0.1.
+ *
+ * # Safety
+ * `stream` is a stream of the engine's GPU as long as the engine and its optimizers live.
+ */
+fsdp_status_t fsdp_engine_set_compute_stream(fsdp_engine_t *engine,
+                                             void *stream);
+
+/**
+ * The error that has broken the engine's communicators, if there is one; on a GPU it looks for failures of peers and for
+ * collectives that are late, as every hook does. For a host that waits for the GPU by itself. Local; does not wait. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_async_error(fsdp_engine_t *engine);
+
+/**
+ * Waits until the GPU has done what this engine has given it, with the deadline of its collectives; an error names unit, rank
+ * and collective. Nothing to do on the CPU. Local. Since 0.1.
+ */
+fsdp_status_t fsdp_engine_synchronize(fsdp_engine_t *engine);
+
+/**
+ * What the engine has taken on its GPU and done there. FSDP_ERR_UNSUPPORTED for an engine on the CPU. Local. Since 0.1.
+ *
+ * # Safety
+ * `out` is NULL or points to `struct_size` writable bytes.
+ */
+fsdp_status_t fsdp_engine_cuda_stats(const fsdp_engine_t *engine,
+                                     fsdp_cuda_stats_t *out);
+
+/**
  * How many devices of a type, FSDP_DEVICE_*, this process sees: one CPU; GPUs perhaps none. The first question about GPUs
  * loads CUDA's driver; without one the answer is FSDP_ERR_UNSUPPORTED, with a message that says what was looked for and
- * where. Tensors and engines are on the CPU only so far. Local. Since 0.1.
+ * where. Local. Since 0.1.
  *
  * # Safety
  * `out_count` is NULL or writable.
@@ -2103,7 +2287,8 @@ fsdp_status_t fsdp_engine_post_backward(fsdp_engine_t *engine,
 /**
  * Unshards a unit; nothing happens if it is unsharded already. *out_unit_buffer is the unit buffer (NULL for a unit
  * without elements), readable until the unit is resharded; it is at the same address every time. Collective. For hosts
- * that see parameters being touched instead of modules being entered. Since 0.1.
+ * that see parameters being touched instead of modules being entered. On a GPU: a device address, another one each time,
+ * that work given to the compute stream from here on may read; fsdp_unit_info_t.buffer_bytes long. Since 0.1.
  *
  * # Safety
  * `out_unit_buffer` is NULL or writable.
@@ -2133,14 +2318,16 @@ fsdp_status_t fsdp_engine_finish_forward(fsdp_engine_t *engine);
 
 /**
  * Ends a backward: reduces what is left, and returns when every gradient is in its shard, all units are resharded, and
- * this rank may write its shards. Collective. Since 0.1.
+ * this rank may write its shards. On a GPU that holds for work that the compute stream is given from here on; with
+ * cpu_offload it waits for the GPU, and holds for the host. Collective. Since 0.1.
  */
 fsdp_status_t fsdp_engine_finish_backward(fsdp_engine_t *engine);
 
 /**
  * From its return until the next unshard this rank may write the data of its shards. Needed for writes that do not
  * follow a backward (loading, clamping, averaging weights): it ends a forward without backward and waits until no rank
- * reads any more. Collective; returns at once after a backward. FSDP_ERR_INVALID_STATE during a backward. Since 0.1.
+ * reads any more. Collective; returns at once after a backward. FSDP_ERR_INVALID_STATE during a backward. On a GPU it is
+ * local, and says so for work that the compute stream is given from here on (with cpu_offload: for the host). Since 0.1.
  */
 fsdp_status_t fsdp_engine_begin_write(fsdp_engine_t *engine);
 
@@ -2187,7 +2374,8 @@ fsdp_status_t fsdp_model_add_module(fsdp_model_t *model,
 
 /**
  * Adds a parameter that `module` owns; *out_param is its number. `tensor`: contiguous float32, float16 or
- * bfloat16 in host memory; its data is borrowed until the last fsdp_engine_create on this model has returned, shape and
+ * bfloat16 in host memory, or on the GPU that the engine will be on (what is written there is on the engine's compute stream
+ * by then); its data is borrowed until the last fsdp_engine_create on this model has returned, shape and
  * name for the call. Shards are float32 whatever the dtype (16 bits are widened exactly); it is what the parameter is
  * computed in, if nothing says otherwise (fsdp_model_set_param_dtype). data NULL:
  * the parameter has no storage; fsdp_engine_create gives it its values, one unit at a time, by the engine's
@@ -2622,7 +2810,8 @@ fsdp_status_t fsdp_grad_scaler_set_state(fsdp_grad_scaler_t *scaler,
 /**
  * The full parameter in the dtype that it is computed in, to be read until its unit is resharded: a view of the unit
  * buffer, or of the unit's copy in 16 bits, at the same address every time. FSDP_ERR_INVALID_STATE while the unit is
- * sharded. Local. Since 0.1.
+ * sharded. On a GPU always a view of the unit buffer, at fsdp_param_info_t.compute_offset, wherever that is since the last
+ * unshard. Local. Since 0.1.
  *
  * # Safety
  * `out` is NULL or writable.
@@ -2636,7 +2825,9 @@ fsdp_status_t fsdp_engine_param_data(const fsdp_engine_t *engine,
  * parameter is computed in. *out_accumulate 0:
  * overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
  * on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
- * if the parameter is frozen or nothing was unsharded since the last iteration ended. Since 0.1.
+ * if the parameter is frozen or nothing was unsharded since the last iteration ended. On a GPU: device memory, to be written
+ * on the compute stream; does not wait; another address in each backward, the same until the unit is reduced. Parameters that
+ * get no gradient need nothing: the engine zeroes their place. Since 0.1.
  *
  * # Safety
  * `out` and `out_accumulate` are NULL or writable.
@@ -2661,7 +2852,8 @@ fsdp_status_t fsdp_engine_reserve_grad(fsdp_engine_t *engine,
 
 /**
  * Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
- * the call) in float32 to what this backward has collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
+ * the call) in float32 to what this backward has collected for the parameter. On a GPU it lies there, and what is launched on
+ * the compute stream reads it. Otherwise as fsdp_engine_param_grad. Since 0.1.
  *
  * # Safety
  * `grad` is NULL or describes readable memory.

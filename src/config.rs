@@ -1,7 +1,11 @@
 //! What a host can choose when it makes an engine. Every field has a default.
 
+use crate::comm::nccl::UniqueId;
+use crate::device::cuda::DeviceAllocator;
 use crate::dtype::DType;
 use crate::materialize::ModuleInit;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// When units are resharded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,6 +92,41 @@ pub struct EngineConfig {
     /// This rank's shards, gradient shards and optimizer state lie in host memory, and shards are uploaded to the device
     /// when they are needed.
     pub cpu_offload: bool,
+    /// The engine computes on a GPU; None: on the CPU.
+    pub cuda: Option<CudaConfig>,
+}
+
+/// Options of an engine on a GPU. Those that ranks must agree on are in [`EngineConfig::agreed`].
+#[derive(Clone)]
+pub struct CudaConfig {
+    /// The GPU's number among those that this process sees.
+    pub device: usize,
+    /// Units gathered ahead of their use at most.
+    pub prefetch: usize,
+    /// Most unit buffers at once; 0: as many as needed.
+    pub max_units_in_flight: usize,
+    /// The host's stream (a CUstream); 0: the legacy default stream.
+    pub compute_stream: usize,
+    /// How long a collective may take on the GPU once it is its turn.
+    pub timeout: Duration,
+    /// By which NCCL's ranks meet; None: rank 0 makes one.
+    pub unique_id: Option<[u8; UniqueId::BYTES]>,
+    /// Where device memory comes from; None: the driver's pool.
+    pub allocator: Option<Arc<dyn DeviceAllocator>>,
+}
+
+impl Default for CudaConfig {
+    fn default() -> CudaConfig {
+        CudaConfig {
+            device: 0,
+            prefetch: 1,
+            max_units_in_flight: 0,
+            compute_stream: 0,
+            timeout: Duration::from_secs(600),
+            unique_id: None,
+            allocator: None,
+        }
+    }
 }
 
 impl Default for EngineConfig {
@@ -102,13 +141,14 @@ impl Default for EngineConfig {
             param_init: None,
             sync_module_states: false,
             cpu_offload: false,
+            cuda: None,
         }
     }
 }
 
 impl EngineConfig {
     /// (name, value) of every option that ranks must agree on.
-    pub fn agreed(&self) -> [(&'static str, String); 9] {
+    pub fn agreed(&self) -> [(&'static str, String); 10] {
         [
             ("gradient_slots", self.gradient_slots.to_string()),
             ("strategy", self.strategy.name().to_string()),
@@ -118,7 +158,17 @@ impl EngineConfig {
             ("sync_module_states", self.sync_module_states.to_string()),
             ("cpu_offload", self.cpu_offload.to_string()),
             ("param_dtype", self.param_dtype.map_or("as registered".to_string(), |d| d.to_string())),
+            ("cuda", self.cuda.as_ref().map_or("not set".to_string(), CudaConfig::agreed)),
             ("param_init_fn", if self.param_init.is_some() { "set" } else { "not set" }.to_string()),
         ]
+    }
+}
+
+impl CudaConfig {
+    /// What of it decides which collectives there are, and when.
+    fn agreed(&self) -> String {
+        let id = if self.unique_id.is_some() { "a" } else { "no" };
+        let (prefetch, most) = (self.prefetch, self.max_units_in_flight);
+        format!("set, with prefetch {prefetch}, max_units_in_flight {most} and {id} nccl_unique_id")
     }
 }

@@ -14,7 +14,7 @@ use crate::comm::Communicator;
 use crate::config::{EngineConfig, Strategy};
 use crate::device::{Buffer, Cpu, Device, Home};
 use crate::error::{err, Result};
-use crate::gradients::Gradients;
+use crate::gradients::{Gradients, HostSlots, Reducer};
 use crate::hook::{self, CommHook, HookFn};
 use crate::log;
 use crate::mesh::Mesh;
@@ -38,6 +38,7 @@ mod access;
 mod accumulate;
 mod full;
 mod gather;
+mod gpu;
 mod iteration;
 mod regroup;
 mod replicate;
@@ -46,6 +47,7 @@ mod values;
 
 pub use access::Shard;
 pub use full::{FullOptions, FullParams};
+pub use gpu::CudaStats;
 pub use regroup::ReshardAfterForward;
 pub use replicate::ReplicaCounters;
 pub use stats::{Stats, UnitCounts};
@@ -86,6 +88,8 @@ pub struct Engine {
     first_unit: u32,
     device: Arc<dyn Device>,
     home: Home,
+    /// What `device` is, if it is a GPU: units and gradients move on its queues then.
+    gpu: Option<gpu::Gpu>,
     gradient_slot_bytes: u64,
     materialized_peak_bytes: u64,
     saves: Saves,
@@ -138,23 +142,39 @@ impl Engine {
             None => Arc::new(Mesh::new(world.clone(), config)?),
         };
         let comm = mesh.shard.clone();
-        let device: Arc<dyn Device> = Arc::new(Cpu);
         let tree = &tree.clone().with_engine_dtypes(config);
         let plan = Plan::new(tree, comm.rank(), comm.world_size())?;
         agree::on_model(&plan.description(tree, config), world.as_ref())?;
+        let opened = gpu::open(tree, config, world.as_ref())?;
+        let device: Arc<dyn Device> = match &opened {
+            Some(opened) => opened.device.clone(),
+            None => Arc::new(Cpu),
+        };
         let first_unit =
             comm.name_units(&(0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect::<Vec<_>>());
-        let own = Arc::new(ShardStore::new(comm.clone(), &plan, device.clone(), config.cpu_offload)?);
+        let in_arena = opened.is_none();
+        let own = Arc::new(ShardStore::new(comm.clone(), &plan, device.clone(), config.cpu_offload, in_arena)?);
         let stores = Plan::stores(tree, own);
         let slots = config.gradient_slots as usize;
-        let gradients = Gradients::new(comm.clone(), &plan, first_unit, &stores, slots)?;
+        let (gpu, reducer): (_, Box<dyn Reducer>) = match opened {
+            Some(opened) => {
+                let (gpu, slots) = opened.start(&plan, config, &comm, &stores)?;
+                (Some(gpu), Box::new(slots))
+            }
+            None => (None, Box::new(HostSlots::new(comm.clone(), &plan, first_unit, &stores, slots)?)),
+        };
+        let gradients = Gradients::new(&plan, reducer);
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         let mut engine = Engine {
             strategy: config.strategy,
             number: NUMBER.fetch_add(1, Ordering::Relaxed),
             first_unit,
-            gradient_slot_bytes: plan.slot_bytes(slots).iter().sum::<usize>() as u64,
+            gradient_slot_bytes: match &gpu {
+                Some(gpu) => gpu.slot_bytes(),
+                None => plan.slot_bytes(slots).iter().sum::<usize>() as u64,
+            },
             device,
+            gpu,
             home: if config.cpu_offload { Home::Host } else { Home::Device },
             materialized_peak_bytes: 0,
             saves: Saves::default(),
@@ -215,6 +235,20 @@ impl Engine {
     /// Memory where this engine's shards have their home; `what` names the purpose in an error.
     pub(crate) fn alloc_home(&self, len: usize, what: &str) -> Result<Buffer> {
         self.device.alloc(self.home, len, what)
+    }
+
+    /// What does arithmetic on shards, where they have their home.
+    pub(crate) fn at_home(&self) -> &dyn Device {
+        match self.home {
+            Home::Device => self.device.as_ref(),
+            Home::Host => &Cpu,
+        }
+    }
+
+    /// The same for what waits: on a GPU the collectives under way are waited for first, with their deadline.
+    pub(crate) fn settled_at_home(&self) -> Result<&dyn Device> {
+        self.gpu.iter().try_for_each(|gpu| gpu.settle())?;
+        Ok(self.at_home())
     }
 
     /// The number of this rank's shard group; 0 where all ranks are one.
@@ -280,6 +314,9 @@ impl Engine {
     /// Local. See [`crate::hook`].
     pub fn set_comm_hook(&self, hook: Option<HookFn>) -> Result<()> {
         let comms = self.model.mesh.comms();
+        if hook.is_some() && self.gpu.is_some() {
+            return Err(err!(Unsupported, "communication hooks are not called by engines on a GPU yet"));
+        }
         let hook = hook.map(|function| CommHook { engine: self.number, function, comms });
         // Dropped after the lock: dropping it may run code of the host.
         let _old = std::mem::replace(&mut self.lock()?.gradients.hook, hook);
@@ -317,5 +354,7 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.stop_reading();
+        // The shards' memory goes first.
+        self.gpu.iter().for_each(|gpu| gpu.leave());
     }
 }

@@ -12,6 +12,7 @@ use crate::config::EngineConfig;
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::module::{ModuleTree, ROOT};
+use crate::pipeline::{Limits, UnitBytes};
 use crate::plan::{Plan, UnitId, UnitPlan};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -131,8 +132,13 @@ pub struct Forecast {
     pub padding_bytes: u64,
     /// All unit buffers, each rounded up to 64 bytes. On shm they are all ranks' shards, once per host.
     pub unit_buffer_bytes: u64,
-    /// The copies of parameters that are computed in 16 bits, of all units; on shm once per host.
+    /// The copies of parameters that are computed in 16 bits, of all units; on shm once per host. None on a GPU.
     pub compute_buffer_bytes: u64,
+    /// On a GPU the fixed pool of unit buffers; else 0, as the next.
+    pub pool_bytes: u64,
+    /// Device memory of this rank, if nothing is taken beyond the pool and the fixed slots: those, and without CPU offload
+    /// shards, gradient shards and optimizer state.
+    pub device_peak_bytes: u64,
     /// What this rank writes there, and uploads, in a step that follows a write of its shards.
     pub cast_bytes: u64,
     /// This rank's shards in host memory, besides their place in the unit buffers (CPU offload).
@@ -182,6 +188,8 @@ impl Forecast {
         let piece = |p: &crate::plan::ParamPlan| plan.units[p.unit as usize].layout.piece(p.index, rank % group).len;
         let cast_bytes: u64 = plan.params.iter().filter(cast).map(|p| (piece(p) * p.compute.size()) as u64).sum();
         let sum = |of: fn(&UnitPlan) -> usize| plan.units.iter().map(|u| of(u) as u64).sum::<u64>();
+        let gpu = config.cuda.as_ref().map(|_| Limits::of_engine(&UnitBytes::of(&plan), config));
+        let slots = || plan.slot_bytes(config.gradient_slots as usize).iter().sum();
         let mut f = Forecast {
             world_size: world,
             rank,
@@ -190,12 +198,15 @@ impl Forecast {
             param_shard_bytes: sum(UnitPlan::shard_bytes),
             grad_shard_bytes: sum(UnitPlan::grad_shard_bytes),
             optimizer_bytes: u64::from(request.optimizer_bytes_per_element) * on_rank(true),
-            gradient_slot_bytes: plan.slot_bytes(config.gradient_slots as usize).iter().map(|b| *b as u64).sum(),
+            gradient_slot_bytes: gpu.as_ref().map_or_else(slots, Limits::slot_bytes) as u64,
             shard_padding_bytes: sum(UnitPlan::shard_bytes) - on_rank(false) * DType::F32.size() as u64,
             padding_bytes: plan.padding_bytes() as u64,
-            unit_buffer_bytes: sum(UnitPlan::arena_bytes),
-            compute_buffer_bytes: plan.units.iter().map(|u| u.compute_bytes as u64).sum(),
-            cast_bytes: cast_bytes + if config.cpu_offload { sum(UnitPlan::shard_bytes) } else { 0 },
+            unit_buffer_bytes: gpu.as_ref().map_or_else(|| sum(UnitPlan::arena_bytes), |l| l.pool_bytes() as u64),
+            compute_buffer_bytes: if gpu.is_some() { 0 } else { sum(|u| u.compute_bytes) },
+            pool_bytes: gpu.as_ref().map_or(0, |l| l.pool_bytes() as u64),
+            device_peak_bytes: 0,
+            cast_bytes: if gpu.is_some() { 0 } else { cast_bytes }
+                + if config.cpu_offload && gpu.is_none() { sum(UnitPlan::shard_bytes) } else { 0 },
             offloaded_bytes: if config.cpu_offload { sum(UnitPlan::grad_shard_bytes) } else { 0 },
             unsharded_peak_bytes: match config.strategy {
                 s if s.reshards_after_forward() => deepest_path_bytes(tree, &plan),
@@ -220,7 +231,21 @@ impl Forecast {
         let buffers = f.unit_buffer_bytes + f.compute_buffer_bytes;
         let host = replicas as u128 * u128::from(buffers) + world as u128 * u128::from(gradients);
         f.host_peak_bytes = u64::try_from(host + all_optimizer_bytes).unwrap_or(u64::MAX);
+        if gpu.is_some() {
+            f.count_on_gpu(config.cpu_offload, all_optimizer_bytes);
+        }
         Ok(f)
+    }
+
+    /// On a GPU shards are laid out as gradient shards are, and unit buffers are each rank's own; the host has what is
+    /// offloaded.
+    fn count_on_gpu(&mut self, cpu_offload: bool, all_optimizer_bytes: u128) {
+        let shards = 2 * self.grad_shard_bytes;
+        let at_home = |home: bool, bytes: u64| if home { bytes } else { 0 };
+        self.rank_peak_bytes = self.pool_bytes + self.gradient_slot_bytes + shards + self.optimizer_bytes;
+        self.device_peak_bytes = self.rank_peak_bytes - at_home(cpu_offload, shards + self.optimizer_bytes);
+        let host = self.world_size as u128 * u128::from(shards) + all_optimizer_bytes;
+        self.host_peak_bytes = at_home(cpu_offload, u64::try_from(host).unwrap_or(u64::MAX));
     }
 
     /// The unit of this number.
@@ -273,6 +298,10 @@ fn unit_forecast(plan: &Plan, unit: UnitId, rank: usize, replicas: usize, config
     let gathers = 1 + u64::from(unit != Plan::ROOT_UNIT && config.strategy.reshards_after_forward());
     let reductions = u64::from(u.params.iter().any(|p| plan.params[*p as usize].requires_grad));
     let reduced = (u.layout.len * u.reduce_dtype.size()) as u64;
+    let gathered = match &config.cuda {
+        Some(_) => UnitBytes::of_unit(plan, unit).buffer,
+        None => u.gathered_bytes(&plan.params),
+    };
     UnitForecast {
         name: u.name.clone(),
         module: u.module,
@@ -281,7 +310,7 @@ fn unit_forecast(plan: &Plan, unit: UnitId, rank: usize, replicas: usize, config
         bytes: u.bytes() as u64,
         shard_bytes: u.shard_bytes() as u64,
         padding_bytes: (u.layout.padding() * DType::F32.size()) as u64,
-        all_gather: Traffic::of(gathers, u.gathered_bytes(&plan.params) as u64, world),
+        all_gather: Traffic::of(gathers, gathered as u64, world),
         reduce_scatter: Traffic::of(reductions, reduced, world),
         all_reduce: Traffic::of_all_reduce(averaged, replicas as u64),
     }

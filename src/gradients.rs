@@ -2,34 +2,63 @@
 //!
 //! A unit that gets its first gradient *opens*: it takes a slot and collects its full gradients there. When they are
 //! complete its reduce-scatter is *started*; this rank's part of it (the mean of its own range, into the gradient shards)
-//! is done inside a later hook, as soon as every rank has started it or has ended its backward. A slot is free when every
-//! rank has done its part.
+//! is done later, and the slot is free again when nobody needs it any more.
 //!
-//! There are a few *regular* slots, sized as the largest units, and one *spare* slot for each unit. A unit collects in a
-//! spare one when other open units have the regular ones, or when waiting for one could be for ever because ranks reduce
-//! in different orders. Slots take memory only where they are written; a spare one gives it back.
+//! Which unit is open and which of its parameters have a gradient is kept here. Slots, and what is done with them, are a
+//! [`Reducer`]'s: `slots` in memory that the host computes on, `queued` on a GPU.
 //!
 //! Invariant: a reduction is started at the moment the host says so, whatever slot its unit has.
 
-use crate::comm::{reduce, Communicator, ReduceTarget, Segment, Slots, Tag, Ticket};
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::hook::{CommHook, HookGradient, UnitGradients};
 use crate::plan::{Plan, UnitId};
-use crate::shards::ShardStore;
-use crate::timeline::{self, Timeline};
+use crate::timeline::Timeline;
 use std::sync::Arc;
 
-#[derive(Clone, Copy)]
-enum SlotUse {
-    Free,
-    Open,
-    Started(Ticket),
+pub mod queued;
+mod slots;
+
+pub use slots::HostSlots;
+
+/// A slot that a unit collects in.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    pub slot: usize,
+    /// The unit's layout in floats, on the device.
+    pub data: *mut f32,
+}
+
+// SAFETY: a plain address in memory that the reducer keeps; used under the engine's lock.
+unsafe impl Send for Place {}
+
+/// Slots for full gradients, and what brings them to the shards.
+pub trait Reducer: Send {
+    /// A slot for `unit`, which has elements and none now. May wait for one.
+    fn acquire(&mut self, plan: &Plan, unit: UnitId) -> Result<Place>;
+    /// The gradients in the unit's slot are not wanted.
+    fn discard(&mut self, unit: UnitId, place: Place);
+    /// Starts the reduce-scatter of what the unit has collected: `present` says for which of its parameters. The slot is the
+    /// unit's no more.
+    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, present: &[bool]) -> Result<()>;
+    /// A unit without elements has nothing to send: its parameters have a gradient if they have one here.
+    fn reduced(&mut self, unit: UnitId, present: &[bool]);
+    /// Does this rank's part of what can be done now. Does not wait.
+    fn progress(&mut self) -> Result<()>;
+    /// Ends a backward: returns when this rank's part of everything that any rank has started is done. Collective.
+    fn end(&mut self, plan: &Plan) -> Result<()>;
+    /// Of each parameter: whether a mean was written to its gradient shard since the last call.
+    fn take_reduced(&mut self, plan: &Plan) -> Vec<bool>;
+    /// Bytes of the slots in use.
+    fn used_bytes(&self) -> u64;
+    /// Most regular slots, and most others, in use at once.
+    fn peaks(&self) -> [usize; 2];
+    /// Where this rank's parts of reductions are shown.
+    fn set_timeline(&mut self, timeline: Option<Arc<Timeline>>);
 }
 
 struct OpenUnit {
     /// None for a unit without elements.
-    slot: Option<usize>,
+    place: Option<Place>,
     /// Which parameters have a gradient by now.
     present: Vec<bool>,
     /// A backward that did not reduce has left gradients here.
@@ -52,123 +81,42 @@ pub struct GradientCounters {
 
 /// See the module's text. Used under the engine's lock.
 pub struct Gradients {
-    comm: Arc<dyn Communicator>,
-    memory: Slots,
-    uses: Vec<SlotUse>,
-    /// The slots whose reduce-scatters were started and not yet seen done.
-    in_flight: Vec<usize>,
-    /// How many regular and spare slots are in use.
-    used: [usize; 2],
-    /// Regular slots come first.
-    regular: usize,
-    /// The spare slot of each unit that has elements.
-    spare: Vec<Option<usize>>,
+    reducer: Box<dyn Reducer>,
     open: Vec<Option<OpenUnit>>,
     /// This rank has started reductions since the last backward ended.
     started: bool,
-    means: Means,
     /// Called with each unit's gradients before they are rounded and published.
     pub hook: Option<CommHook>,
-    pub counters: GradientCounters,
+    counters: GradientCounters,
     /// By unit.
     pub reductions: Vec<u64>,
 }
 
-/// Where means go: the pieces of each unit, and the stores that say whether they are added to.
-struct Means {
-    /// Of each unit's parameters: whether a mean was written since [`Gradients::take_reduced`].
-    reduced: Vec<Vec<bool>>,
-    segments: Vec<Vec<Segment>>,
-    /// Of each unit's parameters: their number in the store.
-    params: Vec<Vec<usize>>,
-    stores: Vec<Arc<ShardStore>>,
-    timeline: Option<Arc<Timeline>>,
-    /// When the part that is being done began.
-    began: u64,
-}
-
-// SAFETY: the raw pointers in the segments point into the stores, which are kept; slots are `Send` for the same reason.
-unsafe impl Send for Gradients {}
-
-impl ReduceTarget for Means {
-    fn segments(&mut self, unit: usize) -> &[Segment] {
-        self.began = self.timeline.as_ref().map_or(0, |_| timeline::now());
-        let (segments, params, store) = (&mut self.segments[unit], &self.params[unit], &self.stores[unit]);
-        for s in segments.iter_mut() {
-            s.accumulate = store.holds(params[s.param]);
-        }
-        segments
-    }
-
-    fn reduced(&mut self, unit: usize, present: &[bool]) {
-        for (param, _) in self.params[unit].iter().zip(present).filter(|(_, present)| **present) {
-            self.stores[unit].set_held(*param, true);
-        }
-        for (reduced, present) in self.reduced[unit].iter_mut().zip(present) {
-            *reduced |= present;
-        }
-        if let Some(timeline) = self.timeline.as_ref().filter(|_| self.began > 0) {
-            timeline.unit_span("reduce", unit as UnitId, std::mem::take(&mut self.began));
-        }
-    }
-}
-
 impl Gradients {
-    /// Collective: allocates the slots. `first_unit` is the communicator's number of unit 0, `stores` the plan's.
-    pub fn new(
-        comm: Arc<dyn Communicator>,
-        plan: &Plan,
-        first_unit: u32,
-        stores: &[Arc<ShardStore>],
-        slots: usize,
-    ) -> Result<Gradients> {
-        let flags = plan.units.iter().map(|u| u.params.len()).max().unwrap_or(0);
-        let mut sizes = plan.slot_bytes(slots);
-        let regular = sizes.len();
-        let mut spare = Vec::new();
-        for unit in &plan.units {
-            spare.push((unit.bytes() > 0).then_some(sizes.len()));
-            sizes.extend(Some(unit.bytes()).filter(|bytes| *bytes > 0));
-        }
-        let units = plan.units.len() as UnitId;
-        let memory = comm.alloc_slots(&sizes, flags, first_unit..first_unit + units)?;
-        let of_unit = |u: &crate::plan::UnitPlan| stores[u.store].clone();
-        let numbers = |p: &u32| plan.params[*p as usize].store_param;
-        Ok(Gradients {
-            uses: vec![SlotUse::Free; sizes.len()],
-            in_flight: Vec::new(),
-            used: [0; 2],
-            regular,
-            spare,
-            open: (0..units).map(|_| None).collect(),
+    pub fn new(plan: &Plan, reducer: Box<dyn Reducer>) -> Gradients {
+        Gradients {
+            reducer,
+            open: plan.units.iter().map(|_| None).collect(),
             started: false,
-            means: Means {
-                reduced: plan.units.iter().map(|u| vec![false; u.params.len()]).collect(),
-                segments: (0..units)
-                    .map(|u| plan.segments(u, comm.rank(), of_unit(&plan.units[u as usize]).grads.as_ptr()))
-                    .collect(),
-                params: plan.units.iter().map(|u| u.params.iter().map(numbers).collect()).collect(),
-                stores: plan.units.iter().map(of_unit).collect(),
-                timeline: None,
-                began: 0,
-            },
-            memory,
-            comm,
             hook: None,
             counters: GradientCounters::default(),
-            reductions: vec![0; units as usize],
-        })
+            reductions: vec![0; plan.units.len()],
+        }
     }
 
     /// Where this rank's parts of reductions are shown.
     pub fn set_timeline(&mut self, timeline: Option<Arc<Timeline>>) {
-        self.means.timeline = timeline;
+        self.reducer.set_timeline(timeline);
+    }
+
+    pub fn counters(&self) -> GradientCounters {
+        let [slots_peak, overflow_peak] = self.reducer.peaks();
+        GradientCounters { slots_peak, overflow_peak, ..self.counters }
     }
 
     /// Bytes of the slots in use.
     pub fn used_bytes(&self) -> u64 {
-        let used = self.uses.iter().zip(&self.memory.slots).filter(|(u, _)| !matches!(u, SlotUse::Free));
-        used.map(|(_, slot)| slot.bytes as u64).sum()
+        self.reducer.used_bytes()
     }
 
     /// Whether this rank has started reductions since the last backward ended.
@@ -191,8 +139,7 @@ impl Gradients {
 
     /// Of each parameter: whether a mean was written to its gradient shard since the last call.
     pub fn take_reduced(&mut self, plan: &Plan) -> Vec<bool> {
-        let take = |p: &crate::plan::ParamPlan| std::mem::take(&mut self.means.reduced[p.unit as usize][p.index]);
-        plan.params.iter().map(take).collect()
+        self.reducer.take_reduced(plan)
     }
 
     /// The full gradient region of parameter `index` of `unit`, and whether it already holds a gradient of this
@@ -210,63 +157,39 @@ impl Gradients {
             self.open_unit(plan, unit)?;
         }
         let open = self.open[unit as usize].as_mut().expect("opened above");
-        let base = open.slot.map_or(std::ptr::null_mut(), |s| self.memory.slots[s].data.cast::<f32>());
+        let base = open.place.map_or(std::ptr::null_mut(), |p| p.data);
         open.touched = true;
         Ok((base.wrapping_add(plan.units[unit as usize].layout.offsets[index]), open.present[index]))
     }
 
-    /// The gradients of `unit` are complete: starts its reduce-scatter as the communicator's unit `number`. A unit that
-    /// is not open has nothing to reduce.
-    pub fn start(&mut self, plan: &Plan, unit: UnitId, number: u32) -> Result<()> {
+    /// The gradients of `unit` are complete: starts its reduce-scatter. A unit that is not open has nothing to reduce.
+    pub fn start(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
         let Some(open) = self.open[unit as usize].take() else { return Ok(()) };
-        let Some(slot) = open.slot else {
-            // Nothing to send: its parameters have a gradient if they have one here.
-            self.means.reduced(unit as usize, &open.present);
+        let Some(place) = open.place else {
+            self.reducer.reduced(unit, &open.present);
             return Ok(());
         };
-        let (layout, dtype) = (&plan.units[unit as usize].layout, plan.units[unit as usize].reduce_dtype);
-        let bytes = (layout.len * dtype.size()) as u64;
-        if let Err(e) = self.run_hook(plan, unit, slot, &open.present) {
-            self.free(slot);
+        if let Err(e) = self.run_hook(plan, unit, place, &open.present) {
+            self.reducer.discard(unit, place);
             return Err(e);
         }
-        if dtype != DType::F32 {
-            let data = self.memory.slots[slot].data;
-            for (index, _) in open.present.iter().enumerate().filter(|(_, present)| **present) {
-                let (at, len) = (layout.offsets[index], layout.numels[index]);
-                // SAFETY: the slot holds the unit's floats. Parameters lie in ascending order, and a narrower one never
-                // reaches the floats of those that follow.
-                unsafe { reduce::narrow(dtype, data.cast::<f32>().add(at), data.add(at * 2), len) };
-            }
-        }
-        if self.comm.moves_bytes() {
-            // What another rank has a gradient for is summed as a whole.
-            for (index, _) in open.present.iter().enumerate().filter(|(_, present)| !**present) {
-                let (at, bytes) = (layout.offsets[index] * dtype.size(), layout.numels[index] * dtype.size());
-                // SAFETY: the parameter's place in the slot, in elements of the reduce dtype.
-                unsafe { self.memory.slots[slot].data.add(at).write_bytes(0, bytes) };
-            }
-        }
-        let tag = Tag { kind: crate::comm::Kind::ReduceScatter, unit: number, dtype, bytes };
-        let ticket = self.comm.reduce_start(tag, &self.memory.slots[slot], &open.present)?;
-        self.uses[slot] = SlotUse::Started(ticket);
-        self.in_flight.push(slot);
+        self.reducer.start(plan, unit, place, &open.present)?;
+        let u = &plan.units[unit as usize];
         self.started = true;
         self.counters.reduce_scatters += 1;
         self.reductions[unit as usize] += 1;
-        self.counters.reduce_scatter_bytes += bytes;
+        self.counters.reduce_scatter_bytes += (u.layout.len * u.reduce_dtype.size()) as u64;
         self.progress()
     }
 
-    fn run_hook(&self, plan: &Plan, unit: UnitId, slot: usize, present: &[bool]) -> Result<()> {
+    fn run_hook(&self, plan: &Plan, unit: UnitId, place: Place, present: &[bool]) -> Result<()> {
         let Some(hook) = &self.hook else { return Ok(()) };
         let u = &plan.units[unit as usize];
-        let base = self.memory.slots[slot].data.cast::<f32>();
         let there = present.iter().enumerate().filter(|(_, present)| **present);
         let gradients: Vec<HookGradient> = there
             .map(|(index, _)| HookGradient {
                 param: u.params[index],
-                data: base.wrapping_add(u.layout.offsets[index]),
+                data: place.data.wrapping_add(u.layout.offsets[index]),
                 numel: u.layout.numels[index],
             })
             .collect();
@@ -279,27 +202,27 @@ impl Gradients {
     /// Makes `unit` take part in its next reduction even if it has no gradient on this rank, so that the other ranks'
     /// part of it need not wait for the end of this one's backward.
     pub fn join(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
-        match self.open[unit as usize].is_none() && self.spare[unit as usize].is_some() {
+        match self.open[unit as usize].is_none() && plan.units[unit as usize].bytes() > 0 {
             true => self.open_unit(plan, unit),
             false => Ok(()),
         }
     }
 
-    /// Starts every open unit, in order; unit 0 is the communicator's `first_unit`.
-    pub fn start_all(&mut self, plan: &Plan, first_unit: u32) -> Result<()> {
-        (0..self.open.len() as UnitId).try_for_each(|unit| self.start(plan, unit, first_unit + unit))
+    /// Starts every open unit, in order.
+    pub fn start_all(&mut self, plan: &Plan) -> Result<()> {
+        (0..self.open.len() as UnitId).try_for_each(|unit| self.start(plan, unit))
     }
 
     /// Does this rank's part of what every rank has started by now.
     pub fn progress(&mut self) -> Result<()> {
-        self.comm.reduce_ready(self.memory.id, &mut self.means)
+        self.reducer.progress()
     }
 
     /// Ends a backward: returns when this rank's part of everything that any rank has started is done. Collective.
-    pub fn end(&mut self) -> Result<()> {
-        self.comm.reduce_end(self.memory.id, &mut self.means)?;
+    pub fn end(&mut self, plan: &Plan) -> Result<()> {
+        self.reducer.end(plan)?;
         self.started = false;
-        self.release()
+        Ok(())
     }
 
     /// Drops gradients of a backward that failed or was given up, with what its units had kept from earlier ones, since
@@ -315,76 +238,20 @@ impl Gradients {
 
     fn discard_where(&mut self, discard: impl Fn(&OpenUnit) -> bool) {
         for unit in 0..self.open.len() {
-            if let Some(slot) = self.open[unit].take_if(|open| discard(open)).and_then(|open| open.slot) {
-                self.free(slot);
+            if let Some(place) = self.open[unit].take_if(|open| discard(open)).and_then(|open| open.place) {
+                self.reducer.discard(unit as UnitId, place);
             }
         }
     }
 
     fn open_unit(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
         let u = &plan.units[unit as usize];
-        let slot = match self.spare[unit as usize] {
-            None => None,
-            Some(spare) => Some(self.acquire(u.bytes(), spare)?),
+        let place = match u.bytes() {
+            0 => None,
+            _ => Some(self.reducer.acquire(plan, unit)?),
         };
-        if let Some(slot) = slot {
-            self.uses[slot] = SlotUse::Open;
-            self.used[(slot >= self.regular) as usize] += 1;
-        }
         let present = vec![false; u.params.len()];
-        self.open[unit as usize] = Some(OpenUnit { slot, present, kept: false, touched: false });
-        self.counters.slots_peak = self.counters.slots_peak.max(self.used[0]);
-        self.counters.overflow_peak = self.counters.overflow_peak.max(self.used[1]);
+        self.open[unit as usize] = Some(OpenUnit { place, present, kept: false, touched: false });
         Ok(())
-    }
-
-    /// A slot for a unit of `bytes`: of the smallest regular kind that fits among those no open unit has, a free one,
-    /// else the one that was started first, waited for; else the unit's spare one.
-    fn acquire(&mut self, bytes: usize, spare: usize) -> Result<usize> {
-        self.release()?;
-        let fits = |i: &usize| self.memory.slots[*i].bytes >= bytes && !matches!(self.uses[*i], SlotUse::Open);
-        let kind = (0..self.regular).filter(fits).map(|i| self.memory.slots[i].bytes).min();
-        let candidates = (0..self.regular).filter(fits).filter(|i| Some(self.memory.slots[*i].bytes) == kind);
-        let first = candidates.min_by_key(|i| match self.uses[*i] {
-            SlotUse::Started(ticket) => Some(ticket),
-            _ => None,
-        });
-        for slot in first.into_iter().chain([spare]) {
-            match self.uses[slot] {
-                SlotUse::Free => return Ok(slot),
-                SlotUse::Open => {}
-                SlotUse::Started(ticket) => {
-                    // A spare slot is waited for only when the unit is reduced twice in one backward.
-                    if self.comm.reduce_wait(ticket, &mut self.means, slot != spare)? {
-                        self.free(slot);
-                        return Ok(slot);
-                    }
-                }
-            }
-        }
-        unreachable!("a unit that is being opened has not got its spare slot open")
-    }
-
-    /// Frees the slots that every rank has read.
-    fn release(&mut self) -> Result<()> {
-        let mut at = 0;
-        while at < self.in_flight.len() {
-            let slot = self.in_flight[at];
-            match self.uses[slot] {
-                SlotUse::Started(ticket) if self.comm.reduce_done(ticket)? => self.free(slot),
-                _ => at += 1,
-            }
-        }
-        Ok(())
-    }
-
-    /// The slot is free.
-    fn free(&mut self, slot: usize) {
-        self.uses[slot] = SlotUse::Free;
-        self.in_flight.retain(|s| *s != slot);
-        self.used[(slot >= self.regular) as usize] -= 1;
-        if slot >= self.regular {
-            self.comm.trim_slot(self.memory.id, &self.memory.slots[slot]);
-        }
     }
 }

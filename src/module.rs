@@ -53,6 +53,8 @@ pub struct Param {
     pub dtype: DType,
     pub requires_grad: bool,
     pub data: *const u8,
+    /// The GPU whose memory `data` is; None: the host's.
+    pub gpu: Option<usize>,
     /// Its (model, number) among the models that the tree has adopted: its values are in shards already.
     pub adopted: Option<(usize, ParamId)>,
 }
@@ -178,10 +180,19 @@ impl ModuleTree {
             dtype,
             requires_grad,
             data,
+            gpu: None,
             adopted: None,
         });
         self.modules[module as usize].params.push(id);
         Ok(id)
+    }
+
+    /// A parameter's data is at `data` in the memory of this GPU.
+    pub fn set_param_gpu(&mut self, param: ParamId, data: *const u8, gpu: usize) -> Result<()> {
+        self.param(param)?;
+        let p = &mut self.params[param as usize];
+        (p.data, p.gpu) = (data, Some(gpu));
+        Ok(())
     }
 
     /// Registers an existing parameter a second time, in `module` under `name`.

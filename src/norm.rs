@@ -12,6 +12,7 @@
 //! a parameter without elements is an error there, as it is for torch; for p = inf it counts as 0.
 
 use crate::comm::{Communicator, ReduceOp};
+use crate::device::Floats;
 use crate::dtype::DType;
 use crate::engine::Engine;
 use crate::error::{err, Result};
@@ -54,7 +55,7 @@ impl Order {
     }
 
     /// The part of a norm that these elements are.
-    fn part<T: Copy + Into<f64>>(self, x: &[T]) -> f64 {
+    pub(crate) fn part<T: Copy + Into<f64>>(self, x: &[T]) -> f64 {
         let max = |a: f64, b: f64| if a.is_nan() || a > b { a } else { b };
         match self {
             Order::Largest => fold(x, 0.0, |m, v| max(m, v.abs()), max),
@@ -109,18 +110,15 @@ unsafe fn norms(engine: &Engine, pieces: &[*const f32], order: Order) -> Result<
     if pieces.len() != params.len() {
         return Err(err!(InvalidArgument, "{} pieces were given, there are {} parameters", pieces.len(), params.len()));
     }
+    let floats = |(p, data): (usize, &*const f32)| Floats {
+        data: data.cast_mut(),
+        len: if data.is_null() { 0 } else { params[p].piece.len },
+    };
+    let floats: Vec<Floats> = pieces.iter().enumerate().map(floats).collect();
+    // SAFETY: the caller's promise; a piece without elements may have any pointer.
+    let mut parts = unsafe { engine.settled_at_home()?.norm_parts(order, &floats) }?;
     // Parts, then presence.
-    let mut parts = vec![0f64; 2 * params.len()];
-    for (p, data) in pieces.iter().enumerate() {
-        let x = match data.is_null() {
-            true => &[][..],
-            // SAFETY: the caller's promise; a piece without elements may have any pointer.
-            false if params[p].piece.len > 0 => unsafe { std::slice::from_raw_parts(*data, params[p].piece.len) },
-            false => &[],
-        };
-        parts[p] = order.part(x);
-        parts[params.len() + p] = f64::from(u8::from(!data.is_null()));
-    }
+    parts.extend(pieces.iter().map(|data| f64::from(u8::from(!data.is_null()))));
     all_reduce(engine.comm().as_ref(), &mut parts, order.op())?;
     let (parts, present) = parts.split_at(params.len());
     let mut by_param = Vec::new();
@@ -213,12 +211,12 @@ impl Engine {
             }
             let factor = clip_factor(max_norm, norms.total);
             if factor != 1.0 {
-                for (p, grad) in self.grad_pieces()?.into_iter().enumerate().filter(|(_, g)| !g.is_null()) {
-                    let len = self.plan().params[p].piece.len;
-                    // SAFETY: as above; a shard without elements has an address all the same.
-                    let grad = unsafe { std::slice::from_raw_parts_mut(grad.cast_mut(), len) };
-                    grad.iter_mut().for_each(|g| *g *= factor);
-                }
+                let params = self.plan().params.iter().zip(self.grad_pieces()?);
+                let there = params.filter(|(_, grad)| !grad.is_null());
+                let floats: Vec<Floats> =
+                    there.map(|(p, grad)| Floats { data: grad.cast_mut(), len: p.piece.len }).collect();
+                // SAFETY: as above.
+                unsafe { self.at_home().scale(&floats, factor) }?;
             }
             Ok(norms.total)
         })

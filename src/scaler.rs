@@ -8,6 +8,7 @@
 //!            not found: tracker += 1; at growth_interval: scale = scale * growth_factor if that is finite, tracker = 0
 
 use crate::comm::ReduceOp;
+use crate::device::Floats;
 use crate::engine::Engine;
 use crate::error::{err, Result};
 use crate::norm::all_reduce;
@@ -225,17 +226,19 @@ unsafe fn unscale(scale: f64, engine: &Engine, pieces: Option<&[*mut f32]>) -> R
             let (given, there) = (pieces.len(), params.len());
             return Err(err!(InvalidArgument, "{given} pieces were given, there are {there} parameters"));
         }
-        let there = || params.iter().zip(&pieces).filter(|(p, data)| !data.is_null() && p.piece.len > 0);
+        let there = params.iter().zip(&pieces).filter(|(p, data)| !data.is_null() && p.piece.len > 0);
+        let there: Vec<Floats> = there.map(|(p, data)| Floats { data: *data, len: p.piece.len }).collect();
+        let home = engine.settled_at_home()?;
         // SAFETY: the caller's promise; gradient shards have the pieces' lengths, and the engine is locked.
-        let slice = |data: *mut f32, len: usize| unsafe { std::slice::from_raw_parts_mut(data, len) };
-        let found = there().any(|(p, data)| slice(*data, p.piece.len).iter().any(|g| !g.is_finite()));
+        let found = !unsafe { home.all_finite(&there) }?;
         let mut agreed = [f64::from(u8::from(found)), scale, -scale];
         all_reduce(engine.world().as_ref(), &mut agreed, ReduceOp::Max)?;
         if agreed[1] != -agreed[2] {
             return Err(err!(Mismatch, "ranks have different gradient scales: from {} to {}", -agreed[2], agreed[1]));
         }
         let inverse = (1.0 / scale) as f32;
-        there().for_each(|(p, data)| slice(*data, p.piece.len).iter_mut().for_each(|g| *g *= inverse));
+        // SAFETY: as above.
+        unsafe { home.scale(&there, inverse) }?;
         Ok(agreed[0] > 0.0)
     })
 }

@@ -45,6 +45,17 @@ impl Schedule {
     }
 }
 
+impl Schedule {
+    /// As [`Schedule::next_after`], the next `count` units at most.
+    pub fn upcoming(&mut self, unit: UnitId, forward: bool, count: usize) -> &[UnitId] {
+        let line = if forward { &mut self.forward } else { &mut self.backward };
+        match line.next_after(unit) {
+            Some(_) => &line.order[line.cursor..line.order.len().min(line.cursor + count)],
+            None => &[],
+        }
+    }
+}
+
 impl Line {
     fn next_after(&mut self, unit: UnitId) -> Option<UnitId> {
         let (before, after) = self.order.split_at(self.cursor);

@@ -37,8 +37,10 @@ pub struct ShardStore {
     /// This rank's part of it.
     casts: Vec<Cast>,
     device: Arc<dyn Device>,
-    /// With CPU offload, this rank's masters, laid out as `grads`: they go to `arena` when a READ phase opens.
-    offloaded: Option<Offloaded>,
+    /// With CPU offload, and on a GPU, this rank's masters, laid out as `grads`.
+    apart: Option<Apart>,
+    home: Home,
+    in_arena: bool,
     /// This rank's gradient shards, at the plan's `grad_offset`s.
     pub grads: Buffer,
     /// By parameter of the engine that made the store: whether its gradient shard holds a value that the next
@@ -52,10 +54,11 @@ unsafe impl Send for ShardStore {}
 // SAFETY: as above.
 unsafe impl Sync for ShardStore {}
 
-/// Masters in host memory.
-struct Offloaded {
+/// Masters in memory of their own.
+struct Apart {
     masters: Buffer,
-    /// Of each unit: its first float there, its first byte in the arena, and its floats.
+    /// What goes to `arena` when a READ phase opens, of each unit: its first float there, its first byte in the arena, and
+    /// its floats. Nothing on a GPU, whose queues bring units together.
     shards: Vec<(usize, usize, usize)>,
 }
 
@@ -75,32 +78,36 @@ impl std::fmt::Debug for ShardedModel {
 }
 
 impl ShardStore {
-    /// Collective: allocates for the plan's own units.
+    /// Collective: allocates for the plan's own units. `in_arena`: unit buffers are memory of the communicator; else this
+    /// rank's shards alone are kept here, and its arena has READ phases and no bytes.
     pub fn new(
         comm: Arc<dyn Communicator>,
         plan: &Plan,
         device: Arc<dyn Device>,
         cpu_offload: bool,
+        in_arena: bool,
     ) -> Result<ShardStore> {
         let home = if cpu_offload { Home::Host } else { Home::Device };
         let of_unit = |u: &UnitPlan| {
             let start = u.layout.shard(comm.rank()).start * DType::F32.size();
             (u.grad_offset, u.arena_offset + start, u.layout.shard_len)
         };
-        let offload = || -> Result<Offloaded> {
-            let masters = device.alloc(Home::Host, plan.shard_elements, "the offloaded shards")?;
-            Ok(Offloaded { masters, shards: plan.units.iter().filter(|u| u.store == 0).map(of_unit).collect() })
+        let apart = || -> Result<Apart> {
+            let what = if cpu_offload { "the offloaded shards" } else { "the shards" };
+            let own = plan.units.iter().filter(|u| in_arena && u.store == 0);
+            Ok(Apart { masters: device.alloc(home, plan.shard_elements, what)?, shards: own.map(of_unit).collect() })
         };
+        let bytes = |of: usize| if in_arena { of } else { 0 };
+        let casts = (0..plan.units.len() as UnitId).filter(|u| in_arena && plan.units[*u as usize].store == 0);
         Ok(ShardStore {
-            offloaded: cpu_offload.then(offload).transpose()?,
-            arena: comm.alloc_arena(plan.arena_bytes)?,
-            copies: (plan.compute_bytes > 0).then(|| comm.alloc_arena(plan.compute_bytes)).transpose()?,
-            casts: (0..plan.units.len() as UnitId)
-                .filter(|u| plan.units[*u as usize].store == 0)
-                .flat_map(|u| plan.casts(u))
-                .collect(),
+            apart: (cpu_offload || !in_arena).then(apart).transpose()?,
+            arena: comm.alloc_arena(bytes(plan.arena_bytes))?,
+            copies: (bytes(plan.compute_bytes) > 0).then(|| comm.alloc_arena(plan.compute_bytes)).transpose()?,
+            casts: casts.flat_map(|u| plan.casts(u)).collect(),
             grads: device.alloc(home, plan.shard_elements, "the gradient shards")?,
             device,
+            home,
+            in_arena,
             held: plan.params.iter().map(|_| AtomicBool::new(false)).collect(),
             phase: Mutex::new(Phase::Writable),
             comm,
@@ -132,15 +139,20 @@ impl ShardStore {
 
     /// Where this rank's masters are, float `at` of its gradient shards' layout, byte `byte` of the arena's.
     pub fn master_at(&self, at: usize, byte: usize) -> *mut f32 {
-        match &self.offloaded {
-            Some(offloaded) => offloaded.masters.as_ptr().wrapping_add(at),
+        match &self.apart {
+            Some(apart) => apart.masters.as_ptr().wrapping_add(at),
             None => self.arena.base.wrapping_add(byte).cast(),
         }
     }
 
+    /// Whether unit buffers are memory of the communicator.
+    pub fn in_arena(&self) -> bool {
+        self.in_arena
+    }
+
     /// Whether this rank's masters lie in host memory.
     pub fn offloads(&self) -> bool {
-        self.offloaded.is_some()
+        self.home == Home::Host
     }
 
     /// Byte `offset` of the compute copies; null if there are none.
@@ -154,10 +166,10 @@ impl ShardStore {
         self.require_free(engine)?;
         let mut cast = 0;
         if *self.phase() == Phase::Writable {
-            for (from, to, len) in self.offloaded.iter().flat_map(|o| &o.shards) {
+            for (from, to, len) in self.apart.iter().flat_map(|a| &a.shards) {
                 let from = self.master_at(*from, 0);
                 // SAFETY: the plan gave this rank these ranges; else as below.
-                unsafe { self.device.upload(from, self.arena.base.add(*to).cast(), *len) }?;
+                unsafe { self.device.put(DType::F32, from.cast(), self.arena.base.add(*to).cast(), *len) }?;
                 cast += (len * DType::F32.size()) as u64;
             }
             for c in &self.casts {

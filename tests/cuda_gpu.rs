@@ -3,15 +3,21 @@
 //! Libraries that the system does not find by name: FSDP_CUDA_LIBRARY, FSDP_NVRTC_LIBRARY, FSDP_NCCL_LIBRARY.
 
 mod cuda;
+#[path = "cuda/engine.rs"]
+#[allow(dead_code)]
+mod engine;
 #[path = "nccl/step.rs"]
 mod step;
 
 use cuda::gpu::Gpu;
 use cuda::{elements, reductions};
+use engine::{same, Case, Place, Trainer};
 use fsdp::comm::nccl::{Nccl, NcclComm, NcclConfig, UniqueId};
-use fsdp::comm::single;
+use fsdp::comm::{shm, single};
+use fsdp::config::EngineConfig;
 use fsdp::device::cuda::{compile, devices, kernels, Compiler, Context};
 use fsdp::dtype::DType;
+use fsdp::optim::{AdamWOptions, Rule, SgdOptions};
 use std::io::Write;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -124,4 +130,87 @@ fn steps_on_a_gpu_equal_the_cpus() {
             step::train(single::init(), [gather, reduce], dtypes);
         }
     });
+}
+
+/// Cases that an engine on a GPU and one on the CPU train alike.
+fn cases(worlds: usize) -> Vec<(&'static str, Case)> {
+    let adamw = Rule::AdamW(AdamWOptions { lr: 0.01, weight_decay: 0.1, ..AdamWOptions::default() });
+    let sgd = Rule::Sgd(SgdOptions { lr: 0.05, momentum: 0.9, ..SgdOptions::default() });
+    let bf16 = EngineConfig { param_dtype: Some(DType::BF16), ..EngineConfig::default() };
+    let offload = EngineConfig { cpu_offload: true, ..bf16.clone() };
+    let mut all = vec![
+        ("float32", Case { order: true, ..Case::new(EngineConfig::default(), adamw) }),
+        ("bfloat16", Case { order: true, clip: Some(1.0), ..Case::new(bf16.clone(), sgd) }),
+        ("accumulated", Case { micro: 2, sync: false, ..Case::new(bf16.clone(), adamw) }),
+        ("offloaded", Case { micro: 2, ..Case::new(offload, adamw) }),
+    ];
+    if worlds == 1 {
+        all.push(("reduced", Case::new(EngineConfig { reduce_dtype: DType::BF16, ..bf16 }, adamw)));
+    }
+    all
+}
+
+/// NCCL sums in an order of its own, and multiplies before or after: the last bits differ, Adam's steps a little more.
+fn close(got: &[Vec<f32>], want: &[Vec<f32>], what: &str) {
+    for (k, (got, want)) in got.iter().flatten().zip(want.iter().flatten()).enumerate() {
+        assert!((got - want).abs() <= 2e-3 * (1.0 + want.abs()), "{what}, element {k}: {got}, not {want}");
+    }
+}
+
+#[test]
+fn engines_on_a_gpu_train_as_on_the_cpu() {
+    on_gpu(|_| {
+        for (what, case) in cases(1) {
+            let run = |place: Place| {
+                let trainer = Trainer::new(single::init(), place, &case);
+                trainer.train();
+                trainer.engine.synchronize().unwrap();
+                trainer.pieces()
+            };
+            same(&run(Place::gpu()), &run(Place::Cpu), what);
+        }
+    });
+}
+
+/// This process again, once for each rank, on one GPU: to NCCL each is a host of its own.
+#[test]
+fn ranks_on_one_gpu_train_as_on_the_cpu() {
+    const RANK: &str = "FSDP_GPU_TEST_RANK";
+    if let Ok(text) = std::env::var(RANK) {
+        let numbers: Vec<&str> = text.split(' ').collect();
+        let (job, rank, world) = (numbers[0], numbers[1].parse().unwrap(), numbers[2].parse().unwrap());
+        return train_as_rank(job, rank, world);
+    }
+    on_gpu(|_| {
+        if let Err(e) = Nccl::get() {
+            return skip(e);
+        }
+        for world in [2, 4] {
+            let start = |rank: usize| {
+                std::process::Command::new(std::env::current_exe().unwrap())
+                    .args(["--exact", "ranks_on_one_gpu_train_as_on_the_cpu", "--nocapture"])
+                    .env(RANK, format!("fsdp-gpu-{}-{world} {rank} {world}", std::process::id()))
+                    .env("NCCL_HOSTID", format!("rank-{rank}"))
+                    .spawn()
+                    .unwrap()
+            };
+            let processes: Vec<_> = (0..world).map(start).collect();
+            let ends: Vec<bool> = processes.into_iter().map(|mut p| p.wait().unwrap().success()).collect();
+            assert!(ends.iter().all(|ok| *ok), "{world} ranks: {ends:?}");
+        }
+    });
+}
+
+fn train_as_rank(job: &str, rank: usize, world: usize) {
+    for (k, (what, case)) in cases(world).into_iter().enumerate() {
+        let run = |place: Place, name: &str| {
+            let mut config = shm::Config::new(format!("{job}-{k}-{name}"), rank, world);
+            config.timeout = Duration::from_secs(120);
+            let trainer = Trainer::new(shm::init(&config).unwrap(), place, &case);
+            trainer.train();
+            trainer.engine.synchronize().unwrap();
+            trainer.pieces()
+        };
+        close(&run(Place::gpu(), "gpu"), &run(Place::Cpu, "cpu"), &format!("{what}, rank {rank} of {world}"));
+    }
 }

@@ -4,6 +4,7 @@
 #[path = "cuda/fake.rs"]
 mod fake;
 #[path = "nccl/fake.rs"]
+#[allow(dead_code)]
 mod nccl;
 #[path = "common/ranks.rs"]
 mod ranks;
@@ -335,7 +336,7 @@ fn ranks_that_launch_different_collectives_get_an_error_that_names_both() {
             let rank = control.rank();
             let comms = two_comms(rank, 2);
             let mut t = step::Trainer::new(control, comms, (DType::F32, DType::F32));
-            t.queues.set_check(check);
+            t.queues.set_gathering(Kind::AllGather, check);
             // Units 1 and 2 are "a" and "b".
             let launched = t.pipeline.unshard(&mut t.queues, 1 + rank as u32, &[]);
             let e = match launched {

@@ -7,7 +7,7 @@ use crate::error::err;
 
 /// How many devices of a type, FSDP_DEVICE_*, this process sees: one CPU; GPUs perhaps none. The first question about GPUs
 /// loads CUDA's driver; without one the answer is FSDP_ERR_UNSUPPORTED, with a message that says what was looked for and
-/// where. Tensors and engines are on the CPU only so far. Local. Since 0.1.
+/// where. Local. Since 0.1.
 ///
 /// # Safety
 /// `out_count` is NULL or writable.

@@ -1,5 +1,6 @@
 //! `fsdp_engine_t`: options, making and destroying a sharded model.
 
+use super::cuda::{cuda_config, fsdp_cuda_config_t};
 use super::handle::{fsdp_comm_t, fsdp_engine_t, fsdp_model_t, get, insert, remove};
 use super::model::{fsdp_module_init_fn, lock, module_init};
 use super::status::{boundary, boundary_void, fsdp_status_t, out, read_sized, Sized_};
@@ -69,8 +70,11 @@ pub struct fsdp_engine_config_t {
     /// 1: this rank's shards, gradient shards and optimizer state (of fsdp_optimizer_t) lie in host memory, apart from the
     /// unit buffers, which are on the device; shards are uploaded when they are first needed after they were written. On the
     /// CPU this is a second copy of the shards in the same kind of memory, and gives the same results. 0: they lie on the
-    /// device, and shards in the unit buffers. A part of the model that was sharded before stays where it was.
+    /// device, and shards in the unit buffers. A part of the model that was sharded before stays where it was. On a GPU host
+    /// memory is pinned, shards go up as units are gathered, and gradients come down as they are reduced.
     pub cpu_offload: i32,
+    /// The engine computes on a GPU: see fsdp_cuda_config_t; borrowed for the call. On every rank or on none. NULL: on the CPU.
+    pub cuda: *const fsdp_cuda_config_t,
 }
 
 // SAFETY: repr(C), begins with its size, plain data.
@@ -138,13 +142,17 @@ pub(super) fn param_dtype(value: fsdp_dtype_t, of: &str) -> Result<Option<DType>
     Ok(dtype)
 }
 
-fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
+/// # Safety
+/// What the configuration points to is as fsdp.h says.
+unsafe fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
     let of = fsdp_engine_config_t::NAME;
     let order_check = OrderCheck::ALL.into_iter().find(|o| *o as i32 == c.order_check);
     let order_check =
         order_check.ok_or_else(|| err!(InvalidArgument, "{of}.order_check cannot be {}", c.order_check))?;
     let (strategy, reduce_dtype) = (strategy(c.strategy, of)?, reduce_dtype(c.reduce_dtype, of)?);
     let param_dtype = param_dtype(c.param_dtype, of)?;
+    // SAFETY: the caller's promise.
+    let cuda = unsafe { cuda_config(c.cuda) }?;
     // SAFETY: the host's promise for a function it gives: it may be called with its user data.
     let param_init = unsafe { module_init(c.param_init_fn, c.param_init_user_data) };
     if param_init.is_none() && !c.param_init_user_data.is_null() {
@@ -163,6 +171,7 @@ fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
         param_init,
         sync_module_states: c.sync_module_states != 0,
         cpu_offload: c.cpu_offload != 0,
+        cuda,
     })
 }
 
@@ -194,7 +203,7 @@ pub unsafe extern "C" fn fsdp_engine_create(
         let config = match config.is_null() {
             true => EngineConfig::default(),
             // SAFETY: the caller's promise.
-            false => engine_config(&unsafe { read_sized(config) }?)?,
+            false => unsafe { engine_config(&read_sized(config)?) }?,
         };
         let tree = lock(&model)?.clone();
         // SAFETY: the caller's promise.

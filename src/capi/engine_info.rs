@@ -43,6 +43,9 @@ pub struct fsdp_unit_info_t {
     pub all_gathers: u64,
     /// Reduce-scatters of it that this rank has started.
     pub reduce_scatters: u64,
+    /// Bytes at the address that fsdp_engine_unshard gives. On the CPU unit_bytes; on a GPU the unit's layout in each type that
+    /// one of its parameters is computed in, one behind the other: float32, bfloat16, float16.
+    pub buffer_bytes: u64,
 }
 
 /// A parameter and its place. Set struct_size before the call; pointers are borrowed until fsdp_engine_destroy.
@@ -71,7 +74,8 @@ pub struct fsdp_param_info_t {
     pub requires_grad: i32,
     /// What it is computed in: the dtype of fsdp_engine_param_data.
     pub dtype: fsdp_dtype_t,
-    /// First byte of its 16-bit copy among those of its unit; 0 if it is computed in float32.
+    /// First byte of its 16-bit copy among those of its unit; 0 if it is computed in float32. On a GPU, of every parameter: its
+    /// first byte in the unit buffer.
     pub compute_offset: i64,
 }
 
@@ -194,6 +198,7 @@ pub unsafe extern "C" fn fsdp_engine_unit_info(
             compute_bytes: u.compute_bytes as u64,
             all_gathers: counts.all_gathers,
             reduce_scatters: counts.reduce_scatters,
+            buffer_bytes: object.engine.buffer_bytes(unit) as u64,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, info) }
@@ -226,7 +231,7 @@ pub unsafe extern "C" fn fsdp_engine_param_info(
             shard_numel: p.piece.len as i64,
             requires_grad: p.requires_grad.into(),
             dtype: tensor::c_dtype(p.compute),
-            compute_offset: p.compute_offset as i64,
+            compute_offset: object.engine.offset_in_buffer(param) as i64,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, info) }

@@ -156,7 +156,8 @@ pub extern "C" fn fsdp_engine_post_backward(engine: *mut fsdp_engine_t, unit: u3
 
 /// Unshards a unit; nothing happens if it is unsharded already. *out_unit_buffer is the unit buffer (NULL for a unit
 /// without elements), readable until the unit is resharded; it is at the same address every time. Collective. For hosts
-/// that see parameters being touched instead of modules being entered. Since 0.1.
+/// that see parameters being touched instead of modules being entered. On a GPU: a device address, another one each time,
+/// that work given to the compute stream from here on may read; fsdp_unit_info_t.buffer_bytes long. Since 0.1.
 ///
 /// # Safety
 /// `out_unit_buffer` is NULL or writable.
@@ -196,7 +197,8 @@ pub extern "C" fn fsdp_engine_finish_forward(engine: *mut fsdp_engine_t) -> fsdp
 }
 
 /// Ends a backward: reduces what is left, and returns when every gradient is in its shard, all units are resharded, and
-/// this rank may write its shards. Collective. Since 0.1.
+/// this rank may write its shards. On a GPU that holds for work that the compute stream is given from here on; with
+/// cpu_offload it waits for the GPU, and holds for the host. Collective. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_engine_finish_backward(engine: *mut fsdp_engine_t) -> fsdp_status_t {
     boundary(|| with(engine, |e| e.finish_backward()))
@@ -204,7 +206,8 @@ pub extern "C" fn fsdp_engine_finish_backward(engine: *mut fsdp_engine_t) -> fsd
 
 /// From its return until the next unshard this rank may write the data of its shards. Needed for writes that do not
 /// follow a backward (loading, clamping, averaging weights): it ends a forward without backward and waits until no rank
-/// reads any more. Collective; returns at once after a backward. FSDP_ERR_INVALID_STATE during a backward. Since 0.1.
+/// reads any more. Collective; returns at once after a backward. FSDP_ERR_INVALID_STATE during a backward. On a GPU it is
+/// local, and says so for work that the compute stream is given from here on (with cpu_offload: for the host). Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_engine_begin_write(engine: *mut fsdp_engine_t) -> fsdp_status_t {
     boundary(|| with(engine, |e| e.begin_write()))

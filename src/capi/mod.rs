@@ -11,6 +11,7 @@ pub mod checkpoint_job;
 pub mod comm;
 pub mod comm_host;
 pub mod consolidate;
+pub mod cuda;
 pub mod device;
 pub mod engine;
 pub mod engine_info;

@@ -94,7 +94,8 @@ pub unsafe extern "C" fn fsdp_model_add_module(
 }
 
 /// Adds a parameter that `module` owns; *out_param is its number. `tensor`: contiguous float32, float16 or
-/// bfloat16 in host memory; its data is borrowed until the last fsdp_engine_create on this model has returned, shape and
+/// bfloat16 in host memory, or on the GPU that the engine will be on (what is written there is on the engine's compute stream
+/// by then); its data is borrowed until the last fsdp_engine_create on this model has returned, shape and
 /// name for the call. Shards are float32 whatever the dtype (16 bits are widened exactly); it is what the parameter is
 /// computed in, if nothing says otherwise (fsdp_model_set_param_dtype). data NULL:
 /// the parameter has no storage; fsdp_engine_create gives it its values, one unit at a time, by the engine's
@@ -116,8 +117,11 @@ pub unsafe extern "C" fn fsdp_model_add_parameter(
         // SAFETY: the caller's promise.
         let (name, out) = unsafe { (string(name, "name")?, self::out(out_param, "out_param")?) };
         // SAFETY: as above.
-        let t = unsafe { HostTensor::read(tensor, &format!("parameter \"{name}\"")) }?;
-        out.write(edit(model, |tree| tree.add_param(module, name, &t.shape, t.dtype, requires_grad != 0, t.data))?);
+        let (t, gpu) = unsafe { HostTensor::read_anywhere(tensor, &format!("parameter \"{name}\"")) }?;
+        out.write(edit(model, |tree| {
+            let param = tree.add_param(module, name, &t.shape, t.dtype, requires_grad != 0, t.data)?;
+            gpu.map_or(Ok(()), |gpu| tree.set_param_gpu(param, t.data, gpu)).map(|()| param)
+        })?);
         Ok(())
     })
 }

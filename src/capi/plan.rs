@@ -4,8 +4,8 @@ use super::engine::{param_dtype, reduce_dtype, strategy};
 use super::handle::{fsdp_model_t, get};
 use super::model::lock;
 use super::status::{boundary, fsdp_status_t, read_sized, write_sized, Sized_};
-use super::tensor::fsdp_dtype_t;
-use crate::config::EngineConfig;
+use super::tensor::{fsdp_dtype_t, FSDP_DEVICE_CPU, FSDP_DEVICE_CUDA};
+use crate::config::{CudaConfig, EngineConfig};
 use crate::error::{err, Result};
 use crate::forecast::{Forecast, Request};
 
@@ -36,6 +36,10 @@ pub struct fsdp_plan_request_t {
     pub shard_size: u32,
     /// As in fsdp_engine_config_t.
     pub cpu_offload: i32,
+    /// Where the engine will compute: FSDP_DEVICE_CUDA, or FSDP_DEVICE_CPU or 0.
+    pub device_type: i32,
+    /// On a GPU: as in fsdp_cuda_config_t.
+    pub prefetch: u32,
 }
 
 /// What an engine will use and do. "This rank" is the one asked for; ranks differ in padding and optimizer state only. A
@@ -110,6 +114,12 @@ pub struct fsdp_plan_t {
     pub all_gather_bytes_moved: u64,
     /// As fsdp_stats_t will say. Part of rank_peak_bytes.
     pub offloaded_bytes: u64,
+    /// On a GPU, else 0, as the next: the fixed pool of unit buffers, as fsdp_cuda_stats_t will say. gradient_slot_bytes is of
+    /// the fixed slots there.
+    pub pool_bytes: u64,
+    /// This rank's device memory at its peak: pool, gradient slots and, without cpu_offload, shards, gradient shards and
+    /// optimizer state; as fsdp_cuda_stats_t will say, if nothing is taken beyond the pool. Activations are the host's.
+    pub device_peak_bytes: u64,
 }
 
 /// A unit, the same on every rank. Set struct_size before the call.
@@ -203,6 +213,8 @@ pub unsafe extern "C" fn fsdp_plan(
             compute_buffer_bytes: f.compute_buffer_bytes,
             all_gather_bytes_moved: f.cast_bytes,
             offloaded_bytes: f.offloaded_bytes,
+            pool_bytes: f.pool_bytes,
+            device_peak_bytes: f.device_peak_bytes,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, plan) }
@@ -262,6 +274,11 @@ unsafe fn forecast(model: *const fsdp_model_t, request: *const fsdp_plan_request
         reduce_dtype: reduce_dtype(r.reduce_dtype, of)?,
         param_dtype: param_dtype(r.param_dtype, of)?,
         cpu_offload: r.cpu_offload != 0,
+        cuda: match r.device_type {
+            0 | FSDP_DEVICE_CPU => None,
+            FSDP_DEVICE_CUDA => Some(CudaConfig { prefetch: r.prefetch as usize, ..CudaConfig::default() }),
+            other => return Err(err!(InvalidArgument, "{of}.device_type cannot be {other}")),
+        },
         ..EngineConfig::default()
     };
     let (world_size, optimizer_bytes_per_element) = (r.world_size as usize, r.optimizer_bytes_per_element);

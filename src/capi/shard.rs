@@ -9,7 +9,8 @@ use crate::engine::Engine;
 use crate::error::{err, Result};
 
 /// This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
-/// said at fsdp_engine_begin_write.
+/// said at fsdp_engine_begin_write. Of an engine on a GPU they are device addresses, to be used on the compute stream; with
+/// cpu_offload pinned host memory.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fsdp_shard_t {
@@ -24,7 +25,8 @@ pub struct fsdp_shard_t {
 
 /// The full parameter in the dtype that it is computed in, to be read until its unit is resharded: a view of the unit
 /// buffer, or of the unit's copy in 16 bits, at the same address every time. FSDP_ERR_INVALID_STATE while the unit is
-/// sharded. Local. Since 0.1.
+/// sharded. On a GPU always a view of the unit buffer, at fsdp_param_info_t.compute_offset, wherever that is since the last
+/// unshard. Local. Since 0.1.
 ///
 /// # Safety
 /// `out` is NULL or writable.
@@ -38,7 +40,7 @@ pub unsafe extern "C" fn fsdp_engine_param_data(
         let object = get(engine)?;
         let (data, p) = (object.engine.param_data(param)?, object.engine.param(param)?);
         // SAFETY: the caller's promise; the shape lives as long as the engine.
-        unsafe { tensor::write(out, data, p.compute, &p.shape) }
+        unsafe { tensor::write_on(object.engine.gpu(), out, data, p.compute, &p.shape) }
     })
 }
 
@@ -46,7 +48,9 @@ pub unsafe extern "C" fn fsdp_engine_param_data(
 /// parameter is computed in. *out_accumulate 0:
 /// overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
 /// on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
-/// if the parameter is frozen or nothing was unsharded since the last iteration ended. Since 0.1.
+/// if the parameter is frozen or nothing was unsharded since the last iteration ended. On a GPU: device memory, to be written
+/// on the compute stream; does not wait; another address in each backward, the same until the unit is reduced. Parameters that
+/// get no gradient need nothing: the engine zeroes their place. Since 0.1.
 ///
 /// # Safety
 /// `out` and `out_accumulate` are NULL or writable.
@@ -98,11 +102,15 @@ unsafe fn gradient_region(
     let (address, held) = region(&object.engine, param)?;
     out_accumulate.write(held.into());
     // SAFETY: the caller's promise; the shape lives as long as the engine.
-    unsafe { tensor::write(out, address.cast(), DType::F32, &object.engine.param(param)?.shape) }
+    unsafe {
+        let shape = &object.engine.param(param)?.shape;
+        tensor::write_on(object.engine.gpu(), out, address.cast(), DType::F32, shape)
+    }
 }
 
 /// Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
-/// the call) in float32 to what this backward has collected for the parameter. Otherwise as fsdp_engine_param_grad. Since 0.1.
+/// the call) in float32 to what this backward has collected for the parameter. On a GPU it lies there, and what is launched on
+/// the compute stream reads it. Otherwise as fsdp_engine_param_grad. Since 0.1.
 ///
 /// # Safety
 /// `grad` is NULL or describes readable memory.
@@ -117,7 +125,12 @@ pub unsafe extern "C" fn fsdp_engine_accumulate_grad(
         let p = object.engine.param(param)?;
         let name = format!("the gradient of \"{}\"", p.fqn);
         // SAFETY: the caller's promise.
-        let grad = unsafe { HostTensor::read(grad, &name) }?;
+        let (grad, gpu) = unsafe { HostTensor::read_anywhere(grad, &name) }?;
+        if gpu != object.engine.gpu() {
+            let on = |gpu: Option<usize>| gpu.map_or("in host memory".to_string(), |gpu| format!("on GPU {gpu}"));
+            let (there, here) = (on(gpu), on(object.engine.gpu()));
+            return Err(err!(InvalidArgument, "{name} is {there}: the engine needs it {here}"));
+        }
         if (grad.dtype != DType::F32 && grad.dtype != p.compute) || grad.shape != p.shape {
             return Err(err!(
                 InvalidArgument,

@@ -23,9 +23,9 @@ pub const FSDP_DTYPE_BOOL: u8 = 6;
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fsdp_device_t {
-    /// FSDP_DEVICE_CPU.
+    /// FSDP_DEVICE_CPU, or FSDP_DEVICE_CUDA where a function takes or gives memory of a GPU.
     pub device_type: i32,
-    /// 0 for host memory.
+    /// 0 for host memory; the GPU's number.
     pub device_id: i32,
 }
 
@@ -74,12 +74,31 @@ impl RawTensor {
     /// # Safety
     /// `tensor` is NULL or points to a tensor whose shape (and strides) are readable.
     pub unsafe fn read(tensor: *const fsdp_tensor_t, name: &str) -> Result<RawTensor> {
+        // SAFETY: the caller's promise.
+        let (raw, gpu) = unsafe { RawTensor::read_anywhere(tensor, name) }?;
+        match gpu {
+            None => Ok(raw),
+            Some(gpu) => Err(err!(Unsupported, "{name} is on GPU {gpu}: host memory is needed here")),
+        }
+    }
+
+    /// The same of a tensor that may be on a GPU, whose number is told.
+    ///
+    /// # Safety
+    /// As [`RawTensor::read`].
+    pub unsafe fn read_anywhere(tensor: *const fsdp_tensor_t, name: &str) -> Result<(RawTensor, Option<usize>)> {
         // SAFETY: NULL is turned into None; else the caller's promise.
         let t = unsafe { tensor.as_ref() }.ok_or_else(|| err!(InvalidArgument, "{name} is NULL"))?;
-        if t.device.device_type != FSDP_DEVICE_CPU {
-            let device = t.device.device_type;
-            return Err(err!(Unsupported, "{name} is on a device of type {device}: only host memory is supported yet"));
-        }
+        let gpu = match (t.device.device_type, t.device.device_id) {
+            (FSDP_DEVICE_CPU, _) => None,
+            (FSDP_DEVICE_CUDA, id) if id >= 0 => Some(id as usize),
+            (device, id) => {
+                return Err(err!(
+                    Unsupported,
+                    "{name} is on a device of type {device}, number {id}: there is none such"
+                ));
+            }
+        };
         if t.dtype.lanes != 1 || t.dtype.bits == 0 || t.dtype.bits % 8 != 0 {
             return Err(unsupported(name, t.dtype));
         }
@@ -111,7 +130,7 @@ impl RawTensor {
         if data as i64 % size != 0 && bytes > 0 {
             return Err(err!(InvalidArgument, "{name} is not aligned to its elements of {size} bytes"));
         }
-        Ok(RawTensor { data, dtype: t.dtype, shape: shape.to_vec() })
+        Ok((RawTensor { data, dtype: t.dtype, shape: shape.to_vec() }, gpu))
     }
 }
 
@@ -140,6 +159,17 @@ impl HostTensor {
         Ok(HostTensor { data, dtype: known, shape })
     }
 
+    /// The same of a tensor that may be on a GPU, whose number is told.
+    ///
+    /// # Safety
+    /// As [`HostTensor::read`].
+    pub unsafe fn read_anywhere(tensor: *const fsdp_tensor_t, name: &str) -> Result<(HostTensor, Option<usize>)> {
+        // SAFETY: the caller's promise.
+        let (RawTensor { data, dtype, shape }, gpu) = unsafe { RawTensor::read_anywhere(tensor, name) }?;
+        let known = DType::from_dlpack(dtype.code, dtype.bits).ok_or_else(|| unsupported(name, dtype))?;
+        Ok((HostTensor { data, dtype: known, shape }, gpu))
+    }
+
     pub fn bytes(&self) -> usize {
         self.shape.iter().map(|d| *d as usize).product::<usize>() * self.dtype.size()
     }
@@ -164,7 +194,26 @@ impl HostTensor {
 /// `tensor` is NULL or writable.
 pub unsafe fn write(tensor: *mut fsdp_tensor_t, data: *mut u8, dtype: DType, shape: &[i64]) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { out(tensor, "out") }?.write(describe(data, dtype, shape));
+    unsafe { write_on(None, tensor, data, dtype, shape) }
+}
+
+/// The same of memory of the GPU of this number; None: of the host's.
+///
+/// # Safety
+/// As [`write`].
+pub unsafe fn write_on(
+    gpu: Option<usize>,
+    tensor: *mut fsdp_tensor_t,
+    data: *mut u8,
+    dtype: DType,
+    shape: &[i64],
+) -> Result<()> {
+    let mut description = describe(data, dtype, shape);
+    if let Some(gpu) = gpu {
+        description.device = fsdp_device_t { device_type: FSDP_DEVICE_CUDA, device_id: gpu as i32 };
+    }
+    // SAFETY: the caller's promise.
+    unsafe { out(tensor, "out") }?.write(description);
     Ok(())
 }
 

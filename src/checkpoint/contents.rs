@@ -42,6 +42,8 @@ pub struct Entry {
     pub tensor: usize,
     pub state: Option<String>,
     pub data: *mut u8,
+    /// `data` is float32 where the engine's shards have their home, perhaps on a GPU; else in host memory.
+    pub at_home: bool,
     /// First element in the flattened tensor.
     pub first: usize,
     /// Elements.
@@ -90,7 +92,7 @@ impl Listing {
             let shard = engine.shard(p as ParamId)?;
             let (first, data) = (param.piece.param_offset, shard.data.cast());
             if shard.len > 0 || (all && numel(&shape) == 0) {
-                entries.push(Entry { tensor: p, state: None, data, first, len: shard.len });
+                entries.push(Entry { tensor: p, state: None, data, at_home: true, first, len: shard.len });
             }
             tensors.push(Tensor { name: param.fqn.clone(), shape, dtype: Dtype::F32, kind: Kind::Parameter });
         }
@@ -110,7 +112,8 @@ impl Listing {
             }
             let tensor = s.param as usize;
             if len > 0 || (all && tensors[tensor].numel() == 0) {
-                entries.push(Entry { tensor, state: Some(s.name.clone()), data: s.data.cast(), first, len });
+                let (state, data) = (Some(s.name.clone()), s.data.cast());
+                entries.push(Entry { tensor, state, data, at_home: true, first, len });
             }
         }
         let mut names: HashSet<String> = tensors.iter().map(|t| t.name.clone()).collect();
@@ -126,7 +129,8 @@ impl Listing {
                 return Err(err!(InvalidArgument, "the data of tensor \"{}\" is NULL", x.name));
             }
             if all {
-                entries.push(Entry { tensor: tensors.len(), state: None, data: x.data, first: 0, len: tensor.numel() });
+                let (number, len) = (tensors.len(), tensor.numel());
+                entries.push(Entry { tensor: number, state: None, data: x.data, at_home: false, first: 0, len });
             }
             tensors.push(tensor);
         }
@@ -137,10 +141,10 @@ impl Listing {
         e.len * (self.tensors[e.tensor].dtype.bitsize() / 8)
     }
 
-    /// The memory of an entry.
+    /// The memory of an entry, which is the host's.
     ///
     /// # Safety
-    /// The entry's memory is valid and nobody writes it while the result lives.
+    /// The entry's memory is valid, of the host, and nobody writes it while the result lives.
     pub unsafe fn slice(&self, e: &Entry) -> &[u8] {
         match self.bytes_of(e) {
             0 => &[],
@@ -163,20 +167,27 @@ impl Listing {
         lines.join("\n")
     }
 
-    /// Copies all entries into memory of the listing's own.
+    /// Copies all entries, of `engine`, into host memory of the listing's own.
     ///
     /// # Safety
-    /// As [`Listing::slice`], for all entries.
-    pub unsafe fn copy(&mut self) -> Result<()> {
+    /// The entries' memory is valid and nobody writes it meanwhile.
+    pub unsafe fn copy(&mut self, engine: &Engine) -> Result<()> {
         let mut memory = Vec::with_capacity(self.entries.len());
         for e in &self.entries {
-            // SAFETY: the caller's promise.
-            let bytes = unsafe { self.slice(e) };
-            let mut copy = reserve(bytes.len(), &self.label(e))?;
-            copy.extend_from_slice(bytes);
+            let mut copy = reserve(self.bytes_of(e), &self.label(e))?;
+            if e.at_home {
+                copy.resize(self.bytes_of(e), 0);
+                // SAFETY: the caller's promise.
+                unsafe { engine.settled_at_home()?.get(e.data, &mut copy) }?;
+            } else {
+                // SAFETY: the caller's promise.
+                copy.extend_from_slice(unsafe { self.slice(e) });
+            }
             memory.push(copy);
         }
-        self.entries.iter_mut().zip(&mut memory).for_each(|(e, copy)| e.data = copy.as_mut_ptr());
+        for (e, copy) in self.entries.iter_mut().zip(&mut memory) {
+            (e.data, e.at_home) = (copy.as_mut_ptr(), false);
+        }
         self.memory = memory;
         Ok(())
     }

@@ -79,7 +79,7 @@ impl Job {
             }
             let mut listing = Listing::to_save(engine, contents)?;
             // SAFETY: the caller's promise; the shards are the engine's, which is borrowed.
-            unsafe { listing.copy() }?;
+            unsafe { listing.copy(engine) }?;
             Ok(listing)
         });
         gather(engine.world().as_ref(), listing.as_ref().map(|_| String::new()).map_err(Error::clone))?;

@@ -4,8 +4,10 @@ use super::contents::{Contents, Listing};
 use super::manifest::{Kind, Manifest, Metadata};
 use super::source::Source;
 use super::{damaged, gather};
+use crate::dtype::DType;
 use crate::engine::Engine;
 use crate::error::{err, Error, Result};
+use crate::memory::HostBuffer;
 use safetensors::Dtype;
 use std::collections::HashSet;
 use std::path::Path;
@@ -29,7 +31,7 @@ pub unsafe fn load(engine: &Engine, dir: &Path, contents: &Contents) -> Result<(
     engine.begin_write()?;
     let (source, listing, numbers) = checked?;
     // SAFETY: the entries are the engine's own pieces, writable since begin_write, or the caller's promise.
-    let filled = unsafe { fill(&source, &listing, &numbers) };
+    let filled = unsafe { fill(engine, &source, &listing, &numbers) };
     let changed =
         "the checkpoint was changed, or could not be read again, after it had been checked; what was being loaded is \
                    undefined now";
@@ -54,13 +56,17 @@ fn check(source: &Source, listing: &Listing) -> Result<Vec<usize>> {
 ///
 /// # Safety
 /// The entries' data are writable, and nobody else uses them meanwhile.
-unsafe fn fill(source: &Source, listing: &Listing, numbers: &[usize]) -> Result<()> {
+unsafe fn fill(engine: &Engine, source: &Source, listing: &Listing, numbers: &[usize]) -> Result<()> {
     for e in &listing.entries {
         let (tensor, state) = (numbers[e.tensor], e.state.as_deref());
-        // SAFETY: the caller's promise, for as many bytes as the entry has.
+        // What belongs on a GPU goes through the host's memory.
+        let goes_up = e.at_home && engine.shards_on_gpu();
+        let staged = HostBuffer::zeroed(if goes_up { e.len } else { 0 }, &listing.label(e))?;
+        let to = if goes_up { staged.as_ptr().cast() } else { e.data };
+        // SAFETY: the caller's promise, for as many bytes as the entry has; what is staged is as long.
         let out = match listing.bytes_of(e) {
             0 => &mut [],
-            bytes => unsafe { std::slice::from_raw_parts_mut(e.data, bytes) },
+            bytes => unsafe { std::slice::from_raw_parts_mut(to, bytes) },
         };
         let stored = source.tensors[tensor].dtype;
         if stored == listing.tensors[e.tensor].dtype {
@@ -68,6 +74,10 @@ unsafe fn fill(source: &Source, listing: &Listing, numbers: &[usize]) -> Result<
         } else {
             let mut out = out.chunks_exact_mut(size_of::<f32>());
             source.read(tensor, state, e.first, e.len, &mut |bytes| widen(stored, bytes, &mut out))?;
+        }
+        if goes_up {
+            // SAFETY: the caller's promise; what is staged has as many floats.
+            unsafe { engine.settled_at_home()?.put(DType::F32, to, e.data.cast(), e.len) }?;
         }
     }
     source.require_unchanged()

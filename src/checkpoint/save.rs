@@ -20,7 +20,13 @@ use std::path::Path;
 /// The data of states and extra tensors must be readable.
 pub unsafe fn save(engine: &Engine, dir: &Path, contents: &Contents) -> Result<()> {
     let comm = engine.world().as_ref();
-    let listing = engine.saves().require_idle().and_then(|()| Listing::to_save(engine, contents));
+    let mut listing = engine.saves().require_idle().and_then(|()| Listing::to_save(engine, contents));
+    if let (true, Ok(list)) = (engine.shards_on_gpu(), &mut listing) {
+        // SAFETY: as below.
+        if let Err(e) = unsafe { list.copy(engine) } {
+            listing = Err(e);
+        }
+    }
     let description = listing.as_ref().map(|l| l.description(contents)).unwrap_or_default();
     // SAFETY: the caller's promise for states and extras; the shards belong to the engine.
     unsafe { write(comm, dir, listing, &description, &contents.metadata) }

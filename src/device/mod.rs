@@ -1,9 +1,12 @@
-//! Where an engine computes, and how memory gets there.
+//! Where an engine computes: memory there, and the engine's arithmetic on it.
 //!
-//! Unit buffers lie on the device, in memory of the communicator. Shards, gradient shards and optimizer state have a *home*:
-//! the device, or the host's memory (CPU offload), from where masters are uploaded when a READ phase opens.
+//! Unit buffers lie on the device. Shards, gradient shards and optimizer state have a *home*: the device, or the host's
+//! memory (CPU offload), where the CPU does the arithmetic.
 
+use crate::dtype::DType;
 use crate::error::Result;
+use crate::norm;
+use crate::optim::{AdamWStep, SgdStep};
 use std::any::Any;
 
 mod cpu;
@@ -41,7 +44,39 @@ impl Buffer {
     }
 }
 
-/// A kind of device.
+/// Floats of the device.
+#[derive(Clone, Copy, Debug)]
+pub struct Floats {
+    pub data: *mut f32,
+    pub len: usize,
+}
+
+/// One parameter's piece in an optimizer's step: memory of the device.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    pub rule: UpdateRule,
+    pub param: Floats,
+    /// As long as the parameter's piece, like the states.
+    pub grad: *const f32,
+    /// SGD: the momentum buffer, null without momentum. AdamW: exp_avg, exp_avg_sq.
+    pub states: [*mut f32; 2],
+}
+
+/// What an optimizer does in a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum UpdateRule {
+    /// What the momentum buffer holds does not matter in the `first` step.
+    Sgd {
+        numbers: SgdStep,
+        first: bool,
+    },
+    AdamW {
+        numbers: AdamWStep,
+    },
+}
+
+/// A kind of device. Addresses are of its memory unless said otherwise. What changes memory happens in the order of calls, and
+/// in that of the host's compute; what returns numbers or bytes has waited for them.
 pub trait Device: Send + Sync {
     /// How messages call it.
     fn name(&self) -> &'static str;
@@ -49,9 +84,45 @@ pub trait Device: Send + Sync {
     /// `len` floats; `what` names the purpose in an error. Takes memory when written, where the system can do that.
     fn alloc(&self, home: Home, len: usize, what: &str) -> Result<Buffer>;
 
-    /// Copies floats from a buffer whose home is the host to the device. Returns when `from` may be written again.
+    /// Widens `len` elements of `dtype` in host memory to floats of the device. Returns when `from` may be written again.
     ///
     /// # Safety
-    /// `from` is readable and `to`, on the device, writable for `len` floats, by nobody else meanwhile; they do not overlap.
-    unsafe fn upload(&self, from: *const f32, to: *mut f32, len: usize) -> Result<()>;
+    /// `from` is readable and `to` writable for as many, by nobody else meanwhile; they do not overlap.
+    unsafe fn put(&self, dtype: DType, from: *const u8, to: *mut f32, len: usize) -> Result<()>;
+
+    /// Copies bytes of the device to host memory.
+    ///
+    /// # Safety
+    /// `from` is readable for as many.
+    unsafe fn get(&self, from: *const u8, to: &mut [u8]) -> Result<()>;
+
+    /// Writes `len` elements of `dtype` to `to`, or adds them in float32.
+    ///
+    /// # Safety
+    /// As [`Device::put`], with `from` on the device.
+    unsafe fn accumulate(&self, dtype: DType, from: *const u8, to: *mut f32, len: usize, add: bool) -> Result<()>;
+
+    /// Multiplies all by `factor`.
+    ///
+    /// # Safety
+    /// The pieces are writable, by nobody else meanwhile.
+    unsafe fn scale(&self, pieces: &[Floats], factor: f32) -> Result<()>;
+
+    /// Whether no element is infinite or NaN.
+    ///
+    /// # Safety
+    /// The pieces are readable.
+    unsafe fn all_finite(&self, pieces: &[Floats]) -> Result<bool>;
+
+    /// The part of a norm that each piece is: see [`crate::norm`].
+    ///
+    /// # Safety
+    /// The pieces are readable.
+    unsafe fn norm_parts(&self, order: norm::Order, pieces: &[Floats]) -> Result<Vec<f64>>;
+
+    /// An optimizer's step.
+    ///
+    /// # Safety
+    /// All memory of the updates is there, used by nobody else meanwhile, and does not overlap.
+    unsafe fn update(&self, updates: &[Update]) -> Result<()>;
 }

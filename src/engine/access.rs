@@ -6,7 +6,6 @@ use crate::error::{err, Result};
 use crate::gradients::Gradients;
 use crate::module::ParamId;
 use crate::plan::{ParamPlan, Plan, UnitId};
-use crate::precision;
 use crate::shards::ShardStore;
 
 /// A parameter's piece on this rank.
@@ -25,6 +24,9 @@ impl Engine {
     pub fn param_data(&self, param: ParamId) -> Result<*mut u8> {
         let p = self.param(param)?;
         self.lock()?.units[p.unit as usize].require_unsharded()?;
+        if self.gpu.is_some() {
+            return Ok(self.unit_buffer(p.unit).wrapping_add(self.offset_in_buffer(param)));
+        }
         if p.compute != DType::F32 {
             return Ok(self
                 .store(p.unit)
@@ -70,7 +72,7 @@ impl Engine {
     /// collected for it. `dtype` is float32 or the one that the parameter is computed in.
     ///
     /// # Safety
-    /// `grad` must be readable for the parameter's elements, and aligned for them.
+    /// `grad` must be readable for the parameter's elements, and aligned for them; on a GPU: its memory, on compute.
     pub unsafe fn accumulate_grad(&self, param: ParamId, dtype: DType, grad: *const u8) -> Result<()> {
         let p = self.param(param)?;
         if dtype != DType::F32 && dtype != p.compute {
@@ -85,13 +87,7 @@ impl Engine {
         }
         // SAFETY: the region has room for the parameter, and no peer reads it before its unit is reduced; `grad` is the
         // caller's promise.
-        unsafe {
-            match held {
-                false => precision::widen(dtype, grad, region, len),
-                true => precision::add(dtype, grad, region, len),
-            }
-        }
-        Ok(())
+        unsafe { self.device.accumulate(dtype, grad, region, len, held) }
     }
 
     /// This rank's piece of a parameter and of its gradient.
@@ -124,6 +120,9 @@ impl Engine {
     }
 
     pub(super) fn unit_buffer(&self, unit: UnitId) -> *mut u8 {
+        if let Some(gpu) = &self.gpu {
+            return gpu.unit_buffer(unit);
+        }
         match &self.plan().units[unit as usize] {
             u if u.bytes() == 0 => std::ptr::null_mut(),
             u => self.store(unit).arena.base.wrapping_add(u.arena_offset),

@@ -4,14 +4,14 @@
 //! Both run an iteration of their own without a backward. Values are the float32 masters, whatever the parameters are
 //! computed in.
 
-use super::values::{broadcast_floats, copy_into_piece};
+use super::values::broadcast_floats;
 use super::Engine;
 use crate::agree;
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
 use crate::memory::HostBuffer;
 use crate::module::ParamId;
-use crate::plan::UnitId;
+use crate::plan::{UnitId, UnitPlan};
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 use std::sync::Arc;
 
@@ -74,12 +74,13 @@ impl FullParams {
         let held = if self.holds() { u.layout.len } else { 0 };
         let buffer = |what: &str| HostBuffer::zeroed(held, &format!("the full {what} of unit \"{}\"", u.label()));
         let values = buffer("parameters")?;
-        let masters = engine.unshard_masters(unit)?;
-        if held > 0 {
-            // SAFETY: the unit is unsharded, so that its masters can be read; the buffer is as long and nobody else's.
-            unsafe { std::ptr::copy_nonoverlapping(masters, values.as_ptr(), held) };
-        }
-        engine.reshard(unit)?;
+        engine.with_masters(unit, |masters| {
+            if held > 0 {
+                // SAFETY: the masters can be read; the buffer is as long and nobody else's.
+                unsafe { std::ptr::copy_nonoverlapping(masters, values.as_ptr(), held) };
+            }
+            Ok(())
+        })?;
         let mut grads = None;
         if self.options.with_grads {
             let buffer = buffer("gradients")?;
@@ -168,17 +169,18 @@ impl FullParams {
         let numel = u.layout.numels[p.index];
         let from = buffer.as_ptr().wrapping_add(u.layout.offsets[p.index]);
         if !self.options.rank0_only {
+            let from = from.wrapping_add(p.piece.param_offset).cast();
             // SAFETY: the piece lies in the parameter; `to` is this rank's shard of it, which may be written.
-            unsafe { std::ptr::copy_nonoverlapping(from.wrapping_add(p.piece.param_offset), to, p.piece.len) };
-            return Ok(());
+            return unsafe { self.engine.settled_at_home()?.put(DType::F32, from, to, p.piece.len) };
         }
         let fill = &mut |first: usize, chunk: &mut [f32]| {
             // SAFETY: rank 0 holds the whole parameter.
             chunk.copy_from_slice(unsafe { from_raw_parts(from.wrapping_add(first), chunk.len()) });
+            Ok(())
         };
         broadcast_floats(self.engine.world().as_ref(), numel, fill, &mut |first, chunk| {
             // SAFETY: the chunk is as long as it says, `to` is this rank's shard, which may be written.
-            unsafe { copy_into_piece(&p.piece, first, DType::F32, chunk.as_ptr().cast(), chunk.len(), to) };
+            unsafe { self.engine.copy_into_piece(param, first, DType::F32, chunk.as_ptr().cast(), chunk.len(), to) }
         })
     }
 }
@@ -206,14 +208,15 @@ impl Engine {
         let takes = !rank0_only || self.world().rank() == 0;
         let mut taken = Ok(());
         for unit in 0..self.plan().units.len() as UnitId {
-            let masters = self.unshard_masters(unit)?;
             let u = &self.plan().units[unit as usize];
-            for p in u.params.iter().filter(|_| takes) {
-                let index = self.plan().params[*p as usize].index;
-                let data = masters.wrapping_add(u.layout.offsets[index]);
-                taken = taken.and_then(|()| take(*p, data, u.layout.numels[index]));
-            }
-            self.reshard(unit)?;
+            self.with_masters(unit, |masters| {
+                for p in u.params.iter().filter(|_| takes) {
+                    let index = self.plan().params[*p as usize].index;
+                    let data = masters.wrapping_add(u.layout.offsets[index]);
+                    taken = taken.clone().and_then(|()| take(*p, data, u.layout.numels[index]));
+                }
+                Ok(())
+            })?;
         }
         self.finish_forward()?;
         agree::on_result(taken.map(|()| 0), self.world().as_ref()).map(drop)
@@ -228,10 +231,13 @@ impl Engine {
             self.comm().exchange(&[])?;
             return Err(missing(&p.fqn));
         }
-        // SAFETY: the caller's piece is as long as the parameter's; an empty one is not read.
-        let mine = if p.piece.len == 0 { &[] } else { unsafe { from_raw_parts(piece.cast::<u8>(), p.piece.len * 4) } };
+        let mut mine = vec![0; p.piece.len * size_of::<f32>()];
+        if !mine.is_empty() {
+            // SAFETY: the caller's piece is as long as the parameter's.
+            unsafe { self.settled_at_home()?.get(piece.cast(), &mut mine) }?;
+        }
         // Pieces of consecutive ranks are consecutive.
-        let all = self.comm().exchange(mine)?.concat();
+        let all = self.comm().exchange(&mine)?.concat();
         let numel = self.unit(p.unit)?.layout.numels[p.index];
         if all.len() != numel * size_of::<f32>() {
             return Err(missing(&p.fqn));
@@ -239,17 +245,39 @@ impl Engine {
         Ok(all.chunks_exact(4).map(|b| f32::from_ne_bytes(b.try_into().expect("four bytes"))).collect())
     }
 
-    /// Unshards a unit and returns its float32 masters.
-    fn unshard_masters(&self, unit: UnitId) -> Result<*const f32> {
+    /// Calls `f` with a unit's float32 masters, of all ranks, in host memory. Collective over the shard group.
+    fn with_masters(&self, unit: UnitId, f: impl FnOnce(*const f32) -> Result<()>) -> Result<()> {
+        let u = &self.plan().units[unit as usize];
+        if self.gpu.is_some() {
+            return self.gathered_on_host(u).and_then(|masters| f(masters.as_ptr()));
+        }
         let mut state = self.lock()?;
         let summoned = std::mem::take(&mut state.summoned);
         state.gathers.masters = true;
         let done = self.unshard_locked(&mut state, unit);
         state.gathers.masters = false;
         state.summoned = summoned;
+        drop(state);
         done?;
-        let u = &self.plan().units[unit as usize];
-        Ok(self.store(unit).arena.base.wrapping_add(u.arena_offset).cast())
+        f(self.store(unit).arena.base.wrapping_add(u.arena_offset).cast())?;
+        self.reshard(unit)
+    }
+
+    /// The masters of a unit that lie on GPUs, over the host's communicator.
+    fn gathered_on_host(&self, u: &UnitPlan) -> Result<HostBuffer> {
+        let all = HostBuffer::zeroed(u.layout.len, &format!("the full parameters of unit \"{}\"", u.label()))?;
+        if u.layout.len == 0 {
+            return Ok(all);
+        }
+        let mut own = vec![0; u.shard_bytes()];
+        let masters = self.model.stores[u.store].master_at(u.grad_offset, 0);
+        // SAFETY: this rank's shard has as many bytes, and the buffer is the unit's size and nobody else's.
+        unsafe {
+            self.settled_at_home()?.get(masters.cast(), &mut own)?;
+            let all = std::slice::from_raw_parts_mut(all.as_ptr().cast::<u8>(), u.bytes());
+            self.comm().all_gather_host(&own, all, DType::F32)?;
+        }
+        Ok(all)
     }
 
     pub(crate) fn has_grad(&self, param: ParamId) -> bool {

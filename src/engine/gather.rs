@@ -60,6 +60,18 @@ struct Run {
 }
 
 impl Engine {
+    /// Brings a unit together, so that it can be read, and begins to gather what comes next if an order was given.
+    pub(super) fn bring(&self, state: &mut State, unit: UnitId) -> Result<()> {
+        if let Some(gpu) = &self.gpu {
+            return self.bring_on_gpu(gpu, state, unit);
+        }
+        if !state.units[unit as usize].take_gathered() {
+            self.all_gather(state, unit)?;
+        }
+        self.prefetch(state, unit)?;
+        self.finish_gather(state, unit)
+    }
+
     /// Starts the all-gather that `tag` names, of a unit that is sharded and not gathered.
     pub(super) fn start_gather(&self, state: &mut State, unit: UnitId, tag: Tag) -> Result<()> {
         let u = &self.plan().units[unit as usize];
@@ -123,6 +135,11 @@ impl Engine {
 
     /// Gives back what is here of units that were resharded. After an error of a collective it stays.
     pub(super) fn release_resharded(&self, state: &mut State) {
+        if let Some(gpu) = &self.gpu {
+            // What fails here has broken the queues: the next call says so.
+            let _ = gpu.release(&state.units);
+            return;
+        }
         let State { gathers, units, groups, .. } = state;
         gathers.here.retain_mut(|gathered| {
             let unit = &units[gathered.unit as usize];

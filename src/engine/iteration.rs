@@ -3,6 +3,7 @@
 use super::accumulate::Accumulation;
 use super::{Engine, State};
 use crate::comm::{Kind, Tag};
+use crate::device::Home;
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::log;
@@ -143,7 +144,7 @@ impl Engine {
         let mut state = self.lock()?;
         self.end_forward_locked(&mut state, "parameters cannot be written yet")?;
         self.model.stores.iter().try_for_each(|s| s.require_free(self.number))?;
-        let writable = self.waiting("every rank to read no more", || self.wait_writable());
+        let writable = self.waiting("every rank to read no more", || self.wait_writable(&state));
         self.model.mesh.spread(writable)?;
         Ok(f())
     }
@@ -181,8 +182,9 @@ impl Engine {
         done
     }
 
-    pub(super) fn wait_writable(&self) -> Result<()> {
-        self.model.stores.iter().try_for_each(|s| s.wait_writable())
+    pub(super) fn wait_writable(&self, state: &State) -> Result<()> {
+        self.model.stores.iter().try_for_each(|s| s.wait_writable())?;
+        self.gpu.iter().try_for_each(|gpu| gpu.begin_write(&state.units, self.home == Home::Host))
     }
 
     pub(super) fn begin_forward_locked(&self, state: &mut State, training: bool) {
@@ -220,11 +222,7 @@ impl Engine {
         if let Some(deviation) = state.order.record(unit) {
             self.warn_about_order(deviation);
         }
-        if !state.units[unit as usize].take_gathered() {
-            self.all_gather(state, unit)?;
-        }
-        self.prefetch(state, unit)?;
-        self.finish_gather(state, unit)?;
+        self.bring(state, unit)?;
         state.gradients.progress()?;
         // Last: after an error the next call meets it again.
         state.units[unit as usize].state = UnitState::Unsharded;
@@ -302,7 +300,7 @@ impl Engine {
         }
         let trained = u.params.iter().any(|p| state.requires_grad[*p as usize]);
         let joined = if trained { state.gradients.join(self.plan(), unit) } else { Ok(()) };
-        let started = joined.and_then(|()| state.gradients.start(self.plan(), unit, self.first_unit + unit));
+        let started = joined.and_then(|()| state.gradients.start(self.plan(), unit));
         self.model.mesh.spread(started)
     }
 
@@ -310,7 +308,7 @@ impl Engine {
         state.gradients.discard_open();
         self.close(state, false);
         match state.gradients.started() {
-            true => self.model.mesh.spread(state.gradients.end()),
+            true => self.model.mesh.spread(state.gradients.end(self.plan())),
             false => Ok(()),
         }
     }
@@ -322,7 +320,7 @@ impl Engine {
     pub(super) fn try_finish_backward(&self, state: &mut State) -> Result<()> {
         let Accumulation { requires_gradient_sync, is_last_backward, requires_all_reduce } = state.accumulation;
         match requires_gradient_sync {
-            true => state.gradients.start_all(self.plan(), self.first_unit)?,
+            true => state.gradients.start_all(self.plan())?,
             false => state.gradients.keep(),
         }
         if !is_last_backward {
@@ -332,7 +330,7 @@ impl Engine {
         // Before waiting for the reductions: whoever has finished those then knows that nobody reads any more.
         self.close(state, true);
         if requires_gradient_sync || state.gradients.started() {
-            self.waiting("every rank's gradients", || state.gradients.end())?;
+            self.waiting("every rank's gradients", || state.gradients.end(self.plan()))?;
             if requires_all_reduce {
                 self.waiting("the replicas", || self.average_over_replicas(state))?;
             }
@@ -342,9 +340,9 @@ impl Engine {
             self.comm().barrier()?;
             self.model.mesh.replicate.iter().try_for_each(|r| r.barrier())?;
         }
-        self.waiting("every rank to read no more", || self.wait_writable())?;
+        self.waiting("every rank to read no more", || self.wait_writable(state))?;
         self.timeline.iter().for_each(|t| t.end_iteration());
-        let (rank, c) = (self.world().rank(), state.gradients.counters);
+        let (rank, c) = (self.world().rank(), state.gradients.counters());
         log::debug(|| format!("rank {rank}: a backward has ended; {} reduce-scatters so far", c.reduce_scatters));
         Ok(())
     }

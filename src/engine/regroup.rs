@@ -55,6 +55,10 @@ impl Engine {
                     "unit \"{label}\" cannot be resharded over {ranks} ranks: its shard group has {world}"
                 ))
             }
+            ReshardAfterForward::Over(ranks) if self.gpu.is_some() => {
+                let what = format!("unit \"{label}\" cannot be resharded over {ranks} of {world} ranks");
+                return Err(err!(Unsupported, "{what}: engines on a GPU have no smaller groups yet"));
+            }
             ReshardAfterForward::Over(ranks) => {
                 let known = state.groups.iter().position(|g| g.comm.world_size() == ranks);
                 let index = match known {

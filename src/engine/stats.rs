@@ -19,7 +19,7 @@ pub struct Stats {
     pub gradient_slot_bytes: u64,
     /// Padding in all unit buffers, of all ranks together.
     pub padding_bytes: u64,
-    /// All unit buffers, each on a line of its own; on shm one copy a host.
+    /// All unit buffers, each on a line of its own; on shm one copy a host. On a GPU the fixed pool.
     pub unit_buffer_bytes: u64,
     pub all_gathers: u64,
     /// Bytes of the unit buffers that they fill, 16-bit parameters counted so.
@@ -32,7 +32,7 @@ pub struct Stats {
     pub materialized_peak_bytes: u64,
     /// All-gathers issued ahead of the unit that was asked for.
     pub prefetches: u64,
-    /// The 16-bit compute copies of all units; on shm one copy a host.
+    /// The 16-bit compute copies of all units; on shm one copy a host. None on a GPU, whose unit buffers have both types.
     pub compute_buffer_bytes: u64,
     /// This rank's shards in host memory, besides their place in the unit buffers (CPU offload).
     pub offloaded_bytes: u64,
@@ -56,16 +56,22 @@ impl Engine {
             grad_shard_bytes: self.plan().units.iter().map(|u| u.grad_shard_bytes() as u64).sum(),
             gradient_slot_bytes: self.gradient_slot_bytes,
             padding_bytes: self.plan().padding_bytes() as u64,
-            unit_buffer_bytes: self.plan().units.iter().map(|u| u.arena_bytes() as u64).sum(),
+            unit_buffer_bytes: match &self.gpu {
+                Some(gpu) => gpu.pool_bytes(),
+                None => self.plan().units.iter().map(|u| u.arena_bytes() as u64).sum(),
+            },
             all_gathers: state.all_gathers,
             all_gather_bytes: state.all_gather_bytes,
             all_gather_sent_bytes: state.all_gather_sent_bytes,
             all_gather_bytes_moved: state.cast_bytes,
             materialized_peak_bytes: self.materialized_peak_bytes,
             prefetches: state.prefetches,
-            compute_buffer_bytes: self.plan().units.iter().map(|u| u.compute_bytes as u64).sum(),
+            compute_buffer_bytes: match &self.gpu {
+                Some(_) => 0,
+                None => self.plan().units.iter().map(|u| u.compute_bytes as u64).sum(),
+            },
             offloaded_bytes: self.offloaded_bytes(),
-            gradients: state.gradients.counters,
+            gradients: state.gradients.counters(),
             replicas: state.replicas,
         })
     }

@@ -7,7 +7,6 @@ use crate::comm::Communicator;
 use crate::config::EngineConfig;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::layout::Piece;
 use crate::materialize::materialize;
 use crate::module::{ModuleTree, ParamId};
 use crate::precision;
@@ -28,11 +27,10 @@ impl Engine {
         if !config.sync_module_states {
             let copy = &mut |p, dtype, data, len| {
                 // SAFETY: the caller's promise.
-                unsafe { self.copy_range(p, 0, dtype, data, len) };
-                Ok(())
+                unsafe { self.copy_range(p, 0, dtype, data, len) }
             };
             // SAFETY: the caller's promise.
-            let done = unsafe { each_value(tree, self.plan(), config, copy) };
+            let done = unsafe { self.each_value(tree, config, copy) };
             return agree::on_result(done, world);
         }
         let done = match world.rank() {
@@ -40,7 +38,7 @@ impl Engine {
                 // SAFETY: the caller's promise.
                 let send = &mut |p, dtype, data, len| unsafe { self.send(p, dtype, data, len) };
                 // SAFETY: the caller's promise.
-                let done = unsafe { each_value(tree, self.plan(), config, send) };
+                let done = unsafe { self.each_value(tree, config, send) };
                 world.broadcast(&mut END.to_ne_bytes(), DType::I64, 0)?;
                 done
             }
@@ -53,10 +51,59 @@ impl Engine {
     ///
     /// # Safety
     /// `data` must be readable for `len` elements of `dtype`, and aligned for them.
-    unsafe fn copy_range(&self, param: ParamId, first: usize, dtype: DType, data: *const u8, len: usize) {
-        let piece = &self.plan().params[param as usize].piece;
+    unsafe fn copy_range(&self, param: ParamId, first: usize, dtype: DType, data: *const u8, len: usize) -> Result<()> {
         // SAFETY: the caller's promise; no rank reads this one's shard before it opens a READ phase.
-        unsafe { copy_into_piece(piece, first, dtype, data, len, self.shard_data(param as usize)) };
+        unsafe { self.copy_into_piece(param, first, dtype, data, len, self.shard_data(param as usize)) }
+    }
+
+    /// Widens what of `data` in host memory, the `len` elements (of `dtype`) of a parameter from `first` on, lies in this
+    /// rank's piece, which is at `to`, where shards have their home.
+    ///
+    /// # Safety
+    /// `data` must be readable for `len` elements of `dtype`, and aligned for them; `to` writable for the piece.
+    pub(super) unsafe fn copy_into_piece(
+        &self,
+        param: ParamId,
+        first: usize,
+        dtype: DType,
+        data: *const u8,
+        len: usize,
+        to: *mut f32,
+    ) -> Result<()> {
+        let piece = &self.plan().params[param as usize].piece;
+        let start = piece.param_offset.max(first);
+        let end = (piece.param_offset + piece.len).min(first + len);
+        if start >= end {
+            return Ok(());
+        }
+        // SAFETY: the range lies inside `data` and inside the piece.
+        unsafe {
+            let from = data.add((start - first) * dtype.size());
+            self.settled_at_home()?.put(dtype, from, to.add(start - piece.param_offset), end - start)
+        }
+    }
+
+    /// Calls `take` with every parameter's values in host memory: those with storage first, then the initialized ones.
+    ///
+    /// # Safety
+    /// Every parameter's `data` must be null or readable for its `numel()` elements, and aligned for them.
+    unsafe fn each_value(&self, tree: &ModuleTree, config: &EngineConfig, take: &mut Take<'_>) -> Result<u64> {
+        for (p, param) in tree.params().iter().enumerate().filter(|(_, p)| !p.data.is_null()) {
+            let Some(_) = param.gpu else {
+                take(p as ParamId, param.dtype, param.data, param.numel())?;
+                continue;
+            };
+            // Words, which are aligned for every type.
+            let mut words = vec![0f32; (param.numel() * param.dtype.size()).div_ceil(4)];
+            let bytes = &mut as_bytes(&mut words)[..param.numel() * param.dtype.size()];
+            // SAFETY: the caller's promise; the parameter lies on the engine's GPU.
+            unsafe { self.device.get(param.data, bytes) }?;
+            take(p as ParamId, param.dtype, bytes.as_ptr(), param.numel())?;
+        }
+        materialize(tree, self.plan(), config.param_init.as_ref(), &mut |p, data| {
+            let param = &tree.params()[p as usize];
+            take(p, param.dtype, data, param.numel())
+        })
     }
 
     /// Rank 0's part for one parameter: its number, then its values.
@@ -68,6 +115,7 @@ impl Engine {
         self.broadcast_values(param, len, &mut |first, chunk| {
             // SAFETY: the caller's promise; the chunk is as long as it says.
             unsafe { precision::widen(dtype, data.add(first * dtype.size()), chunk.as_mut_ptr(), chunk.len()) };
+            Ok(())
         })
     }
 
@@ -82,83 +130,44 @@ impl Engine {
             };
             let p = self.param(param)?;
             let len = self.plan().units[p.unit as usize].layout.numels[p.index];
-            self.broadcast_values(param, len, &mut |_, _| ())?;
+            self.broadcast_values(param, len, &mut |_, _| Ok(()))?;
         }
     }
 
     /// Every rank's piece of a parameter of `len` elements gets rank 0's values.
-    fn broadcast_values(&self, param: ParamId, len: usize, fill: &mut dyn FnMut(usize, &mut [f32])) -> Result<()> {
+    fn broadcast_values(&self, param: ParamId, len: usize, fill: &mut Fill<'_>) -> Result<()> {
         broadcast_floats(self.world().as_ref(), len, fill, &mut |first, chunk| {
             // SAFETY: as long as it says.
-            unsafe { self.copy_range(param, first, DType::F32, chunk.as_ptr().cast(), chunk.len()) };
+            unsafe { self.copy_range(param, first, DType::F32, chunk.as_ptr().cast(), chunk.len()) }
         })
     }
 }
+
+/// Fills floats from the element of this number on.
+pub(super) type Fill<'a> = dyn FnMut(usize, &mut [f32]) -> Result<()> + 'a;
 
 /// Rank 0's `len` floats on every rank, in chunks that bound the memory it takes: rank 0 fills each (`fill` gets its first
 /// element's number), then every rank takes it. Collective.
 pub(super) fn broadcast_floats(
     world: &dyn Communicator,
     len: usize,
-    fill: &mut dyn FnMut(usize, &mut [f32]),
-    take: &mut dyn FnMut(usize, &[f32]),
+    fill: &mut Fill<'_>,
+    take: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
 ) -> Result<()> {
     let mut chunk = Vec::new();
     for first in (0..len).step_by(CHUNK) {
         chunk.resize(CHUNK.min(len - first), 0f32);
         if world.rank() == 0 {
-            fill(first, &mut chunk);
+            fill(first, &mut chunk)?;
         }
         world.broadcast(as_bytes(&mut chunk), DType::F32, 0)?;
-        take(first, &chunk);
+        take(first, &chunk)?;
     }
     Ok(())
 }
 
-/// Widens what of `data`, the `len` elements (of `dtype`) of a parameter from `first` on, lies in `piece`, which is at `to`.
-///
-/// # Safety
-/// `data` must be readable for `len` elements of `dtype`, and aligned for them; `to` writable for the piece.
-pub(super) unsafe fn copy_into_piece(
-    piece: &Piece,
-    first: usize,
-    dtype: DType,
-    data: *const u8,
-    len: usize,
-    to: *mut f32,
-) {
-    let start = piece.param_offset.max(first);
-    let end = (piece.param_offset + piece.len).min(first + len);
-    if start < end {
-        // SAFETY: the range lies inside `data` and inside the piece.
-        unsafe {
-            let from = data.add((start - first) * dtype.size());
-            precision::widen(dtype, from, to.add(start - piece.param_offset), end - start);
-        }
-    }
-}
-
 /// Takes a parameter's values: their type as registered, where they are, and how many.
 type Take<'a> = dyn FnMut(ParamId, DType, *const u8, usize) -> Result<()> + 'a;
-
-/// Calls `take` with every parameter's values: those with storage first, then the initialized ones.
-///
-/// # Safety
-/// Every parameter's `data` must be null or readable for its `numel()` elements, and aligned for them.
-unsafe fn each_value(
-    tree: &ModuleTree,
-    plan: &crate::plan::Plan,
-    config: &EngineConfig,
-    take: &mut Take<'_>,
-) -> Result<u64> {
-    for (p, param) in tree.params().iter().enumerate().filter(|(_, p)| !p.data.is_null()) {
-        take(p as ParamId, param.dtype, param.data, param.numel())?;
-    }
-    materialize(tree, plan, config.param_init.as_ref(), &mut |p, data| {
-        let param = &tree.params()[p as usize];
-        take(p, param.dtype, data, param.numel())
-    })
-}
 
 /// Floats as what a collective takes.
 pub(super) fn as_bytes(floats: &mut [f32]) -> &mut [u8] {

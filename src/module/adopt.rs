@@ -53,6 +53,7 @@ impl ModuleTree {
         self.wrapped.extend(&model.tree.wrapped);
         for (i, param) in model.tree.params.iter().enumerate() {
             self.params.push(Param {
+                gpu: None,
                 fqn: below(&param.fqn),
                 modules: param.modules.iter().map(|m| modules + m).collect(),
                 data: std::ptr::null(),

@@ -14,11 +14,10 @@ pub use rule::{AdamWOptions, Rule, SgdOptions};
 pub use update::{AdamW as AdamWStep, Sgd as SgdStep};
 
 use crate::agree;
-use crate::device::Buffer;
-use crate::engine::{Engine, Shard};
+use crate::device::{Buffer, Floats, Update, UpdateRule};
+use crate::engine::Engine;
 use crate::error::{err, Result};
 use crate::module::ParamId;
-use std::slice::{from_raw_parts, from_raw_parts_mut};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Floats of a cache line, where every parameter's state begins.
@@ -162,6 +161,7 @@ impl Optimizer {
     fn update(&self, state: &mut State) -> Result<()> {
         let State { rule, params, memory } = state;
         let memory = memory.as_deref().unwrap_or_default();
+        let mut updates = Vec::with_capacity(params.len());
         for (id, p) in params.iter_mut().enumerate() {
             let shard = self.engine.shard(id as ParamId)?;
             if shard.grad.is_null() || self.has_no_elements(id) {
@@ -172,37 +172,23 @@ impl Optimizer {
             if shard.len == 0 {
                 continue;
             }
-            // SAFETY: the WRITE phase and the engine's lock, which the caller holds.
-            let (param, grad) = unsafe { slices(&shard) };
-            let mut states = memory.iter().map(|m| {
-                // SAFETY: the piece has its place in each state, which nothing but this optimizer, locked, touches.
-                unsafe { from_raw_parts_mut(self.address(m, id as ParamId), shard.len) }
-            });
+            let mut states = [std::ptr::null_mut(); 2];
+            states.iter_mut().zip(memory).for_each(|(to, m)| *to = self.address(m, id as ParamId));
             let lr = rule.lr() * p.lr_factor;
-            match rule {
-                Rule::Sgd(o) => update::Sgd::new(o, lr, p.weight_decay).step(param, grad, states.next(), p.steps == 1),
-                Rule::AdamW(o) => {
-                    let (Some(exp_avg), Some(exp_avg_sq)) = (states.next(), states.next()) else {
-                        return Err(err!(Panic, "AdamW's states were not allocated"));
-                    };
-                    update::AdamW::new(o, lr, p.weight_decay, p.steps).step(param, grad, exp_avg, exp_avg_sq)
-                }
-            }
+            let rule = match rule {
+                Rule::Sgd(o) => UpdateRule::Sgd { numbers: SgdStep::new(o, lr, p.weight_decay), first: p.steps == 1 },
+                Rule::AdamW(o) => UpdateRule::AdamW { numbers: AdamWStep::new(o, lr, p.weight_decay, p.steps) },
+            };
+            let param = Floats { data: shard.data, len: shard.len };
+            updates.push(Update { rule, param, grad: shard.grad, states });
         }
-        Ok(())
+        // SAFETY: the WRITE phase and the engine's lock, which the caller holds; pieces have their own places in shards,
+        // gradient shards and states, which nothing but this optimizer, locked, touches.
+        unsafe { self.engine.at_home().update(&updates) }
     }
 
     /// Such a parameter may have a "gradient" on some ranks only.
     fn has_no_elements(&self, param: usize) -> bool {
         self.engine.plan().params[param].shape.contains(&0)
     }
-}
-
-/// A parameter's piece and its gradient.
-///
-/// # Safety
-/// The piece is not empty and has a gradient; nobody else reads or writes either while the result is used.
-unsafe fn slices<'a>(shard: &Shard) -> (&'a mut [f32], &'a [f32]) {
-    // SAFETY: the engine's shards have `len` elements each, in different memory; else the caller's promise.
-    unsafe { (from_raw_parts_mut(shard.data, shard.len), from_raw_parts(shard.grad, shard.len)) }
 }

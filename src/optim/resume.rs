@@ -5,6 +5,7 @@
 use super::Optimizer;
 use crate::agree;
 use crate::checkpoint::{self, Contents, Job, StateTensor};
+use crate::dtype::DType;
 use crate::error::{err, Error, Result};
 use crate::module::ParamId;
 use serde::{Deserialize, Serialize};
@@ -81,9 +82,9 @@ impl Optimizer {
         unsafe { checkpoint::load(&self.engine, dir, &contents) }?;
         // A parameter that has not begun there begins anew.
         for old in self.tensors(&state, |p| steps[p] == 0 && state.params[p].steps > 0) {
-            let len = self.engine.param(old.param)?.piece.len;
+            let zeros = vec![0f32; self.engine.param(old.param)?.piece.len];
             // SAFETY: the state has the piece's length and is locked.
-            unsafe { std::ptr::write_bytes(old.data, 0, len) };
+            unsafe { self.engine.settled_at_home()?.put(DType::F32, zeros.as_ptr().cast(), old.data, zeros.len()) }?;
         }
         state.params.iter_mut().zip(steps).for_each(|(p, steps)| p.steps = steps);
         Ok(())

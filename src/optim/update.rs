@@ -36,7 +36,7 @@ fn sign(maximize: bool) -> f32 {
 }
 
 /// SGD's numbers for one parameter, laid out as the GPU's kernels take them.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
 pub struct Sgd {
     sign: f32,
@@ -117,7 +117,7 @@ impl Pass for MomentumPass<'_> {
 }
 
 /// AdamW's numbers for one parameter in one step, laid out as the GPU's kernels take them.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
 pub struct AdamW {
     sign: f32,

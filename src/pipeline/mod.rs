@@ -12,18 +12,20 @@
 //!
 //! So the all-gather of the next unit runs beside the compute of this one, and the reduce-scatter of the last one too.
 //! Memory does not grow with how far the host runs ahead of the device: there are as many unit buffers and gradient
-//! slots as [`Limits`] says.
+//! slots as [`Limits`] says. What they have no room for gets memory beyond them, if the limits allow that: taken and given
+//! back in compute's order, one place for each unit.
 
-use crate::dtype::DType;
 use crate::error::{err, Result};
-use crate::plan::{Plan, UnitId, UnitPlan};
+use crate::plan::UnitId;
 
+mod limits;
 mod pool;
 #[cfg(test)]
 mod recorder;
 #[cfg(test)]
 mod tests;
 
+pub use limits::{compute_dtypes, Limits, UnitBytes};
 use pool::{Pool, Use};
 
 /// Work in order.
@@ -63,76 +65,17 @@ pub trait Queues {
     fn record(&mut self, event: Event, queue: Queue) -> Result<()>;
     /// What `queue` is given from here on starts after the latest record of `event`.
     fn wait(&mut self, queue: Queue, event: Event) -> Result<()>;
+    /// Memory of `bytes` for a place beyond the fixed ones, in the order of [`Queue::Compute`].
+    fn take(&mut self, place: Beyond, bytes: usize) -> Result<()>;
+    /// Gives it back, in that order, too.
+    fn give_back(&mut self, place: Beyond) -> Result<()>;
 }
 
-/// What a unit is to the pipeline.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnitBytes {
-    pub label: String,
-    /// Units that enclose it, as [`crate::plan::UnitPlan::depth`] counts them.
-    pub depth: usize,
-    /// Of its unit buffer: its layout in each type that one of its parameters is computed in.
-    pub buffer: usize,
-    /// Of its gradient slot: its layout in float32, and in the type that it is reduced in if that is another.
-    pub slot: usize,
-}
-
-impl UnitBytes {
-    /// The units of a plan.
-    pub fn of(plan: &Plan) -> Vec<UnitBytes> {
-        let unit = |(u, unit): (usize, &UnitPlan)| {
-            let slot_types = [Some(DType::F32), Some(unit.reduce_dtype).filter(|d| *d != DType::F32)];
-            UnitBytes {
-                label: unit.label().to_string(),
-                depth: unit.depth,
-                buffer: compute_dtypes(plan, u as UnitId).iter().map(|d| unit.layout.len * d.size()).sum(),
-                slot: slot_types.iter().flatten().map(|d| unit.layout.len * d.size()).sum(),
-            }
-        };
-        plan.units.iter().enumerate().map(unit).collect()
-    }
-}
-
-/// The types that the parameters of `unit` are computed in, each once.
-pub fn compute_dtypes(plan: &Plan, unit: UnitId) -> Vec<DType> {
-    let there = |d: &DType| plan.units[unit as usize].params.iter().any(|p| plan.params[*p as usize].compute == *d);
-    [DType::F32, DType::BF16, DType::F16].into_iter().filter(there).collect()
-}
-
-/// How much memory there is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Bytes of each unit buffer: as many units are gathered at once at most.
-    pub unit_buffers: Vec<usize>,
-    /// Bytes of each gradient slot.
-    pub gradient_slots: Vec<usize>,
-    /// Units gathered ahead of their use at most.
-    pub ahead: usize,
-}
-
-impl Limits {
-    /// What a model needs whose units are resharded after their forward: the units on a path of nested ones, and
-    /// `ahead` more; a slot more than units nest, whose reduction runs. They are the largest units, so that any as many
-    /// fit.
-    pub fn of(units: &[UnitBytes], ahead: usize) -> Limits {
-        let nested = units.iter().map(|u| u.depth).max().unwrap_or(0) + 1;
-        let largest = |of: fn(&UnitBytes) -> usize, count: usize| {
-            let mut sizes: Vec<usize> = units.iter().map(of).filter(|bytes| *bytes > 0).collect();
-            sizes.sort_unstable_by(|a, b| b.cmp(a));
-            sizes.truncate(count);
-            sizes
-        };
-        Limits {
-            unit_buffers: largest(|u| u.buffer, nested + ahead),
-            gradient_slots: largest(|u| u.slot, nested + 1),
-            ahead,
-        }
-    }
-
-    /// Bytes of all of it.
-    pub fn bytes(&self) -> usize {
-        self.unit_buffers.iter().chain(&self.gradient_slots).sum()
-    }
+/// A place beyond those of [`Limits`], by its number: they come after the fixed ones, one for each unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beyond {
+    Buffer(usize),
+    Slot(usize),
 }
 
 /// What was done, for tests and statistics.
@@ -144,6 +87,12 @@ pub struct Counts {
     /// Prefetched units that had to make room before they were used.
     pub evictions: u64,
     pub reduce_scatters: u64,
+    /// Most units that had a buffer at once.
+    pub buffers_peak: usize,
+    /// Most fixed slots in use at once, and most beyond them.
+    pub slots_peak: [usize; 2],
+    /// Buffers and slots that were taken beyond the fixed ones.
+    pub overflows: u64,
 }
 
 /// See the module's text.
@@ -152,6 +101,8 @@ pub struct Pipeline {
     buffers: Pool,
     slots: Pool,
     ahead: usize,
+    in_flight: usize,
+    spare_slots: bool,
     /// The gather queue has yet to wait for compute to write the shards.
     stale: bool,
     /// The buffer that was gathered last, unless compute has waited for that.
@@ -165,12 +116,12 @@ impl Pipeline {
     /// A pipeline at rest. An error if a unit fits nowhere.
     pub fn new(units: Vec<UnitBytes>, limits: &Limits) -> Result<Pipeline> {
         type Size = fn(&UnitBytes) -> usize;
-        let memory: [(&str, &[usize], Size); 2] = [
-            ("unit buffer", &limits.unit_buffers, |u| u.buffer),
-            ("gradient slot", &limits.gradient_slots, |u| u.slot),
+        let memory: [(&str, &[usize], bool, Size); 2] = [
+            ("unit buffer", &limits.unit_buffers, limits.in_flight > limits.unit_buffers.len(), |u| u.buffer),
+            ("gradient slot", &limits.gradient_slots, limits.spare_slots, |u| u.slot),
         ];
-        for (what, sizes, of) in memory {
-            let largest = sizes.iter().copied().max().unwrap_or(0);
+        for (what, sizes, beyond, of) in memory {
+            let largest = if beyond { usize::MAX } else { sizes.iter().copied().max().unwrap_or(0) };
             if let Some(unit) = units.iter().find(|u| of(u) > largest) {
                 let (label, bytes) = (&unit.label, of(unit));
                 return Err(err!(
@@ -180,9 +131,11 @@ impl Pipeline {
             }
         }
         Ok(Pipeline {
-            buffers: Pool::new(&limits.unit_buffers, units.len()),
-            slots: Pool::new(&limits.gradient_slots, units.len()),
+            buffers: Pool::new(&limits.unit_buffers, units.iter().map(|u| u.buffer)),
+            slots: Pool::new(&limits.gradient_slots, units.iter().map(|u| u.slot)),
             ahead: limits.ahead,
+            in_flight: limits.in_flight,
+            spare_slots: limits.spare_slots,
             units,
             stale: true,
             last_gathered: None,
@@ -249,6 +202,10 @@ impl Pipeline {
     /// if it is sharded.
     pub fn reshard(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<()> {
         let Some(buffer) = self.buffer(unit) else { return Ok(()) };
+        if self.buffers.is_beyond(buffer) {
+            self.buffers.set(buffer, Use::Free);
+            return queues.give_back(Beyond::Buffer(buffer));
+        }
         queues.record(Event::Released(buffer), Queue::Compute)?;
         self.buffers.set(buffer, Use::Busy);
         Ok(())
@@ -262,7 +219,8 @@ impl Pipeline {
         if place.is_some() || bytes == 0 {
             return Ok(place);
         }
-        let Some(slot) = self.slots.choose(bytes) else {
+        let spare = || self.slots.beyond(unit).filter(|_| self.spare_slots);
+        let Some(slot) = self.slots.choose(bytes).or_else(spare) else {
             let units = self.labels(self.slots.open());
             let (label, count) = (self.label(unit), self.slots.len());
             return Err(err!(
@@ -271,11 +229,46 @@ impl Pipeline {
                  are not reduced yet; more gradient_slots are needed"
             ));
         };
-        if self.slots.state(slot) == Use::Busy {
-            queues.wait(Queue::Compute, Event::Reduced(slot))?;
+        match self.slots.state(slot) {
+            Use::Busy => queues.wait(Queue::Compute, Event::Reduced(slot))?,
+            _ if self.slots.is_beyond(slot) => {
+                queues.take(Beyond::Slot(slot), bytes)?;
+                self.counts.overflows += 1;
+            }
+            _ => {}
         }
         self.slots.set(slot, Use::Open(unit));
+        let [peak, beyond_peak] = &mut self.counts.slots_peak;
+        let beyond = self.slots.open_places().filter(|s| self.slots.is_beyond(*s)).count();
+        *beyond_peak = beyond.max(*beyond_peak);
+        *peak = (self.slots.open_places().count() - beyond).max(*peak);
         Ok(Some(slot))
+    }
+
+    /// The gradients that were collected for `unit` are not wanted. Nothing happens if there are none.
+    pub fn discard(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<()> {
+        let Some(slot) = self.slots.place(unit) else { return Ok(()) };
+        // Compute alone has touched it.
+        self.slots.set(slot, Use::Free);
+        match self.slots.is_beyond(slot) {
+            true => queues.give_back(Beyond::Slot(slot)),
+            false => Ok(()),
+        }
+    }
+
+    /// Where `unit` collects gradients, if it does.
+    pub fn slot(&self, unit: UnitId) -> Option<usize> {
+        self.slots.place(unit)
+    }
+
+    /// Bytes of the slots that collect gradients.
+    pub fn collecting_bytes(&self) -> usize {
+        self.slots.open_places().map(|slot| self.slots.bytes(slot)).sum()
+    }
+
+    /// The units that are unsharded.
+    pub fn unsharded(&self) -> impl Iterator<Item = UnitId> + '_ {
+        self.buffers.open()
     }
 
     /// After compute that completes the gradients of `unit`: launches their reduction. Nothing happens if none were
@@ -303,6 +296,11 @@ impl Pipeline {
         if let Some(slot) = self.last_reduced.take() {
             queues.wait(Queue::Compute, Event::Reduced(slot))?;
         }
+        let reduced: Vec<usize> = self.slots.busy_beyond().collect();
+        for slot in reduced {
+            self.slots.set(slot, Use::Free);
+            queues.give_back(Beyond::Slot(slot))?;
+        }
         self.finish_forward(queues)
     }
 
@@ -315,7 +313,17 @@ impl Pipeline {
     /// Launches an all-gather. None: there is no room, which is an error for a unit that is `needed` now.
     fn gather(&mut self, queues: &mut dyn Queues, unit: UnitId, needed: bool) -> Result<Option<usize>> {
         let bytes = self.units[unit as usize].buffer;
-        let mut found = self.buffers.choose(bytes);
+        let in_use = self.buffers.in_use();
+        let mut found = self.buffers.choose(bytes).filter(|_| in_use < self.in_flight);
+        if found.is_none() && needed && in_use < self.in_flight {
+            if let Some(beyond) = self.buffers.beyond(unit) {
+                queues.take(Beyond::Buffer(beyond), bytes)?;
+                queues.record(Event::Released(beyond), Queue::Compute)?;
+                self.buffers.set(beyond, Use::Busy);
+                self.counts.overflows += 1;
+                found = Some(beyond);
+            }
+        }
         if found.is_none() && needed {
             // The one that was gathered last: it is needed last. The gather queue runs in order, and nothing has read
             // it.
@@ -345,6 +353,7 @@ impl Pipeline {
         self.buffers.set(buffer, Use::Ahead(unit));
         self.last_gathered = Some(buffer);
         self.counts.all_gathers += 1;
+        self.counts.buffers_peak = self.counts.buffers_peak.max(self.buffers.in_use());
         Ok(Some(buffer))
     }
 

@@ -22,22 +22,51 @@ struct Place {
     since: u64,
 }
 
-/// See the module's text.
+/// See the module's text. After the fixed places there is one for each unit, of its own size, which has memory only while it
+/// is used.
 pub struct Pool {
     places: Vec<Place>,
+    fixed: usize,
     /// By unit: the place that is filled for it or its own.
     of_unit: Vec<Option<usize>>,
     time: u64,
 }
 
 impl Pool {
-    pub fn new(bytes: &[usize], units: usize) -> Pool {
-        let places = bytes.iter().map(|bytes| Place { bytes: *bytes, state: Use::Free, since: 0 }).collect();
-        Pool { places, of_unit: vec![None; units], time: 0 }
+    pub fn new(bytes: &[usize], units: impl ExactSizeIterator<Item = usize>) -> Pool {
+        let of_unit = vec![None; units.len()];
+        let all = bytes.iter().copied().chain(units);
+        let places = all.map(|bytes| Place { bytes, state: Use::Free, since: 0 }).collect();
+        Pool { places, fixed: bytes.len(), of_unit, time: 0 }
     }
 
+    /// Fixed places.
     pub fn len(&self) -> usize {
-        self.places.len()
+        self.fixed
+    }
+
+    pub fn is_beyond(&self, place: usize) -> bool {
+        place >= self.fixed
+    }
+
+    /// The place of `unit` beyond the fixed ones, unless it is in use.
+    pub fn beyond(&self, unit: UnitId) -> Option<usize> {
+        Some(self.fixed + unit as usize).filter(|p| matches!(self.places[*p].state, Use::Free | Use::Busy))
+    }
+
+    /// Places that hold or await a unit.
+    pub fn in_use(&self) -> usize {
+        self.of_unit.iter().flatten().count()
+    }
+
+    /// The places of units that have one of their own.
+    pub fn open_places(&self) -> impl Iterator<Item = usize> + '_ {
+        self.of_unit.iter().flatten().copied().filter(|p| matches!(self.places[*p].state, Use::Open(_)))
+    }
+
+    /// Places beyond the fixed ones whose last user's work may still run.
+    pub fn busy_beyond(&self) -> impl Iterator<Item = usize> + '_ {
+        (self.fixed..self.places.len()).filter(|p| self.places[*p].state == Use::Busy)
     }
 
     pub fn bytes(&self, place: usize) -> usize {
@@ -68,12 +97,12 @@ impl Pool {
     pub fn choose(&self, bytes: usize) -> Option<usize> {
         let free = |i: &usize| matches!(self.places[*i].state, Use::Free | Use::Busy) && self.places[*i].bytes >= bytes;
         let key = |i: &usize| (self.places[*i].bytes, self.places[*i].state == Use::Busy, self.places[*i].since);
-        (0..self.places.len()).filter(free).min_by_key(key)
+        (0..self.fixed).filter(free).min_by_key(key)
     }
 
     /// The units that have a place of their own.
     pub fn open(&self) -> impl Iterator<Item = UnitId> + '_ {
-        self.places.iter().filter_map(|p| match p.state {
+        self.open_places().filter_map(|p| match self.places[p].state {
             Use::Open(unit) => Some(unit),
             _ => None,
         })
@@ -82,7 +111,7 @@ impl Pool {
     /// The places that are filled for units that nobody has read yet, in the order in which they were filled.
     pub fn ahead(&self) -> impl Iterator<Item = usize> {
         let mut ahead: Vec<usize> =
-            (0..self.places.len()).filter(|i| matches!(self.places[*i].state, Use::Ahead(_))).collect();
+            (0..self.fixed).filter(|i| matches!(self.places[*i].state, Use::Ahead(_))).collect();
         ahead.sort_unstable_by_key(|i| self.places[*i].since);
         ahead.into_iter()
     }

@@ -1,7 +1,7 @@
 //! A device that records what it is given, and what that implies: which work may run beside which, and whether anybody
 //! may read or write memory that somebody else is writing.
 
-use super::{Event, Queue, Queues};
+use super::{Beyond, Event, Queue, Queues};
 use crate::error::{err, Result};
 use crate::plan::UnitId;
 use std::collections::HashMap;
@@ -28,6 +28,9 @@ pub enum Launch {
     },
     /// The optimizer.
     Step,
+    /// Memory beyond the fixed places comes and goes.
+    Take(Beyond),
+    GiveBack(Beyond),
 }
 
 /// Memory that launches share.
@@ -55,6 +58,8 @@ impl Launch {
             Launch::ReduceScatter { slot, .. } => vec![(Memory::Slot(slot), false), (Memory::GradientShards, true)],
             Launch::Forward { buffer, .. } => vec![(Memory::Buffer(buffer), false)],
             Launch::Backward { buffer, slot, .. } => vec![(Memory::Buffer(buffer), false), (Memory::Slot(slot), true)],
+            Launch::Take(Beyond::Buffer(b)) | Launch::GiveBack(Beyond::Buffer(b)) => vec![(Memory::Buffer(b), true)],
+            Launch::Take(Beyond::Slot(s)) | Launch::GiveBack(Beyond::Slot(s)) => vec![(Memory::Slot(s), true)],
             Launch::Step => vec![(Memory::GradientShards, false), (Memory::Shards, true)],
         }
     }
@@ -182,6 +187,16 @@ impl Queues for Recorder {
         for (clock, ended) in self.clocks[queue as usize].iter_mut().zip(recorded) {
             *clock = (*clock).max(ended);
         }
+        Ok(())
+    }
+
+    fn take(&mut self, place: Beyond, _bytes: usize) -> Result<()> {
+        self.launch(Launch::Take(place));
+        Ok(())
+    }
+
+    fn give_back(&mut self, place: Beyond) -> Result<()> {
+        self.launch(Launch::GiveBack(place));
         Ok(())
     }
 }

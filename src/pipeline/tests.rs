@@ -6,6 +6,7 @@ use crate::config::EngineConfig;
 use crate::dtype::DType;
 use crate::error::Status;
 use crate::module::{ModuleTree, ROOT};
+use crate::plan::Plan;
 use crate::wrap;
 use proptest::prelude::*;
 
@@ -15,7 +16,13 @@ fn unit(label: &str, bytes: usize) -> UnitBytes {
 
 fn pipeline(bytes: &[usize], buffers: &[usize], slots: &[usize], ahead: usize) -> Pipeline {
     let unit = |(i, bytes): (usize, &usize)| unit(&format!("u{i}"), *bytes);
-    let limits = Limits { unit_buffers: buffers.to_vec(), gradient_slots: slots.to_vec(), ahead };
+    let limits = Limits {
+        unit_buffers: buffers.to_vec(),
+        in_flight: buffers.len(),
+        gradient_slots: slots.to_vec(),
+        spare_slots: false,
+        ahead,
+    };
     Pipeline::new(bytes.iter().enumerate().map(unit).collect(), &limits).unwrap()
 }
 
@@ -120,7 +127,15 @@ fn the_next_unit_is_gathered_beside_the_compute_of_this_one() {
         // With two buffers the gather after the next one has to wait.
         assert!(r.ordered(r.find(s, forward_of(1)), r.find(2 * s, gather_of(3))));
     }
-    assert_eq!(p.counts(), Counts { all_gathers: 36, prefetches: 30, evictions: 0, reduce_scatters: 18 });
+    let want = Counts {
+        all_gathers: 36,
+        prefetches: 30,
+        reduce_scatters: 18,
+        buffers_peak: 2,
+        slots_peak: [1, 0],
+        ..Counts::default()
+    };
+    assert_eq!(p.counts(), want);
 }
 
 #[test]
@@ -245,8 +260,13 @@ fn units_without_elements_take_no_memory_and_launch_nothing() {
 #[test]
 fn a_unit_that_fits_nowhere_is_an_error() {
     let units = vec![unit("big", 9)];
-    let limits =
-        |buffers: usize, slots: usize| Limits { unit_buffers: vec![buffers], gradient_slots: vec![slots], ahead: 0 };
+    let limits = |buffers: usize, slots: usize| Limits {
+        unit_buffers: vec![buffers],
+        in_flight: 1,
+        gradient_slots: vec![slots],
+        spare_slots: false,
+        ahead: 0,
+    };
     let error = |limits| Pipeline::new(units.clone(), &limits).err().unwrap().message;
     assert!(error(limits(8, 9)).contains("\"big\" of 9 bytes fits no unit buffer: the largest has 8"));
     assert!(error(limits(9, 8)).contains("fits no gradient slot"));
@@ -259,6 +279,58 @@ fn a_failed_launch_is_returned_and_the_unit_stays_sharded() {
     let e = p.unshard(&mut r, 0, &[1]).unwrap_err();
     assert_eq!((e.status, e.message.as_str()), (Status::Device, "the all-gather of unit 0 failed"));
     assert_eq!(p.buffer(0), None);
+}
+
+/// Units that are all unsharded and all collect gradients, in a pool of one buffer and one slot.
+#[test]
+fn what_has_no_place_gets_memory_beyond_the_pool_and_gives_it_back() {
+    let units: Vec<UnitBytes> = (0..3).map(|i| unit(&format!("u{i}"), 8 + i)).collect();
+    let limits =
+        |in_flight| Limits { unit_buffers: vec![10], in_flight, gradient_slots: vec![10], spare_slots: true, ahead: 0 };
+    let (mut p, mut r) = (Pipeline::new(units.clone(), &limits(usize::MAX)).unwrap(), Recorder::default());
+    for _ in 0..2 {
+        let buffers: Vec<usize> = (0..3).map(|u| p.unshard(&mut r, u, &[]).unwrap().unwrap()).collect();
+        assert_eq!(buffers, [0, 2, 3], "the pool's, then the units' own");
+        for (unit, buffer) in (0..3).zip(buffers) {
+            r.launch(Launch::Forward { unit, buffer });
+            let slot = p.collect(&mut r, unit).unwrap().unwrap();
+            r.launch(Launch::Backward { unit, buffer, slot });
+        }
+        p.reshard(&mut r, 1).unwrap();
+        (0..3).for_each(|unit| p.reduce(&mut r, unit).unwrap());
+        p.finish_backward(&mut r).unwrap();
+        p.begin_write(&mut r).unwrap();
+        r.launch(Launch::Step);
+    }
+    r.check().unwrap();
+    let count = |is: fn(&str) -> bool| r.lines.iter().filter(|l| is(l)).count();
+    assert_eq!((count(|l| l.contains("Take(")), count(|l| l.contains("GiveBack("))), (8, 8));
+    let counts = p.counts();
+    assert_eq!((counts.buffers_peak, counts.slots_peak, counts.overflows), (3, [1, 2], 8));
+    // Gradients that nobody wants go at once.
+    p.unshard(&mut r, 0, &[]).unwrap();
+    (0..2).for_each(|unit| assert!(p.collect(&mut r, unit).unwrap().is_some()));
+    (0..2).for_each(|unit| p.discard(&mut r, unit).unwrap());
+    assert_eq!(count_of(&r, "GiveBack(Slot"), 5);
+    r.check().unwrap();
+    // Forgetting that the gather waits for the memory is found.
+    let mut r = Recorder::default();
+    r.forget = Some(|event| matches!(event, Event::Released(2)));
+    let mut p = Pipeline::new(units.clone(), &limits(usize::MAX)).unwrap();
+    (0..2).for_each(|u| assert!(p.unshard(&mut r, u, &[]).unwrap().is_some()));
+    assert!(r.check().is_err());
+    // With a limit it is an error, which changes nothing.
+    let (mut p, mut r) = (Pipeline::new(units, &limits(2)).unwrap(), Recorder::default());
+    (0..2).for_each(|u| assert!(p.unshard(&mut r, u, &[]).unwrap().is_some()));
+    let e = p.unshard(&mut r, 2, &[]).unwrap_err();
+    assert!(e.message.contains("\"u2\" has no unit buffer"), "{e}");
+    p.reshard(&mut r, 1).unwrap();
+    p.unshard(&mut r, 2, &[]).unwrap();
+    r.check().unwrap();
+}
+
+fn count_of(r: &Recorder, what: &str) -> usize {
+    r.lines.iter().filter(|l| l.contains(what)).count()
 }
 
 #[test]
@@ -279,7 +351,7 @@ fn limits_come_from_the_plan_and_their_bytes_are_those_of_the_forecast() {
     let request = crate::forecast::Request { world_size: 2, ..Default::default() };
     let forecast = crate::forecast::Forecast::new(&tree, &request).unwrap();
     assert_eq!(limits.gradient_slots.iter().sum::<usize>() as u64, forecast.gradient_slot_bytes);
-    assert_eq!(limits.bytes() as u64, limits.unit_buffers.iter().sum::<usize>() as u64 + forecast.gradient_slot_bytes);
+    assert_eq!(limits.slot_bytes() as u64, forecast.gradient_slot_bytes);
     assert!(limits.unit_buffers.iter().sum::<usize>() as u64 >= forecast.unsharded_peak_bytes);
     // One parameter of a unit in 16 bits, all units reduced in 16 bits.
     let config = EngineConfig { param_dtype: Some(DType::BF16), reduce_dtype: DType::BF16, ..Default::default() };
@@ -298,6 +370,7 @@ enum Act {
     Backward(u32, Vec<u32>),
     Reduce(u32),
     Reshard(u32),
+    Discard(u32),
     Finish,
     Step,
 }
@@ -309,6 +382,7 @@ fn act(units: u32) -> impl Strategy<Value = Act> {
         4 => (0..units, next()).prop_map(|(u, n)| Act::Backward(u, n)),
         3 => (0..units).prop_map(Act::Reduce),
         4 => (0..units).prop_map(Act::Reshard),
+        1 => (0..units).prop_map(Act::Discard),
         1 => Just(Act::Finish),
         1 => Just(Act::Step),
     ]
@@ -323,10 +397,20 @@ proptest! {
         buffers in 1usize..4,
         slots in 1usize..4,
         ahead in 0usize..4,
+        beyond: bool,
     ) {
         // The largest buffer and slot take every unit; others are smaller.
         let sizes = |count: usize| [40, 24, 16][..count].to_vec();
-        let (mut p, mut r) = (pipeline(&[8, 40, 16, 24, 0], &sizes(buffers), &sizes(slots), ahead), Recorder::default());
+        let bytes = [8, 40, 16, 24, 0].iter().enumerate();
+        let limits = Limits {
+            unit_buffers: sizes(buffers),
+            in_flight: if beyond { usize::MAX } else { buffers },
+            gradient_slots: sizes(slots),
+            spare_slots: beyond,
+            ahead,
+        };
+        let units = bytes.map(|(i, bytes)| unit(&format!("u{i}"), *bytes)).collect();
+        let (mut p, mut r) = (Pipeline::new(units, &limits).unwrap(), Recorder::default());
         for act in acts {
             match act {
                 Act::Forward(unit, next) => {
@@ -341,6 +425,7 @@ proptest! {
                 }
                 Act::Reduce(unit) => p.reduce(&mut r, unit).unwrap(),
                 Act::Reshard(unit) => p.reshard(&mut r, unit).unwrap(),
+                Act::Discard(unit) => p.discard(&mut r, unit).unwrap(),
                 Act::Finish => p.finish_backward(&mut r).unwrap(),
                 Act::Step => {
                     p.finish_backward(&mut r).unwrap();
@@ -349,7 +434,7 @@ proptest! {
                 }
             }
             let held = (0..5).filter(|u| p.buffer(*u).is_some()).count();
-            prop_assert!(held <= buffers);
+            prop_assert!(beyond || held <= buffers);
         }
         prop_assert!(r.check().is_ok(), "{}", r.check().unwrap_err());
     }

@@ -2,7 +2,7 @@
 //! rounded once is the float32 operation, so results must be equal, not close.
 
 use super::gpu::{noise, pieces, places, same, Gpu, LENGTHS};
-use fsdp::device::cuda::Cuda;
+use fsdp::device::cuda::{Compute, Cuda};
 use fsdp::device::{Device, Home};
 use fsdp::dtype::DType;
 use half::{bf16, f16};
@@ -199,7 +199,8 @@ pub fn unscaling(gpu: &Gpu) {
 }
 
 pub fn homes(gpu: &Gpu) {
-    let device = Cuda::new(&gpu.stream, gpu.source.clone());
+    let compute = Compute::new(&gpu.stream, gpu.source.clone()).unwrap();
+    let device = Cuda::new(&compute, &gpu.kernels);
     let (host, there) = (device.alloc(Home::Host, 1001, "a").unwrap(), device.alloc(Home::Device, 1001, "b").unwrap());
     let read = || {
         let mut data = vec![7f32; 1001];
@@ -214,8 +215,13 @@ pub fn homes(gpu: &Gpu) {
     assert_eq!(masters, [0.0; 1001]);
     masters.copy_from_slice(&noise(21, 1001));
     // SAFETY: as above.
-    unsafe { device.upload(host.as_ptr(), there.as_ptr(), 1001) }.unwrap();
+    unsafe { device.put(DType::F32, host.as_ptr().cast(), there.as_ptr(), 1001) }.unwrap();
     assert_eq!(read(), masters);
+    let mut last = [0; 4];
+    // SAFETY: the last of 1001 floats.
+    unsafe { device.get(there.as_ptr().wrapping_add(1000).cast(), &mut last) }.unwrap();
+    assert_eq!(f32::from_ne_bytes(last), masters[1000]);
+    assert_eq!(compute.usage().now, 4004, "pinned memory is the host's");
     assert_eq!(device.name(), "cuda");
     assert!(!device.alloc(Home::Device, 0, "nothing").unwrap().as_ptr().is_null());
     assert!(device.alloc(Home::Device, usize::MAX, "all").is_err());

@@ -20,7 +20,8 @@ pub const LONG: Duration = Duration::from_secs(60);
 /// The library, made once for every version of its source and these options.
 pub fn build(name: &str, options: &[&str]) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/nccl/fake_nccl.c");
-    let all = std::fs::read_to_string(&source).unwrap() + &options.concat();
+    let meeting = std::fs::read_to_string(source.with_file_name("meeting.h")).unwrap();
+    let all = std::fs::read_to_string(&source).unwrap() + &meeting + &options.concat();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let library = folder.join(format!("{name}-{:016x}.so", xxhash_rust::xxh3::xxh3_64(all.as_bytes())));
     if library.exists() {
@@ -91,6 +92,16 @@ impl Fake {
     pub fn hold(&self, hold: bool) {
         // SAFETY: as fake_driver.cpp declares it.
         unsafe { self.cuda.get::<extern "C" fn(c_int)>(b"fake_cuda_hold\0").unwrap()(hold.into()) }
+    }
+
+    /// Bytes of device memory that are taken.
+    pub fn device_bytes(&self) -> i64 {
+        let mut counts: [std::ffi::c_long; 6] = [0; 6];
+        // SAFETY: as fake_driver.cpp declares it, with room for six numbers.
+        unsafe {
+            self.cuda.get::<extern "C" fn(*mut std::ffi::c_long)>(b"fake_cuda_alive\0").unwrap()(counts.as_mut_ptr())
+        };
+        counts[0]
     }
 
     pub fn log(&self) -> Vec<String> {

@@ -1,6 +1,10 @@
-/* An NCCL that is this process alone: every rank has what this one has. It works on host memory (the fake driver's),
- * writes down what it is asked, and can be told to be slow or to fail. Strict: a communicator that was destroyed, a
+/* An NCCL that is this process alone: every rank has what this one has or, if it was told so, ranks are threads that
+ * meet in each collective (meeting.h). It works on host memory (the fake driver's), writes down what it is asked, and can
+ * be told to be slow or to fail. Strict: a communicator that was destroyed, a
  * collective that is not in place, or a call while the last one is still at work is an error. */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -8,12 +12,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7 };
+#include "meeting.h"
+
+enum { kSuccess = 0, kInternal = 3, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7 };
 
 struct comm {
   int alive, rank, world, polls, finalized;
   int ops;
   float scalar;
+  /* NULL: every rank has what this one has. */
+  struct meeting *meeting;
+  int splits;
 };
 
 typedef struct {
@@ -31,7 +40,7 @@ struct config {
 static char lines[1 << 20];
 static char failing[64], last_error[128];
 static int fail_code;
-static atomic_int slow_polls, async_code, alive, registered;
+static atomic_int slow_polls, async_code, alive, registered, meets;
 static _Thread_local int grouped;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -51,8 +60,11 @@ static void note(const char *format, ...) {
 /* Forgets what was asked; nothing is slow or fails from here on. */
 void fake_nccl_reset(void) {
   lines[0] = failing[0] = last_error[0] = 0;
-  fail_code = slow_polls = async_code = 0;
+  fail_code = slow_polls = async_code = meets = 0;
 }
+
+/* Ranks of communicators that are made from here on are threads of this process that meet (1). */
+void fake_nccl_meet(int on) { meets = on; }
 
 const char *fake_nccl_log(void) { return lines; }
 
@@ -119,6 +131,8 @@ int ncclGetUniqueId(unique_id *id) {
   const char *address = getenv("NCCL_COMM_ID");
   memset(id, 0, sizeof *id);
   snprintf(id->internal, sizeof id->internal, "%s", address ? address : "made here");
+  static atomic_int made;
+  if (meets) snprintf(id->internal, sizeof id->internal, "meeting %d", made++);
   return kSuccess;
 }
 
@@ -127,6 +141,7 @@ int ncclCommInitRankConfig(struct comm **comm, int world, unique_id id, int rank
   if (!is_config(config)) return kInvalidArgument;
   note("init rank %d of %d by %s", rank, world, id.internal);
   *comm = make(rank, world);
+  if (meets) (*comm)->meeting = find_meeting(id.internal, world);
   return work(*comm);
 }
 
@@ -135,6 +150,11 @@ int ncclCommSplit(struct comm *comm, int color, int key, struct comm **made, str
   if (!is_config(config)) return kInvalidArgument;
   note("split color %d key %d", color, key);
   *made = make(comm->rank, comm->world);
+  if (comm->meeting) {
+    char id[160];
+    snprintf(id, sizeof id, "%.120s/%d", comm->meeting->id, comm->splits++);
+    (*made)->meeting = find_meeting(id, comm->world);
+  }
   return work(comm);
 }
 
@@ -202,8 +222,12 @@ int ncclAllGather(const char *from, char *to, size_t count, int dtype, struct co
   size_t bytes = count * size_of(dtype);
   if (from != to + (size_t)comm->rank * bytes || !stream) return kInvalidArgument;
   note("all_gather %zu of type %d", count, dtype);
-  for (int r = 0; r < comm->world; r++)
-    if (r != comm->rank) memcpy(to + (size_t)r * bytes, from, bytes);
+  if (comm->meeting && !come(comm->meeting, comm->rank, from, bytes)) return kInternal;
+  for (int r = 0; r < comm->world; r++) {
+    const char *theirs = comm->meeting ? comm->meeting->from[r] : from;
+    if (r != comm->rank) memcpy(to + (size_t)r * bytes, theirs, bytes);
+  }
+  if (comm->meeting && !come(comm->meeting, comm->rank, NULL, 0)) return kInternal;
   return work(comm);
 }
 
@@ -211,6 +235,13 @@ int ncclReduceScatter(const char *from, char *to, size_t count, int dtype, int o
   BEGIN(comm);
   if (to != from + (size_t)comm->rank * count * size_of(dtype) || !stream || op > 4 + comm->ops) return kInvalidArgument;
   note("reduce_scatter %zu of type %d by %d", count, dtype, op);
+  if (comm->meeting) {
+    const size_t bytes = count * size_of(dtype);
+    /* A rank writes its own range of its own memory, which nobody else reads. */
+    if (!come(comm->meeting, comm->rank, from, bytes)) return kInternal;
+    if (!mean_of_all(comm->meeting, comm->rank, to, count, dtype, op == 4)) return kInvalidArgument;
+    return come(comm->meeting, comm->rank, NULL, 0) ? work(comm) : kInternal;
+  }
   if (dtype == 7) combine(comm, (float *)to, (const float *)to, count, op);
   return work(comm);
 }

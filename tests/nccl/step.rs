@@ -3,11 +3,11 @@
 //! The gradient of a parameter is half of it, as it was computed with; every rank has the same shards, so that the mean
 //! is what each has.
 
-use fsdp::comm::nccl::{Comms, NcclComm, NcclQueues, UnitShards};
-use fsdp::comm::{Check, Communicator};
+use fsdp::comm::nccl::{Comms, NcclComm, NcclPair, NcclQueues, Shards, UnitShards};
+use fsdp::comm::{Check, Communicator, Kind};
 use fsdp::config::EngineConfig;
 use fsdp::device::cuda::kernels::{Kernels, Piece, Step};
-use fsdp::device::cuda::{DeviceMemory, Priority, Source, Stream};
+use fsdp::device::cuda::{Compute, DeviceMemory, Priority, Source, Stream};
 use fsdp::dtype::DType;
 use fsdp::module::{ModuleTree, ROOT};
 use fsdp::optim::{AdamWOptions, AdamWStep};
@@ -93,9 +93,12 @@ impl Trainer {
         let pipeline = Pipeline::new(bytes, &limits).unwrap();
         let names: Vec<_> = (0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect();
         let first_unit = control.name_units(&names);
-        let comms = Comms { control, first_unit, gather, reduce };
+        let host = control.clone();
+        let comms = Comms { control, first_unit, host, nccl: Some(NcclPair { gather, reduce }) };
+        let memory = Compute::new(&compute, source).unwrap();
+        let places = Shards { units: &places, on_host: false };
         // SAFETY: the shards are kept with the queues, and written as they ask for.
-        let queues = unsafe { NcclQueues::new(&plan, &limits, &places, &kernels, &source, &compute, comms) };
+        let queues = unsafe { NcclQueues::new(&plan, &limits, &places, &kernels, &memory, comms) };
         Trainer { plan, pipeline, queues: queues.unwrap(), compute, kernels, shards, dtypes }
     }
 }
@@ -138,7 +141,7 @@ pub fn train(control: Arc<dyn Communicator>, comms: [Arc<NcclComm>; 2], dtypes: 
         unsafe { kernels.adamw(&compute, &numbers(t), &steps) }.unwrap();
         queues.poll().unwrap();
         // As an engine does once the first iteration was the same on all ranks.
-        queues.set_check(Check::Announce);
+        queues.set_gathering(Kind::AllGather, Check::Announce);
     }
     queues.finish().unwrap();
     compute.synchronize().unwrap();

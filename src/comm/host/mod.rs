@@ -59,7 +59,7 @@ pub fn init(config: &Config, table: Arc<dyn Collectives>) -> Result<Arc<dyn Comm
     let Config { rank, world_size, timeout } = *config;
     let broken = Arc::new(Broken::new(table.clone(), rank, world_size));
     let flights = Flights::new(table.clone(), broken.clone(), rank, world_size, timeout);
-    let local = Mutex::new(Local { flights, reductions: Reductions::default(), arenas: 0 });
+    let local = Mutex::new(Local { flights, reductions: Reductions::default(), arenas: 0, announced: Vec::new() });
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let comm = Arc::new(Host { config: *config, number, table, broken, local });
@@ -80,6 +80,8 @@ struct Local {
     flights: Flights,
     reductions: Reductions,
     arenas: u64,
+    /// Announcements for others that were not seen to be agreed on yet.
+    announced: Vec<u64>,
 }
 
 /// This rank's arena.
@@ -212,6 +214,20 @@ impl Communicator for Host {
             divide(output, dtype, self.world_size());
         }
         Ok(())
+    }
+
+    /// Whoever comes later does not wait; a difference is found when all have announced, by the next call that looks.
+    fn announce(&self, tag: Tag, check: Check) -> Result<()> {
+        let Local { flights, announced, .. } = &mut *self.working()?;
+        let sequence = flights.launch(Announcement { tag, detail: Detail::None }, 0, Work::Agree)?;
+        announced.push(sequence);
+        if check == Check::Together {
+            flights.land(sequence)?;
+        }
+        let done = |s: &u64| flights.flights.get(s).is_some_and(|f| f.is_done());
+        let agreed: Vec<u64> = announced.iter().copied().filter(done).collect();
+        announced.retain(|s| !agreed.contains(s));
+        agreed.into_iter().try_for_each(|s| flights.take(s).map(drop))
     }
 
     fn alloc_arena(&self, bytes: usize) -> Result<Arena> {

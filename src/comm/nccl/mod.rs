@@ -20,7 +20,7 @@ mod watch;
 pub use comm::{NcclComm, NcclConfig};
 pub use id::UniqueId;
 pub use library::Nccl;
-pub use queues::{Comms, NcclQueues, UnitShards};
+pub use queues::{Comms, Mean, NcclPair, NcclQueues, Shards, UnitShards};
 pub use register::{Registered, RegisteredMemory};
 pub use types::{Part, Reduction};
 pub use watch::What;

@@ -4,24 +4,25 @@
 //! A unit buffer is the unit's layout, once in each type that one of its parameters is computed in; this rank's shard
 //! is copied or rounded into its place there, and NCCL fills the rest. A slot is the layout in float32, and behind that
 //! in the type that it is reduced in if that is another; the mean is written or added to the gradient shard, which is
-//! float32.
+//! float32. Shards are memory of the GPU, or pinned host memory, which kernels read and write over the bus.
 //!
 //! A host communicator of the same ranks is the control plane: each collective is announced there before it is
 //! launched, so that ranks that launch different ones get an error that names both. The error of one communicator
-//! breaks the others, on every rank that polls.
+//! breaks the others, on every rank that polls. One rank has nothing to move, and needs no NCCL.
 
 use super::comm::NcclComm;
 use super::types::{Part, Reduction};
 use super::watch::What;
 use crate::comm::{Check, Communicator, Kind, Tag};
 use crate::device::cuda::kernels::{Kernels, Piece};
-use crate::device::cuda::{Context, DeviceMemory, Event as GpuEvent, Priority, Source, Stream};
+use crate::device::cuda::{Compute, ComputeMemory, Context, Event as GpuEvent, Priority, Stream};
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
-use crate::pipeline::{compute_dtypes, Event, Limits, Queue, Queues};
+use crate::pipeline::{compute_dtypes, Beyond, Event, Limits, Queue, Queues};
 use crate::plan::{Plan, UnitId};
 use cudarc::driver::sys::CUdeviceptr;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A unit's shards on this rank, and what messages call its collectives.
@@ -36,8 +37,18 @@ struct Unit {
     len: usize,
     dtypes: Vec<DType>,
     reduce_dtype: DType,
-    /// Add the mean to the gradient shard instead of overwriting it.
-    accumulate: bool,
+    /// What of the next reduction goes to the gradient shard; all of it, unless it was said.
+    means: Option<Vec<Mean>>,
+    gathers: u64,
+}
+
+/// A range of a shard whose mean is written to the gradient shard, or added to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mean {
+    /// First float in the shard.
+    pub at: usize,
+    pub len: usize,
+    pub add: bool,
 }
 
 /// Where this rank's shards of a unit are: addresses of as many floats as a shard has.
@@ -51,63 +62,83 @@ pub struct UnitShards {
 pub struct NcclQueues {
     context: Arc<Context>,
     kernels: Arc<Kernels>,
-    gather_comm: Arc<NcclComm>,
-    reduce_comm: Arc<NcclComm>,
-    streams: [Arc<Stream>; 3],
+    compute: Arc<Compute>,
+    nccl: Option<NcclPair>,
+    gather_stream: Arc<Stream>,
+    reduce_stream: Arc<Stream>,
     events: HashMap<Event, GpuEvent>,
     units: Vec<Unit>,
-    buffers: Vec<DeviceMemory>,
-    slots: Vec<DeviceMemory>,
+    /// By place; those beyond the fixed ones have memory while they are used.
+    buffers: Vec<Option<ComputeMemory>>,
+    slots: Vec<Option<ComputeMemory>>,
+    on_host: bool,
     control: Arc<dyn Communicator>,
+    /// Broken with the others.
+    host: Arc<dyn Communicator>,
     /// The control plane's number of unit 0.
     first_unit: u32,
-    check: Check,
+    gathering: (Kind, Check),
 }
 
-/// The communicators of the same ranks that queues work with.
-pub struct Comms {
-    /// On the host; no engine's, since its order of collectives is the queues' own.
-    pub control: Arc<dyn Communicator>,
-    /// The control plane's number of the plan's unit 0, of [`Communicator::name_units`].
-    pub first_unit: u32,
+/// NCCL's communicators of an engine.
+pub struct NcclPair {
     pub gather: Arc<NcclComm>,
     pub reduce: Arc<NcclComm>,
 }
 
+/// The communicators of the same ranks that queues work with.
+pub struct Comms {
+    /// On the host; nobody else's, since its order of collectives is the queues' own.
+    pub control: Arc<dyn Communicator>,
+    /// The control plane's number of the plan's unit 0, of [`Communicator::name_units`].
+    pub first_unit: u32,
+    /// On the host, too, the engine's own: an error breaks it, and it breaks the others.
+    pub host: Arc<dyn Communicator>,
+    /// None for one rank.
+    pub nccl: Option<NcclPair>,
+}
+
+/// The shards that queues work on.
+pub struct Shards<'a> {
+    /// Of each unit of the plan.
+    pub units: &'a [UnitShards],
+    /// They are in pinned host memory.
+    pub on_host: bool,
+}
+
 impl NcclQueues {
-    /// Takes the memory that `limits` says from `source`, for work beside `compute`, the host's stream. `comms` are of
-    /// the plan's ranks. Local. Until [`NcclQueues::set_check`] says otherwise every collective waits for all ranks to
-    /// announce it.
+    /// Takes the memory that `limits` says for work on `compute`. `comms` are of the plan's ranks. Local. Until
+    /// [`NcclQueues::set_gathering`] says otherwise every all-gather waits for all ranks to announce it.
     ///
     /// # Safety
-    /// `shards` are as many as the plan's units, and their memory is there as long as the result. The host writes
-    /// masters only between a pipeline's `begin_write` and its next unshard, and gradient shards never between a
-    /// reduction and the end of its backward, both in the order of `compute`.
+    /// The shards' memory is there as long as the result. The host writes masters only between a pipeline's `begin_write`
+    /// and its next unshard, and gradient shards never between a reduction and the end of its backward, both in the order
+    /// of `compute`, or after it was waited for.
     pub unsafe fn new(
         plan: &Plan,
         limits: &Limits,
-        shards: &[UnitShards],
+        shards: &Shards<'_>,
         kernels: &Arc<Kernels>,
-        source: &Source,
-        compute: &Arc<Stream>,
+        compute: &Arc<Compute>,
         comms: Comms,
     ) -> Result<NcclQueues> {
-        if shards.len() != plan.units.len() {
+        if shards.units.len() != plan.units.len() {
             return Err(err!(
                 InvalidArgument,
                 "shards of {} units were given, there are {}",
-                shards.len(),
+                shards.units.len(),
                 plan.units.len()
             ));
         }
-        let context = compute.context().clone();
+        let context = compute.context();
         let stream = || Stream::new(&context, Priority::Highest);
-        let streams = [compute.clone(), stream()?, stream()?];
-        let memory = |sizes: &[usize], what: &str| -> Result<Vec<DeviceMemory>> {
-            // In the order of compute, as what it replaces is given back.
-            sizes.iter().map(|bytes| DeviceMemory::new(source, compute, *bytes, what)).collect()
+        let (gather_stream, reduce_stream) = (stream()?, stream()?);
+        let memory = |sizes: &[usize], what: &str| -> Result<Vec<Option<ComputeMemory>>> {
+            let fixed = sizes.iter().map(|bytes| compute.take(*bytes, what).map(Some));
+            // Then a place for each unit.
+            fixed.chain(plan.units.iter().map(|_| Ok(None))).collect()
         };
-        let units = plan.units.iter().zip(shards).enumerate().map(|(u, (unit, shards))| Unit {
+        let units = plan.units.iter().zip(shards.units).enumerate().map(|(u, (unit, shards))| Unit {
             gather: What::of_unit(Kind::AllGather, unit.label()),
             reduce: What::of_unit(Kind::ReduceScatter, unit.label()),
             masters: shards.masters,
@@ -116,10 +147,11 @@ impl NcclQueues {
             len: unit.layout.len,
             dtypes: compute_dtypes(plan, u as UnitId),
             reduce_dtype: unit.reduce_dtype,
-            accumulate: false,
+            means: None,
+            gathers: 0,
         });
         let world = (comms.control.rank(), comms.control.world_size());
-        for comm in [&comms.gather, &comms.reduce] {
+        for comm in comms.nccl.iter().flat_map(|nccl| [&nccl.gather, &nccl.reduce]) {
             if (comm.rank(), comm.world_size()) != world {
                 return Err(err!(
                     InvalidArgument,
@@ -129,18 +161,24 @@ impl NcclQueues {
                 ));
             }
         }
+        if comms.nccl.is_none() && world.1 > 1 {
+            return Err(err!(InvalidArgument, "{} ranks need NCCL", world.1));
+        }
         let mut queues = NcclQueues {
             kernels: kernels.clone(),
-            gather_comm: comms.gather,
-            reduce_comm: comms.reduce,
+            compute: compute.clone(),
+            nccl: comms.nccl,
             control: comms.control,
+            host: comms.host,
             first_unit: comms.first_unit,
-            check: Check::Together,
-            streams,
+            gathering: (Kind::AllGather, Check::Together),
+            gather_stream,
+            reduce_stream,
             events: HashMap::new(),
             units: units.collect(),
             buffers: memory(&limits.unit_buffers, "a unit buffer")?,
             slots: memory(&limits.gradient_slots, "a gradient slot")?,
+            on_host: shards.on_host,
             context,
         };
         // The other queues begin after the memory is there.
@@ -156,29 +194,52 @@ impl NcclQueues {
         self.parts(unit, buffer).find(|part| part.dtype == dtype).map(|part| part.data)
     }
 
+    /// Where unit buffer `buffer` begins.
+    pub fn buffer(&self, buffer: usize) -> CUdeviceptr {
+        self.buffers[buffer].as_ref().map_or(0, ComputeMemory::address)
+    }
+
     /// The layout's floats in gradient slot `slot`.
     pub fn in_slot(&self, slot: usize) -> CUdeviceptr {
-        self.slots[slot].address()
+        self.slots[slot].as_ref().map_or(0, ComputeMemory::address)
     }
 
-    /// Whether the next means of `unit` are added to its gradient shard instead of overwriting it.
-    pub fn set_accumulate(&mut self, unit: UnitId, accumulate: bool) {
-        self.units[unit as usize].accumulate = accumulate;
+    /// Zeroes ranges of floats of a slot, on compute.
+    pub fn zero(&self, slot: usize, ranges: &[Range<usize>]) -> Result<()> {
+        let base = self.in_slot(slot);
+        let piece = |r: &Range<usize>| {
+            let to = base + (r.start * DType::F32.size()) as u64;
+            Piece { from: to, to, len: r.len() as u64, add: 0 }
+        };
+        let pieces: Vec<Piece> = ranges.iter().map(piece).collect();
+        // SAFETY: the slot has room for the layout that the ranges are of, and compute writes it now.
+        unsafe { self.kernels.zero(&self.compute.stream(), &pieces) }
     }
 
-    /// How collectives are compared from here on: the same on every rank. Local.
-    pub fn set_check(&mut self, check: Check) {
-        self.check = check;
+    /// What of the next reduction of `unit` goes to its gradient shard, and how; ranges of its shard that do not overlap.
+    pub fn set_means(&mut self, unit: UnitId, means: Vec<Mean>) {
+        self.units[unit as usize].means = Some(means);
+    }
+
+    /// What all-gathers are called from here on, and how they are compared: the same on every rank. Local.
+    pub fn set_gathering(&mut self, kind: Kind, check: Check) {
+        self.gathering = (kind, check);
+    }
+
+    /// All-gathers of a unit so far.
+    pub fn gathers(&self, unit: UnitId) -> u64 {
+        self.units[unit as usize].gathers
     }
 
     /// Looks for failures of peers and for what hangs, without waiting; whether all collectives are done. An error has
-    /// broken all three communicators.
+    /// broken all communicators.
     pub fn poll(&self) -> Result<bool> {
-        if let Some(e) = self.control.async_error() {
+        let Some(nccl) = &self.nccl else { return Ok(true) };
+        if let Some(e) = self.control.async_error().or_else(|| self.host.async_error()) {
             return Err(self.broken(e));
         }
-        let gathered = self.gather_comm.poll().map_err(|e| self.broken(e))?;
-        Ok(gathered & self.reduce_comm.poll().map_err(|e| self.broken(e))?)
+        let gathered = nccl.gather.poll().map_err(|e| self.broken(e))?;
+        Ok(gathered & nccl.reduce.poll().map_err(|e| self.broken(e))?)
     }
 
     /// Waits until all collectives are done, with NCCL's deadline for each.
@@ -189,29 +250,47 @@ impl NcclQueues {
         Ok(())
     }
 
+    /// Waits until the GPU has done all that it was given, by the host on its stream, too.
+    pub fn synchronize(&self) -> Result<()> {
+        self.finish()?;
+        self.gather_stream.synchronize()?;
+        self.reduce_stream.synchronize()?;
+        self.compute.stream().synchronize()
+    }
+
+    /// What compute is given from here on, memory that is given back too, comes after the other queues' work. A device that
+    /// fails now frees it all the same.
+    pub fn lead_to_compute(&mut self) {
+        for queue in [Queue::Gather, Queue::Reduce] {
+            let _ =
+                self.record(Event::ShardsWritten, queue).and_then(|()| self.wait(Queue::Compute, Event::ShardsWritten));
+        }
+    }
+
     /// Breaks all communicators, so that no rank waits for this one.
-    fn broken(&self, error: Error) -> Error {
+    pub fn broken(&self, error: Error) -> Error {
         // NCCL's kernels first: they would wait on the GPU.
-        self.gather_comm.abort(&error.message);
-        self.reduce_comm.abort(&error.message);
-        if self.control.async_error().is_none() {
-            self.control.abort(&error.message);
+        for comm in self.nccl.iter().flat_map(|nccl| [&nccl.gather, &nccl.reduce]) {
+            comm.abort(&error.message);
+        }
+        for comm in [&self.control, &self.host].into_iter().filter(|c| c.async_error().is_none()) {
+            comm.abort(&error.message);
         }
         error
     }
 
     /// Says on the control plane what is launched next.
-    fn announce(&self, kind: Kind, unit: UnitId, parts: &[Part]) -> Result<()> {
+    fn announce(&self, kind: Kind, check: Check, unit: UnitId, parts: &[Part]) -> Result<()> {
         let bytes = parts.iter().map(|p| (p.shard_len * p.dtype.size()) as u64).sum::<u64>();
         let bytes = bytes * self.control.world_size() as u64;
         let dtype = parts.first().map_or(DType::F32, |p| p.dtype);
         let tag = Tag { kind, unit: self.first_unit + unit, dtype, bytes };
-        self.control.announce(tag, self.check).map_err(|e| self.broken(e))
+        self.control.announce(tag, check).map_err(|e| self.broken(e))
     }
 
     /// The unit's layout in each of its types, one behind the other.
     fn parts(&self, unit: UnitId, buffer: usize) -> impl Iterator<Item = Part> + '_ {
-        let (unit, mut data) = (&self.units[unit as usize], self.buffers[buffer].address());
+        let (unit, mut data) = (&self.units[unit as usize], self.buffer(buffer));
         unit.dtypes.iter().map(move |dtype| {
             let part = Part { data, shard_len: unit.shard_len, dtype: *dtype };
             data += (unit.len * dtype.size()) as u64;
@@ -219,44 +298,68 @@ impl NcclQueues {
         })
     }
 
-    fn stream(&self, queue: Queue) -> &Arc<Stream> {
-        &self.streams[queue as usize]
+    fn stream(&self, queue: Queue) -> Arc<Stream> {
+        match queue {
+            Queue::Compute => self.compute.stream(),
+            Queue::Gather => self.gather_stream.clone(),
+            Queue::Reduce => self.reduce_stream.clone(),
+        }
+    }
+
+    fn place(&mut self, place: Beyond) -> &mut Option<ComputeMemory> {
+        match place {
+            Beyond::Buffer(buffer) => &mut self.buffers[buffer],
+            Beyond::Slot(slot) => &mut self.slots[slot],
+        }
     }
 }
 
 impl Queues for NcclQueues {
     fn all_gather(&mut self, unit: UnitId, buffer: usize) -> Result<()> {
-        let (u, stream) = (&self.units[unit as usize], self.stream(Queue::Gather));
+        self.units[unit as usize].gathers += 1;
+        let (u, stream) = (&self.units[unit as usize], &self.gather_stream);
         let parts: Vec<Part> = self.parts(unit, buffer).collect();
-        self.announce(Kind::AllGather, unit, &parts)?;
-        let rank = self.gather_comm.rank();
+        let (kind, check) = self.gathering;
+        self.announce(kind, check, unit, &parts)?;
         for part in &parts {
-            let to = part.data + (rank * u.shard_len * part.dtype.size()) as u64;
+            let to = part.data + (self.control.rank() * u.shard_len * part.dtype.size()) as u64;
+            let piece = Piece { from: u.masters, to, len: u.shard_len as u64, add: 0 };
             // SAFETY: the pipeline lets nobody else use the buffer meanwhile, and the masters are read only; both have
             // room for a shard.
             unsafe {
                 match part.dtype {
+                    DType::F32 if self.on_host => self.kernels.copy_in(stream, DType::F32, &[piece])?,
                     DType::F32 => stream.copy_on_device(u.masters, to, u.shard_len * DType::F32.size())?,
-                    dtype => {
-                        let piece = Piece { from: u.masters, to, len: u.shard_len as u64, add: 0 };
-                        self.kernels.cast(stream, DType::F32, dtype, &[piece])?;
-                    }
+                    dtype => self.kernels.cast(stream, DType::F32, dtype, &[piece])?,
                 }
             }
         }
-        // SAFETY: as above.
-        unsafe { self.gather_comm.all_gather(&u.gather, &parts, stream) }.map_err(|e| self.broken(e))
+        match &self.nccl {
+            // SAFETY: as above.
+            Some(nccl) => unsafe { nccl.gather.all_gather(&u.gather, &parts, stream) }.map_err(|e| self.broken(e)),
+            None => Ok(()),
+        }
     }
 
     fn reduce_scatter(&mut self, unit: UnitId, slot: usize) -> Result<()> {
-        let (u, stream) = (&self.units[unit as usize], self.stream(Queue::Reduce));
-        let full = self.slots[slot].address();
+        let means = self.units[unit as usize].means.take();
+        let (u, stream) = (&self.units[unit as usize], &self.reduce_stream);
+        let full = self.in_slot(slot);
         let behind = full + (u.len * DType::F32.size()) as u64;
         let data = if u.reduce_dtype == DType::F32 { full } else { behind };
         let part = Part { data, shard_len: u.shard_len, dtype: u.reduce_dtype };
-        self.announce(Kind::ReduceScatter, unit, &[part])?;
-        let own = data + (self.reduce_comm.rank() * u.shard_len * u.reduce_dtype.size()) as u64;
-        let mean = Piece { from: own, to: u.grads, len: u.shard_len as u64, add: u.accumulate.into() };
+        // Ranks may come to the end of a backward, and then take part, while others wait here: nobody waits.
+        self.announce(Kind::ReduceScatter, Check::Announce, unit, &[part])?;
+        let size = u.reduce_dtype.size();
+        let own = data + (self.control.rank() * u.shard_len * size) as u64;
+        let all = vec![Mean { at: 0, len: u.shard_len, add: false }];
+        let mean = |m: &Mean| Piece {
+            from: own + (m.at * size) as u64,
+            to: u.grads + (m.at * DType::F32.size()) as u64,
+            len: m.len as u64,
+            add: m.add.into(),
+        };
+        let means: Vec<Piece> = means.unwrap_or(all).iter().map(mean).collect();
         // SAFETY: the pipeline lets nobody else use the slot meanwhile, and nobody else writes gradient shards; both
         // have room.
         unsafe {
@@ -264,9 +367,11 @@ impl Queues for NcclQueues {
                 let piece = Piece { from: full, to: behind, len: u.len as u64, add: 0 };
                 self.kernels.cast(stream, DType::F32, u.reduce_dtype, &[piece])?;
             }
-            let reduced = self.reduce_comm.reduce_scatter(&u.reduce, part, Reduction::Mean, stream);
-            reduced.map_err(|e| self.broken(e))?;
-            self.kernels.copy_in(stream, u.reduce_dtype, &[mean])
+            if let Some(nccl) = &self.nccl {
+                let reduced = nccl.reduce.reduce_scatter(&u.reduce, part, Reduction::Mean, stream);
+                reduced.map_err(|e| self.broken(e))?;
+            }
+            self.kernels.copy_in(stream, u.reduce_dtype, &means)
         }
     }
 
@@ -274,7 +379,7 @@ impl Queues for NcclQueues {
         if !self.events.contains_key(&event) {
             self.events.insert(event, GpuEvent::new(&self.context)?);
         }
-        self.events[&event].record(self.stream(queue))
+        self.events[&event].record(&self.stream(queue))
     }
 
     fn wait(&mut self, queue: Queue, event: Event) -> Result<()> {
@@ -283,15 +388,24 @@ impl Queues for NcclQueues {
             None => Err(err!(InvalidState, "{event:?} is waited for and was never recorded")),
         }
     }
+
+    fn take(&mut self, place: Beyond, bytes: usize) -> Result<()> {
+        let what = match place {
+            Beyond::Buffer(_) => "a unit buffer beyond the pool",
+            Beyond::Slot(_) => "a gradient slot beyond the fixed ones",
+        };
+        *self.place(place) = Some(self.compute.take(bytes, what)?);
+        Ok(())
+    }
+
+    fn give_back(&mut self, place: Beyond) -> Result<()> {
+        *self.place(place) = None;
+        Ok(())
+    }
 }
 
 impl Drop for NcclQueues {
-    /// The memory goes back in the order of compute, so that comes after the other queues' work. A device that fails
-    /// now frees it all the same.
     fn drop(&mut self) {
-        for queue in [Queue::Gather, Queue::Reduce] {
-            let _ =
-                self.record(Event::ShardsWritten, queue).and_then(|()| self.wait(Queue::Compute, Event::ShardsWritten));
-        }
+        self.lead_to_compute();
     }
 }

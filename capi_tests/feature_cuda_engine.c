@@ -1,0 +1,261 @@
+/* An engine on a GPU through the C interface, on a driver that is this machine's CPU (FSDP_CUDA_LIBRARY): trained beside one
+ * on the CPU, with the same bits in the end; memory from the host's allocator; figures as planned. What is at a device
+ * address can be read here, since that driver's memory is the host's. */
+#include "toy.h"
+
+#include <dlfcn.h>
+
+enum { STEPS = 4 };
+
+typedef int (*alloc_fn)(unsigned long long *, size_t, void *);
+typedef int (*free_fn)(unsigned long long, void *);
+
+/* The driver's memory, lent as a host's allocator. */
+typedef struct {
+  alloc_fn alloc;
+  free_fn free;
+  long taken, given;
+  size_t bytes;
+} lender_t;
+
+static void *lend(void *user_data, size_t bytes, void *stream) {
+  lender_t *lender = (lender_t *)user_data;
+  unsigned long long address = 0;
+  if (lender->alloc(&address, bytes, stream) != 0) return NULL;
+  lender->taken++;
+  lender->bytes += bytes;
+  return (void *)(uintptr_t)address;
+}
+
+static void take_back(void *user_data, void *memory, size_t bytes, void *stream) {
+  lender_t *lender = (lender_t *)user_data;
+  CHECK_EQ(lender->free((unsigned long long)(uintptr_t)memory, stream), 0);
+  lender->given++;
+  lender->bytes -= bytes;
+}
+
+static lender_t lender_open(void) {
+  lender_t lender = {NULL, NULL, 0, 0, 0};
+  void *driver = dlopen(getenv("FSDP_CUDA_LIBRARY"), RTLD_NOW);
+  CHECK(driver != NULL);
+  *(void **)&lender.alloc = dlsym(driver, "cuMemAllocAsync");
+  *(void **)&lender.free = dlsym(driver, "cuMemFreeAsync");
+  CHECK(lender.alloc != NULL && lender.free != NULL);
+  /* A host that uses the GPU itself has its context current. */
+  int (*init)(unsigned), (*retain)(void **, int), (*push)(void *);
+  void *context = NULL;
+  *(void **)&init = dlsym(driver, "cuInit");
+  *(void **)&retain = dlsym(driver, "cuDevicePrimaryCtxRetain");
+  *(void **)&push = dlsym(driver, "cuCtxPushCurrent_v2");
+  CHECK(init(0) == 0 && retain(&context, 0) == 0 && push(context) == 0);
+  return lender;
+}
+
+/* An engine of the toy model and its optimizer. */
+typedef struct {
+  toy_t toy;
+  fsdp_optimizer_t *optimizer;
+} trainer_t;
+
+static trainer_t trainer_open(const fsdp_cuda_config_t *cuda, int cpu_offload) {
+  trainer_t t = {{NULL, NULL, NULL}, NULL};
+  fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
+  fsdp_adamw_config_t adamw = FSDP_ADAMW_CONFIG_INIT;
+  const fsdp_dtype_t bfloat16 = {FSDP_DTYPE_BFLOAT, 16, 1};
+  config.cuda = cuda;
+  config.cpu_offload = cpu_offload;
+  config.param_dtype = bfloat16;
+  t.toy.model = toy_model();
+  CHECK_OK(fsdp_model_set_param_dtype(t.toy.model, TOY_BIAS, tensor_f32(NULL, 0, NULL).dtype));
+  CHECK_OK(fsdp_comm_init_single(&t.toy.comm));
+  CHECK_OK(fsdp_engine_create(t.toy.model, t.toy.comm, &config, &t.toy.engine));
+  CHECK_OK(fsdp_optimizer_create_adamw(t.toy.engine, &adamw, &t.optimizer));
+  return t;
+}
+
+static void trainer_close(trainer_t *t) {
+  fsdp_optimizer_destroy(t->optimizer);
+  toy_destroy(t->toy);
+}
+
+static float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = (uint32_t)bits << 16;
+  float x;
+  memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+/* The gradient of a parameter follows from what it is computed with. */
+static void collect(fsdp_engine_t *engine, uint32_t param, int step, int device_type) {
+  fsdp_tensor_t data, grad;
+  int32_t accumulate = -1;
+  CHECK_OK(fsdp_engine_param_data(engine, param, &data));
+  CHECK_OK(fsdp_engine_param_grad(engine, param, &grad, &accumulate));
+  CHECK_EQ(accumulate, 0);
+  CHECK_EQ(data.device.device_type, device_type);
+  CHECK_EQ(grad.device.device_type, device_type);
+  CHECK_EQ(data.device.device_id, 0);
+  for (int64_t i = 0; i < TOY_NUMEL[param]; i++) {
+    const float x = data.dtype.bits == 32 ? ((const float *)data.data)[i] : from_bfloat16(((const uint16_t *)data.data)[i]);
+    ((float *)grad.data)[i] = x * 0.125f - (float)(step + 1) * (float)(i + 1);
+  }
+}
+
+static void train(trainer_t *t, int step, int device_type) {
+  fsdp_engine_t *engine = t->toy.engine;
+  double norm = 0;
+  toy_forward(engine);
+  CHECK_OK(fsdp_engine_pre_backward(engine, TOY_ROOT));
+  collect(engine, TOY_BIAS, step, device_type);
+  CHECK_OK(fsdp_engine_pre_backward(engine, TOY_A));
+  /* In the last step it has none. */
+  if (step + 1 < STEPS) collect(engine, TOY_WEIGHT, step, device_type);
+  CHECK_OK(fsdp_engine_pre_backward(engine, TOY_X));
+  collect(engine, TOY_V, step, device_type);
+  CHECK_OK(fsdp_engine_post_backward(engine, TOY_X));
+  CHECK_OK(fsdp_engine_post_backward(engine, TOY_A));
+  CHECK_OK(fsdp_engine_post_backward(engine, TOY_ROOT));
+  CHECK((toy_shard(engine, TOY_WEIGHT).grad == NULL) == (step + 1 == STEPS));
+  CHECK(toy_shard(engine, TOY_FROZEN).grad == NULL);
+  CHECK_OK(fsdp_engine_clip_grad_norm(engine, 3.0, 2.0, 1, &norm));
+  CHECK(norm > 3.0);
+  CHECK_OK(fsdp_optimizer_step(t->optimizer));
+  CHECK_OK(fsdp_engine_zero_grad(engine));
+}
+
+static void same_shards(const trainer_t *a, const trainer_t *b) {
+  const char *const states[] = {"exp_avg", "exp_avg_sq"};
+  for (uint32_t p = 0; p < TOY_PARAMS; p++) {
+    const fsdp_shard_t one = toy_shard(a->toy.engine, p), other = toy_shard(b->toy.engine, p);
+    CHECK_EQ(one.numel, TOY_NUMEL[p]);
+    if (one.numel == 0) continue;
+    CHECK(memcmp(one.data, other.data, (size_t)one.numel * 4) == 0);
+    for (int k = 0; k < 2; k++) {
+      float *x = NULL, *y = NULL;
+      CHECK_OK(fsdp_optimizer_state(a->optimizer, p, states[k], &x));
+      CHECK_OK(fsdp_optimizer_state(b->optimizer, p, states[k], &y));
+      CHECK((x == NULL) == (y == NULL));
+      if (x != NULL) CHECK(memcmp(x, y, (size_t)one.numel * 4) == 0);
+    }
+  }
+}
+
+/* The unit buffer, its size, and where parameters lie in it; gradients that the host has elsewhere. */
+static void addresses(fsdp_engine_t *engine, lender_t *lender) {
+  for (uint32_t p = 0; p < TOY_PARAMS; p++) {
+    fsdp_param_info_t param = param_info_init();
+    fsdp_unit_info_t unit = unit_info_init();
+    fsdp_tensor_t data;
+    void *buffer = NULL;
+    CHECK_OK(fsdp_engine_param_info(engine, p, &param));
+    CHECK_OK(fsdp_engine_unshard(engine, param.unit, &buffer));
+    CHECK_OK(fsdp_engine_unit_info(engine, param.unit, &unit));
+    CHECK_OK(fsdp_engine_param_data(engine, p, &data));
+    if (TOY_NUMEL[p] == 0) continue;
+    CHECK((char *)data.data == (char *)buffer + param.compute_offset);
+    CHECK(param.compute_offset + TOY_NUMEL[p] * (data.dtype.bits / 8) <= (int64_t)unit.buffer_bytes);
+    CHECK_EQ(data.dtype.bits, p == TOY_BIAS ? 32 : 16);
+  }
+  float *grad = (float *)lend(lender, 21 * sizeof(float), NULL);
+  int64_t shape[2] = {7, 3};
+  for (int i = 0; i < 21; i++) grad[i] = 2;
+  fsdp_tensor_t tensor = tensor_f32(grad, 2, shape);
+  CHECK_ERR(fsdp_engine_accumulate_grad(engine, TOY_WEIGHT, &tensor), FSDP_ERR_INVALID_ARGUMENT,
+            "the gradient of \"a.weight\" is in host memory: the engine needs it on GPU 0");
+  tensor.device.device_type = FSDP_DEVICE_CUDA;
+  CHECK_OK(fsdp_engine_accumulate_grad(engine, TOY_WEIGHT, &tensor));
+  CHECK_OK(fsdp_engine_accumulate_grad(engine, TOY_WEIGHT, &tensor));
+  CHECK_OK(fsdp_engine_finish_backward(engine));
+  CHECK_OK(fsdp_engine_synchronize(engine));
+  for (int i = 0; i < 21; i++) CHECK_EQ(toy_shard(engine, TOY_WEIGHT).grad[i], 4);
+  CHECK_OK(fsdp_engine_zero_grad(engine));
+  take_back(lender, grad, 21 * sizeof(float), NULL);
+}
+
+/* What the engine has taken is what the plan says; the optimizer's states are aligned besides. */
+static void figures(const trainer_t *t, const lender_t *lender, int cpu_offload) {
+  fsdp_plan_request_t request = FSDP_PLAN_REQUEST_INIT;
+  const fsdp_dtype_t bfloat16 = {FSDP_DTYPE_BFLOAT, 16, 1};
+  fsdp_plan_t plan;
+  fsdp_cuda_stats_t cuda;
+  fsdp_stats_t stats;
+  stats.struct_size = sizeof stats;
+  plan.struct_size = sizeof plan;
+  cuda.struct_size = sizeof cuda;
+  request.device_type = 9;
+  CHECK_ERR(fsdp_plan(t->toy.model, &request, &plan), FSDP_ERR_INVALID_ARGUMENT, "device_type cannot be 9");
+  request.device_type = FSDP_DEVICE_CUDA;
+  request.optimizer_bytes_per_element = 8;
+  request.param_dtype = bfloat16;
+  request.cpu_offload = cpu_offload;
+  CHECK_OK(fsdp_plan(t->toy.model, &request, &plan));
+  CHECK_OK(fsdp_engine_stats(t->toy.engine, &stats));
+  CHECK_ERR(fsdp_engine_cuda_stats(t->toy.engine, NULL), FSDP_ERR_INVALID_ARGUMENT, "out is NULL");
+  CHECK_OK(fsdp_engine_cuda_stats(t->toy.engine, &cuda));
+  CHECK_EQ(cuda.pool_bytes, plan.pool_bytes);
+  CHECK_EQ(cuda.pool_buffers, 3);
+  CHECK_EQ(cuda.buffers_peak, 3);
+  CHECK_EQ(cuda.slot_bytes, plan.gradient_slot_bytes);
+  CHECK_EQ(stats.gradient_slot_bytes, plan.gradient_slot_bytes);
+  CHECK_EQ(cuda.overflows, 0);
+  CHECK(cuda.device_bytes >= plan.device_peak_bytes);
+  CHECK(cuda.device_bytes <= plan.device_peak_bytes + (cpu_offload ? 0 : 2 * TOY_PARAMS * 64));
+  CHECK_EQ(stats.offloaded_bytes, plan.offloaded_bytes);
+  if (lender != NULL) CHECK_EQ(cuda.device_bytes, lender->bytes);
+}
+
+static void trained(int cpu_offload, int lends) {
+  lender_t lender = lender_open();
+  fsdp_cuda_config_t cuda = FSDP_CUDA_CONFIG_INIT;
+  if (lends) {
+    cuda.alloc = lend;
+    cuda.free = take_back;
+    cuda.allocator_user_data = &lender;
+  }
+  trainer_t cpu = trainer_open(NULL, cpu_offload), gpu = trainer_open(&cuda, cpu_offload);
+  for (int step = 0; step < STEPS; step++) {
+    train(&cpu, step, FSDP_DEVICE_CPU);
+    train(&gpu, step, FSDP_DEVICE_CUDA);
+    CHECK_OK(fsdp_engine_set_compute_stream(gpu.toy.engine, NULL));
+    same_shards(&cpu, &gpu);
+  }
+  CHECK_OK(fsdp_engine_async_error(gpu.toy.engine));
+  figures(&gpu, lends ? &lender : NULL, cpu_offload);
+  if (lends) addresses(gpu.toy.engine, &lender);
+  trainer_close(&cpu);
+  trainer_close(&gpu);
+  CHECK_EQ(lender.taken, lender.given);
+  CHECK_EQ(lender.bytes, 0);
+}
+
+static void *nothing(void *user_data, size_t bytes, void *stream) {
+  (void)user_data, (void)bytes, (void)stream;
+  return NULL;
+}
+
+static void refused(void) {
+  fsdp_cuda_config_t cuda = FSDP_CUDA_CONFIG_INIT;
+  fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
+  fsdp_engine_t *engine = NULL;
+  fsdp_comm_t *comm = NULL;
+  fsdp_model_t *model = toy_model();
+  CHECK_OK(fsdp_comm_init_single(&comm));
+  config.cuda = &cuda;
+  cuda.device = 5;
+  CHECK_ERR(fsdp_engine_create(model, comm, &config, &engine), FSDP_ERR_UNSUPPORTED, "there is no GPU 5");
+  cuda.device = 0;
+  cuda.alloc = nothing;
+  cuda.free = take_back;
+  CHECK_ERR(fsdp_engine_create(model, comm, &config, &engine), FSDP_ERR_OUT_OF_MEMORY, "the host's allocator has not got");
+  CHECK(engine == NULL);
+  fsdp_model_destroy(model);
+  fsdp_comm_destroy(comm);
+}
+
+int main(void) {
+  trained(0, 0);
+  trained(0, 1);
+  trained(1, 1);
+  refused();
+  return 0;
+}

@@ -1,0 +1,238 @@
+//! Gradient slots on a GPU, and reductions that run on its queues.
+//!
+//! A unit is reduced as a whole: what has no gradient here is zeroed in its slot. Which gradients there are on any rank is
+//! known at the end of the backward, when ranks exchange it on the host, together with which units each has reduced: a rank
+//! that has reduced fewer takes part in the rest with zeros. A reduction that comes before that writes means for all of a
+//! unit's parameters; they count once some rank has had a gradient.
+
+use super::{Place, Reducer};
+use crate::comm::nccl::{Mean, NcclQueues};
+use crate::comm::Communicator;
+use crate::error::{err, Error, Result, Status};
+use crate::pipeline::Pipeline;
+use crate::plan::{ParamPlan, Plan, UnitId};
+use crate::shards::ShardStore;
+use crate::timeline::{self, Timeline};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A pipeline and the queues that it is for.
+pub struct Queued {
+    pub pipeline: Pipeline,
+    pub queues: NcclQueues,
+    /// What has broken them.
+    failed: Option<Error>,
+}
+
+/// What an engine and its gradients share; used under the engine's lock.
+#[derive(Clone)]
+pub struct SharedQueues(Arc<Mutex<Queued>>);
+
+impl SharedQueues {
+    pub fn new(pipeline: Pipeline, queues: NcclQueues) -> SharedQueues {
+        SharedQueues(Arc::new(Mutex::new(Queued { pipeline, queues, failed: None })))
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, Queued> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `f`, unless something has failed before. A failure of the device, of NCCL or of another rank breaks all
+    /// communicators.
+    pub fn run<T>(&self, f: impl FnOnce(&mut Pipeline, &mut NcclQueues) -> Result<T>) -> Result<T> {
+        let Queued { pipeline, queues, failed } = &mut *self.lock();
+        if let Some(e) = failed {
+            return Err(e.clone());
+        }
+        f(pipeline, queues).map_err(|e| match e.status {
+            // Refused before anything was launched, alike on every rank.
+            Status::InvalidState | Status::InvalidArgument | Status::Unsupported => e,
+            _ => failed.insert(queues.broken(e)).clone(),
+        })
+    }
+
+    /// Looks for failures without waiting.
+    pub fn poll(&self) -> Result<()> {
+        self.run(|_, queues| queues.poll().map(drop))
+    }
+}
+
+/// See the module's text.
+pub struct QueuedSlots {
+    shared: SharedQueues,
+    /// The engine's own communicator.
+    comm: Arc<dyn Communicator>,
+    stores: Vec<Arc<ShardStore>>,
+    /// Gradient shards are in host memory: the end of a backward waits for the GPU.
+    on_host: bool,
+    /// The units that this rank has reduced since the last backward ended, in order.
+    launched: Vec<UnitId>,
+    /// Of each unit's parameters: whether this rank has had a gradient in one of those reductions.
+    present: Vec<Vec<bool>>,
+    /// By parameter: whether a mean counts since [`Reducer::take_reduced`].
+    reduced: Vec<bool>,
+    timeline: Option<Arc<Timeline>>,
+}
+
+impl QueuedSlots {
+    /// Local. `stores` are the plan's, of which `shared` knows the shards.
+    pub fn new(
+        plan: &Plan,
+        shared: SharedQueues,
+        comm: Arc<dyn Communicator>,
+        stores: &[Arc<ShardStore>],
+        on_host: bool,
+    ) -> QueuedSlots {
+        QueuedSlots {
+            shared,
+            comm,
+            stores: plan.units.iter().map(|u| stores[u.store].clone()).collect(),
+            on_host,
+            launched: Vec::new(),
+            present: plan.units.iter().map(|u| vec![false; u.params.len()]).collect(),
+            reduced: vec![false; plan.params.len()],
+            timeline: None,
+        }
+    }
+
+    /// What of a unit's means goes to the gradient shards, and how: added where they hold something.
+    fn means(&self, plan: &Plan, unit: UnitId) -> Vec<Mean> {
+        let u = &plan.units[unit as usize];
+        let again = self.launched.contains(&unit);
+        let start = u.layout.shard(self.comm.rank()).start;
+        let mean = |p: &ParamPlan| Mean {
+            at: p.piece.unit_offset - start,
+            len: p.piece.len,
+            add: again || self.stores[unit as usize].holds(p.store_param),
+        };
+        let here = u.params.iter().map(|p| &plan.params[*p as usize]).filter(|p| p.piece.len > 0);
+        let means: Vec<Mean> = here.map(mean).collect();
+        match means.first() {
+            // The gaps belong to nobody.
+            Some(first) if means.iter().all(|m| m.add == first.add) => {
+                vec![Mean { at: 0, len: u.layout.shard_len, add: first.add }]
+            }
+            _ => means,
+        }
+    }
+
+    fn launch(&mut self, plan: &Plan, unit: UnitId, slot: usize, present: &[bool]) -> Result<()> {
+        let began = self.timeline.as_ref().map_or(0, |_| timeline::now());
+        let layout = &plan.units[unit as usize].layout;
+        let absent = present.iter().enumerate().filter(|(_, present)| !**present);
+        let absent: Vec<_> = absent.map(|(i, _)| layout.offsets[i]..layout.offsets[i] + layout.numels[i]).collect();
+        let means = self.means(plan, unit);
+        self.shared.run(|pipeline, queues| {
+            queues.zero(slot, &absent)?;
+            queues.set_means(unit, means);
+            pipeline.reduce(queues, unit)
+        })?;
+        self.present[unit as usize].iter_mut().zip(present).for_each(|(all, here)| *all |= here);
+        self.launched.push(unit);
+        self.timeline.iter().for_each(|t| t.unit_span("reduce", unit, began));
+        Ok(())
+    }
+
+    /// Ranks tell each other what they have reduced and which gradients they had; then all have reduced the same.
+    fn agree(&mut self, plan: &Plan) -> Result<()> {
+        let mut message = (self.launched.len() as u32).to_le_bytes().to_vec();
+        self.launched.iter().for_each(|unit| message.extend(unit.to_le_bytes()));
+        message.extend(self.present.iter().flatten().map(|p| u8::from(*p)));
+        let all = self.comm.exchange(&message)?;
+        let words = |m: &[u8]| -> Vec<u32> {
+            m.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes"))).collect()
+        };
+        let mut longest = self.launched.clone();
+        for (rank, message) in all.iter().enumerate() {
+            let (count, rest) = message.split_at_checked(4).unwrap_or((&[0; 4], &[]));
+            let (launched, present) = rest.split_at_checked(4 * words(count)[0] as usize).unwrap_or_default();
+            let launched = words(launched);
+            let shorter = launched.len().min(longest.len());
+            if launched[..shorter] != longest[..shorter] || present.len() != plan.params.len() {
+                return Err(err!(
+                    Mismatch,
+                    "rank {} and rank {rank} have reduced different units in a backward, or in another order",
+                    self.comm.rank()
+                ));
+            }
+            if launched.len() > longest.len() {
+                longest = launched;
+            }
+            self.present.iter_mut().flatten().zip(present).for_each(|(all, there)| *all |= *there != 0);
+        }
+        for unit in longest.split_off(self.launched.len()) {
+            if unit as usize >= plan.units.len() {
+                return Err(err!(Mismatch, "another rank has reduced unit {unit}, which does not exist here"));
+            }
+            let place = self.acquire(plan, unit)?;
+            let none = vec![false; plan.units[unit as usize].params.len()];
+            self.launch(plan, unit, place.slot, &none)?;
+        }
+        Ok(())
+    }
+}
+
+impl Reducer for QueuedSlots {
+    fn acquire(&mut self, _plan: &Plan, unit: UnitId) -> Result<Place> {
+        self.shared.run(|pipeline, queues| {
+            let slot = pipeline.collect(queues, unit)?;
+            let slot = slot.ok_or_else(|| err!(Panic, "unit {unit} has elements and no gradient slot"))?;
+            Ok(Place { slot, data: queues.in_slot(slot) as *mut f32 })
+        })
+    }
+
+    fn discard(&mut self, unit: UnitId, _place: Place) {
+        // What fails here has broken the queues: the next call says so.
+        let _ = self.shared.run(|pipeline, queues| pipeline.discard(queues, unit));
+    }
+
+    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, present: &[bool]) -> Result<()> {
+        self.launch(plan, unit, place.slot, present)
+    }
+
+    fn reduced(&mut self, unit: UnitId, present: &[bool]) {
+        self.present[unit as usize].iter_mut().zip(present).for_each(|(all, here)| *all |= here);
+    }
+
+    fn progress(&mut self) -> Result<()> {
+        self.shared.poll()
+    }
+
+    fn end(&mut self, plan: &Plan) -> Result<()> {
+        if self.comm.world_size() > 1 {
+            // A rank that fails here leaves others waiting on the GPU.
+            self.agree(plan).map_err(|e| self.shared.lock().queues.broken(e))?;
+        }
+        self.shared.run(|pipeline, queues| {
+            pipeline.finish_backward(queues)?;
+            queues.poll()?;
+            if self.on_host {
+                queues.synchronize()?;
+            }
+            Ok(())
+        })?;
+        for (p, param) in plan.params.iter().enumerate() {
+            if std::mem::take(&mut self.present[param.unit as usize][param.index]) {
+                self.stores[param.unit as usize].set_held(param.store_param, true);
+                self.reduced[p] = true;
+            }
+        }
+        self.launched.clear();
+        Ok(())
+    }
+
+    fn take_reduced(&mut self, plan: &Plan) -> Vec<bool> {
+        std::mem::replace(&mut self.reduced, vec![false; plan.params.len()])
+    }
+
+    fn used_bytes(&self) -> u64 {
+        self.shared.lock().pipeline.collecting_bytes() as u64
+    }
+
+    fn peaks(&self) -> [usize; 2] {
+        self.shared.lock().pipeline.counts().slots_peak
+    }
+
+    fn set_timeline(&mut self, timeline: Option<Arc<Timeline>>) {
+        self.timeline = timeline;
+    }
+}
