@@ -141,6 +141,7 @@ class UnitStorage final : public StorageTag {
                engine.param_info(first).compute_offset;
     }
     for (const auto& [face, data] : {std::pair(&buffer_, buffer), std::pair(&copies_, copies)}) {
+      if (face->params.empty()) continue;
       face->storage->clear_data_ptr_access_error_msg_();
       face->storage->set_data_ptr_noswap(tagged_pointer(data, this));
     }
@@ -149,10 +150,13 @@ class UnitStorage final : public StorageTag {
 
   /// From here on every access to the data that does not go through an operator throws.
   void mark_sharded() {
-    forbid_access("the parameters of unit '" + name +
-                  "' are sharded: their data cannot be read here. Call the model through the "
-                  "handle that fsdp::fully_shard returned, and read shards through its "
-                  "parameters()");
+    if (sharded_message_.empty()) {
+      sharded_message_ = "the parameters of unit '" + name +
+                         "' are sharded: their data cannot be read here. Call the model through "
+                         "the handle that fsdp::fully_shard returned, and read shards through its "
+                         "parameters()";
+    }
+    forbid_access(sharded_message_);
   }
 
   /// The handle is gone: every later use is an error that says so. The shards stay.
@@ -225,6 +229,7 @@ class UnitStorage final : public StorageTag {
 
   void forbid_access(const std::string& message) {
     for (UnitFace* face : {&buffer_, &copies_}) {
+      if (face->params.empty()) continue;
       face->storage->set_data_ptr_noswap(tagged_pointer(nullptr, this));
       face->storage->release_data_and_set_meta_custom_data_ptr_error_msg_(message);
     }
@@ -233,6 +238,7 @@ class UnitStorage final : public StorageTag {
 
   UnitHost* host_;
   const char* ended_ = nullptr;  // why host_ is gone
+  std::string sharded_message_;
   std::shared_ptr<ShardedRoot> root_;
   UnitFace buffer_;
   UnitFace copies_;
