@@ -19,8 +19,6 @@ import socket
 import subprocess
 import time
 
-from . import ratios
-
 _libc = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG = 1
 
@@ -125,13 +123,13 @@ class System:
         return self.answers(seconds, idle)
 
     def steps(self, count, seconds, idle=None):
-        """(seconds, loss) of each of `count` steps: of the rank that took longest, and the mean over the ranks."""
+        """(seconds, loss) of each of `count` steps: the means over the ranks."""
         answers = self.ask(f"steps {count}", seconds, idle)
         for rank, answer in enumerate(answers):
             if len(answer.get("step_s", [])) != count or len(answer.get("loss", [])) != count:
                 self._fail(rank, f"answered {str(answer)[:200]} when asked for {count} steps")
-        losses = zip(*(answer["loss"] for answer in answers), strict=True)
-        return ratios.slowest_rank(answer["step_s"] for answer in answers), [sum(of_step) / len(answers) for of_step in losses]
+        mean = lambda key: [sum(of_ranks) / len(answers) for of_ranks in zip(*(answer[key] for answer in answers), strict=True)]
+        return mean("step_s"), mean("loss")
 
     def cpu_seconds(self):
         """Processor time that its processes have used so far."""

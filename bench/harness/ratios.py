@@ -30,5 +30,5 @@ def first_difference(losses, tolerance):
 
 
 def slowest_rank(times):
-    """The time of a step or a collective in each repetition: that of the rank that took longest. `times` has a list per rank."""
+    """The time of a collective in each repetition: that of the rank that took longest. `times` has a list per rank."""
     return [max(of_ranks) for of_ranks in zip(*times, strict=True)]
