@@ -1,5 +1,6 @@
-// GPT-2 in plain LibTorch, and what it is trained on; bench/peers/gpt2.py has the same in PyTorch. Parameters
-// and tokens are functions of their numbers, so that both start from the same values without files.
+// GPT-2 in plain LibTorch, and what it is trained on; bench/peers/gpt2.py has the same in PyTorch.
+// Parameters and tokens are functions of their numbers, so that both start from the same values
+// without files.
 #pragma once
 
 #include <torch/torch.h>
@@ -89,14 +90,16 @@ struct Gpt2Impl : torch::nn::Module {
 };
 TORCH_MODULE(Gpt2);
 
-/// Numbers in [0, 1) that look like noise: the fractions of 43758.5453 sin(12.9898 i + 78.233 salt), in double.
+/// Numbers in [0, 1) that look like noise: the fractions of 43758.5453 sin(12.9898 i + 78.233
+/// salt), in double.
 inline torch::Tensor noise(std::int64_t count, std::int64_t salt, torch::Device device) {
   const auto i = torch::arange(count, torch::TensorOptions(torch::kDouble).device(device));
   const auto wild = (i * 12.9898 + 78.233 * static_cast<double>(salt)).sin() * 43758.5453;
   return wild - wild.floor();
 }
 
-/// Sets a model's parameters, made on `device`: uniform ones of deviation 0.02; biases are 0, norms' weights 1.
+/// Sets a model's parameters, made on `device`: uniform ones of deviation 0.02; biases are 0,
+/// norms' weights 1.
 inline void initialize(torch::nn::Module& model, torch::Device device) {
   const torch::NoGradGuard no_grad;
   std::int64_t number = 0;
@@ -108,13 +111,14 @@ inline void initialize(torch::nn::Module& model, torch::Device device) {
     } else if (param.dim() == 1) {
       param.fill_(1.0);
     } else {
-      const double width = 0.02 * 3.4641016151377544;  // of a uniform distribution: deviation x sqrt(12)
+      const double width = 0.02 * 3.4641016151377544;  // of uniform numbers: deviation x sqrt(12)
       param.copy_(((noise(param.numel(), number, device) - 0.5) * width).view(param.sizes()));
     }
   }
 }
 
-/// The tokens of a step, [batch, tokens + 1]: small numbers are frequent, so that there is something to learn.
+/// The tokens of a step, [batch, tokens + 1]: small numbers are frequent, so that there is
+/// something to learn.
 inline torch::Tensor tokens_of(const Gpt2Config& c, std::int64_t step, std::int64_t batch,
                                std::int64_t tokens, torch::Device device) {
   const auto drawn = noise(batch * (tokens + 1), 1000 + step, device).pow(4);

@@ -1,12 +1,13 @@
-// One rank of a system that `make gpu-bench` measures: reads commands, runs training steps, prints their times and losses.
-// The protocol is that of bench/harness/ranks.py, with these besides:
+// One rank of a system that `make gpu-bench` measures: reads commands, runs training steps, prints
+// their times and losses. The protocol is that of bench/harness/ranks.py, with these besides:
 //
 //     steps N     also "host_s": until everything is launched, before the host waits for the loss
-//     stats       bytes: the highest of LibTorch's allocator since the last reset, the GPU's as its driver says, and the
-//                 engine's own beside its plan's
+//     stats       bytes: the highest of LibTorch's allocator since the last reset, the GPU's as its
+//                 driver says, and the engine's own beside its plan's
 //     reset       the highest bytes are those of now
 //
-// usage: fsdp_bench_gpu --system fsdp|plain --model 124m|774m|tiny --batch B --tokens T [--device cuda|cpu]
+// usage: fsdp_bench_gpu --system fsdp|plain --model 124m|774m|tiny --batch B --tokens T
+//                       [--device cuda|cpu]
 #include <ATen/DeviceAccelerator.h>
 #include <torch/torch.h>
 

@@ -1,4 +1,5 @@
-// What fsdp_bench_gpu runs: one training step each, in bfloat16 beside float32 masters, with the same AdamW.
+// What fsdp_bench_gpu runs: one training step each, in bfloat16 beside float32 masters, with the
+// same AdamW.
 #pragma once
 
 #include <torch/torch.h>
@@ -94,8 +95,8 @@ class Sharded final : public System {
   fsdp::FusedOptimizer adamw_;
 };
 
-/// LibTorch alone: the model in bfloat16, its masters, gradients and AdamW's averages in float32, everything whole and
-/// all parameters at once (foreach and fused operators).
+/// LibTorch alone: the model in bfloat16, its masters, gradients and AdamW's averages in float32,
+/// everything whole and all parameters at once (foreach and fused operators).
 class Plain final : public System {
  public:
   explicit Plain(const Arguments& args) : model_(gpt2_config(args.model)) {

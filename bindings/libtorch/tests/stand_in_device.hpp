@@ -1,6 +1,6 @@
 // A device of LibTorch's that is the CPU, over memory of the driver that stands in for CUDA's
-// (tests/cuda/fake_driver.cpp): on it the binding's code for GPUs runs where there is no GPU. Include
-// it before fsdp/torch.hpp. FSDP_TEST_GPU=stand-in makes it the binding's kind of GPU.
+// (tests/cuda/fake_driver.cpp): on it the binding's code for GPUs runs where there is no GPU.
+// Include it before fsdp/torch.hpp. FSDP_TEST_GPU=stand-in makes it the binding's kind of GPU.
 //
 // LibTorch calls the device PrivateUse1. Operators run on the CPU, on copies (LibTorch's own
 // cpu_fallback), each done when it returns; streams are the driver's, of which every thread has a
@@ -32,7 +32,7 @@
 namespace stand_in {
 
 constexpr c10::DeviceType kType = c10::DeviceType::PrivateUse1;
-constexpr c10::DeviceIndex kDevices = 2;
+constexpr c10::DeviceIndex kDevices = 4;
 constexpr c10::StreamId kStreams = 3;  // 0 is the legacy default stream
 
 /// The kind of device that FSDP_TEST_GPU names.
@@ -55,7 +55,17 @@ Function* driver(const char* name) {
   return reinterpret_cast<Function*>(found);
 }
 
-/// Makes the GPU's context current on the calling thread, as CUDA's run-time library does by itself.
+/// Ranks of NCCL communicators that are made from here on are threads of this process.
+inline void let_ranks_meet() {
+  const char* path = std::getenv("FSDP_NCCL_LIBRARY");
+  void* const library = path == nullptr ? nullptr : dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  void* const found = library == nullptr ? nullptr : dlsym(library, "fake_nccl_meet");
+  if (found == nullptr) throw std::runtime_error("FSDP_NCCL_LIBRARY names no stand-in for NCCL");
+  reinterpret_cast<void (*)(int)>(found)(1);
+}
+
+/// Makes the GPU's context current on the calling thread, as CUDA's run-time library does by
+/// itself.
 inline void enter() {
   static thread_local bool entered = false;
   if (entered) return;

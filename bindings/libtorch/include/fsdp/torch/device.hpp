@@ -45,8 +45,8 @@ inline int gpu_count(const std::string& what) {
 }  // namespace detail
 
 /// Loads LibTorch's CUDA library into a program that is not linked with it: libtorch_cuda.so, from
-/// the folder of its libtorch_cpu.so. To be called before anything else of LibTorch. Does nothing if
-/// the program has it. Throws UNSUPPORTED, saying what was looked for and where, without CUDA's
+/// the folder of its libtorch_cpu.so. To be called before anything else of LibTorch. Does nothing
+/// if the program has it. Throws UNSUPPORTED, saying what was looked for and where, without CUDA's
 /// driver or where the library cannot be loaded. Local.
 inline void load_cuda() {
   if (c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA)) return;
@@ -64,8 +64,9 @@ inline void load_cuda() {
   }
 }
 
-/// The device that `wanted` means, a GPU with its number (if it has none, the current one's). Throws
-/// UNSUPPORTED for one that is not here, or that models cannot be sharded on, saying why. Local.
+/// The device that `wanted` means, a GPU with its number (if it has none, the current one's).
+/// Throws UNSUPPORTED for one that is not here, or that models cannot be sharded on, saying why.
+/// Local.
 inline at::Device usable_device(at::Device wanted) {
   if (wanted.is_cpu()) return at::Device(at::kCPU);
   const std::string device = "device " + wanted.str() + " cannot be used";

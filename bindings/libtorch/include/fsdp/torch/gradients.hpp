@@ -44,8 +44,8 @@ inline double total_grad_norm(ModelState& state, double p, bool error_if_nonfini
   return state.engine().total_norm(gradient_pieces(state).data, p, error_if_nonfinite);
 }
 
-/// Whether `.grad` of every parameter is what the engine has, which it can then scale all at once: on
-/// a GPU a launch for each parameter would take longer than the scaling.
+/// Whether `.grad` of every parameter is what the engine has, which it can then scale all at once:
+/// on a GPU a launch for each parameter would take longer than the scaling.
 inline bool gradients_are_the_engines(ModelState& state) {
   state.require_current();
   state.settle();

@@ -20,8 +20,7 @@
 
 namespace fsdp::detail {
 
-/// Where a module's parameters are to be computed with: what the options say, or where the first one
-/// that has storage is.
+/// Where a module will compute: what the options say, or where its first parameter with storage is.
 inline at::Device device_of(const torch::nn::Module& root, const ShardOptions& options) {
   if (options.device) return *options.device;
   for (const at::Tensor& tensor : root.parameters()) {
