@@ -223,6 +223,4 @@ inline std::vector<Part> as_they_run(std::vector<Part> parts, int ranks) {
   return parts;
 }
 
-}  // namespace
-
 }  // namespace harness

@@ -4,11 +4,11 @@
 // LibTorch without CUDA.
 #pragma once
 
-#include <ATen/Context.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <dlfcn.h>
+#include <link.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -51,10 +51,11 @@ inline int gpu_count(const std::string& what) {
 inline void load_cuda() {
   if (c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA)) return;
   detail::gpu_count("no GPU can be used");
-  Dl_info cpu{};
   std::string path = "libtorch_cuda.so";
-  if (dladdr(reinterpret_cast<const void*>(&at::globalContext), &cpu) != 0) {
-    const std::string here = cpu.dli_fname;
+  link_map* cpu = nullptr;
+  void* const loaded = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+  if (loaded != nullptr && dlinfo(loaded, RTLD_DI_LINKMAP, &cpu) == 0) {
+    const std::string here = cpu->l_name;
     path = here.substr(0, here.rfind('/') + 1) + path;
   }
   // Never closed: it registers operators that stay.

@@ -152,10 +152,15 @@ inline EngineConfig engine_config(const ShardOptions& options) {
   return config;
 }
 
+/// How many units are gathered ahead: none without an order, so that no buffer is kept for them.
+inline std::uint32_t units_ahead(const ShardOptions& options) {
+  return options.prefetch_order ? options.prefetch_units : 0;
+}
+
 /// The GPU an engine is made on, with the calling thread's current stream and LibTorch's memory.
 inline fsdp_cuda_config_t gpu_config(at::Device device, const ShardOptions& options) {
   fsdp_cuda_config_t config = cuda_config(device.index());
-  config.prefetch = options.prefetch_units;
+  config.prefetch = units_ahead(options);
   config.max_units_in_flight = options.max_units_in_flight;
   config.compute_stream = current_stream(device);
   config.alloc = [](void* memory, std::size_t bytes, void*) {

@@ -31,7 +31,7 @@ inline Plan plan(torch::nn::Module& module, const ShardOptions& options, std::ui
   request.shard_size = config.shard_size;
   request.cpu_offload = config.cpu_offload;
   request.device = device.is_cpu() ? DeviceType::cpu : DeviceType::cuda;
-  request.prefetch = options.prefetch_units;
+  request.prefetch = detail::units_ahead(options);
   return plan(walk.model, request);
 }
 
