@@ -85,8 +85,9 @@ inline at::Device usable_device(at::Device wanted) {
   int index = wanted.index();
   if (!wanted.has_index()) index = seen > 0 ? devices->getDevice().index() : 0;
   if (index >= std::min(count, seen)) {
-    throw Error(FSDP_ERR_UNSUPPORTED, device + ": the driver has " + std::to_string(count) +
-                                          " GPUs, and LibTorch sees " + std::to_string(seen));
+    throw Error(FSDP_ERR_UNSUPPORTED, device + ": GPUs that the driver sees: " +
+                                          std::to_string(count) + ", that LibTorch sees: " +
+                                          std::to_string(seen));
   }
   return at::Device(detail::kGpu, static_cast<c10::DeviceIndex>(index));
 }
