@@ -19,7 +19,7 @@ export BUILD PYTHON JOBS
 export PATH := $(abspath $(BUILD))/venv/bin:$(PATH)
 export CARGO_TARGET_DIR = $(abspath $(BUILD))/cargo
 
-.PHONY: build setup configure demo test gpu-test bench bench-plan check header format scenario-data install clean help
+.PHONY: build setup configure demo test gpu-test gpu-bench bench bench-plan check header format scenario-data install clean help
 .DEFAULT_GOAL := build
 
 build: configure ## Build the library, the tool, the bindings' tests and the examples (default)
@@ -51,7 +51,10 @@ bench: configure $(if $(filter $(BUILD)/%,$(TORCH_PYTHON)),$(BUILD)/pytorch/inst
 		$(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 gpu-test: ## Run what needs a GPU, CUDA's compiler or NCCL; skips what this machine lacks, and says so
-	@scripts/gpu_test.sh
+	@TORCH_PYTHON=$(TORCH_PYTHON) scripts/gpu_test.sh
+
+gpu-bench: ## Measure on a GPU beside PyTorch's FSDP2 and plain LibTorch; skips where there is none (QUICK=1)
+	@TORCH_PYTHON=$(TORCH_PYTHON) scripts/gpu_bench.sh $(if $(QUICK),--quick)
 
 bench-plan: build ## Time planning a 405-billion-parameter model for 16,384 ranks
 	@$(PYTHON) -B bench/plan.py "$(BUILD)/bin/fsdp" bench/out/plan.json

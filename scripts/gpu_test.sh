@@ -23,4 +23,7 @@ elif [ ! -x "$program" ]; then
     echo "make gpu-test: there is no Rust here, and no $program from another machine" >&2
     exit 1
 fi
-exec "$program" --test-threads=1
+status=0
+"$program" --test-threads=1 || status=1
+scripts/gpu_torch_test.sh || status=1
+exit $status

@@ -101,7 +101,8 @@ struct GptImpl : torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& tokens) {
     TORCH_CHECK(tokens.size(1) <= seq, "the model reads at most ", seq, " tokens, not ",
                 tokens.size(1));
-    auto x = token_embedding(tokens) + position_embedding(torch::arange(tokens.size(1)));
+    auto x = token_embedding(tokens) +
+             position_embedding(torch::arange(tokens.size(1), tokens.options()));
     for (const auto& block : *blocks) x = block->as<BlockImpl>()->forward(x);
     x = norm(x);
     return head.is_empty() ? at::linear(x, token_embedding->weight) : head(x);

@@ -28,7 +28,7 @@ namespace {
 torch::Tensor loss_of(TrainedModel& model, const Batch& batch) {
   const auto logits = model.forward(batch.tokens);
   return torch::nn::functional::cross_entropy(logits.reshape({-1, kVocabulary}),
-                                              batch.targets.reshape(-1));
+                                              batch.targets.reshape(-1).to(logits.device()));
 }
 
 /// The loss over the held-out batches. Collective.

@@ -35,6 +35,7 @@ void check(const Options& o) {
           "--optimizer fused is for shards: not with --no-shard");
   require(o.precision == "float32" || !o.no_shard,
           "--precision bfloat16 is for shards: not with --no-shard");
+  require(!o.cpu_offload || !o.no_shard, "--cpu-offload is for shards: not with --no-shard");
   require(o.comm == "env" || !o.no_shard, "--comm mpi is for shards: not with --no-shard");
 #ifndef TRAIN_GPT_WITH_MPI
   require(o.comm == "env", "--comm mpi: this train_gpt was built without MPI");
@@ -121,9 +122,12 @@ Options parse_options(int argc, char** argv) {
                  "whose AdamW: LibTorch's on the shards, or the engine's own")
       ->check(CLI::IsMember({"torch", "fused"}))
       ->group("Training");
-  app.add_option("--precision", o.precision,
+  app.add_option("--precision,--dtype", o.precision,
                  "what the sharded model computes in; shards and optimizer state are float32")
-      ->check(CLI::IsMember({"float32", "bfloat16"}))
+      ->check(CLI::IsMember({"float32", "bfloat16", "fp32", "bf16"}))
+      ->group("Training");
+  app.add_flag("--cpu-offload", o.cpu_offload,
+               "shards, their gradients and optimizer state are in host memory")
       ->group("Training");
   app.add_option("--betas", o.betas, "AdamW's two averaging factors")
       ->check(CLI::Range(0.0, 1.0))
@@ -161,6 +165,20 @@ Options parse_options(int argc, char** argv) {
                  "what connects the ranks: shared memory (env: as the launcher says), or mpi")
       ->check(CLI::IsMember({"env", "mpi"}))
       ->group("Process");
+  app.add_option("--device", o.device,
+                 "where the model computes: cpu, cuda (each rank on the GPU of its number on the "
+                 "host) or cuda:N")
+      ->check(CLI::Validator(
+          [](const std::string& device) {
+            const bool cuda = device.starts_with("cuda:") && device.size() <= 8 &&
+                              device.find_first_not_of("0123456789", 5) == std::string::npos &&
+                              device.size() > 5;
+            return device == "cpu" || device == "cuda" || cuda
+                       ? std::string()
+                       : "'" + device + "' is no device: cpu, cuda or cuda:N is expected";
+          },
+          "cpu|cuda|cuda:N"))
+      ->group("Process");
   app.add_flag("--no-shard", o.no_shard, "train unsharded on one rank, for comparison")
       ->group("Process");
   app.add_option("--threads", o.threads,
@@ -177,6 +195,8 @@ Options parse_options(int argc, char** argv) {
   }
   o.resume = resume->count() > 0;
   if (o.resume_from == "latest" || o.resume_from == "true") o.resume_from.clear();
+  if (o.precision == "bf16") o.precision = "bfloat16";
+  if (o.precision == "fp32") o.precision = "float32";
   check(o);
   return o;
 }

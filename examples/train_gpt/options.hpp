@@ -34,6 +34,7 @@ struct Options {
   double eps = 1e-8;
   std::string optimizer = "torch";  ///< whose AdamW: "torch" or "fused"
   std::string precision = "float32";  ///< what the sharded model computes in, or "bfloat16"
+  bool cpu_offload = false;           ///< shards and optimizer state in host memory
   double clip = 1.0;  ///< 0: gradients are not clipped
   std::uint64_t seed = 1;
 
@@ -50,6 +51,7 @@ struct Options {
   std::string comm = "env";  ///< shared memory between the launcher's ranks, or "mpi"
   std::string strategy = "full-shard";  ///< as of fsdp::Strategy
   std::int64_t shard_size = 0;          ///< ranks of a shard group, for the hybrid strategies
+  std::string device = "cpu";  ///< "cpu", "cuda" (the rank's own GPU) or "cuda:N"
   bool no_shard = false;
   int threads = 0;  ///< 0: the machine's cores over the world size
   bool quiet = false;

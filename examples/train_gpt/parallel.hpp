@@ -54,10 +54,12 @@ class TrainedModel {
 /// Sharded over the ranks by fsdp; each transformer block is a unit.
 class ShardedModel final : public TrainedModel {
  public:
-  ShardedModel(Gpt gpt, const fsdp::Communicator& comm, const Options& o)
-      : model_(fsdp::fully_shard(gpt, options(comm, o))) {}
+  ShardedModel(Gpt gpt, const Ranks& ranks, const Options& o)
+      : device_(ranks.device()), model_(fsdp::fully_shard(gpt, options(ranks, o))) {}
 
-  torch::Tensor forward(const torch::Tensor& tokens) override { return model_.forward(tokens); }
+  torch::Tensor forward(const torch::Tensor& tokens) override {
+    return model_.forward(tokens.to(device_));
+  }
   torch::OrderedDict<std::string, torch::Tensor> named_parameters() override {
     return model_.named_parameters();
   }
@@ -91,9 +93,11 @@ class ShardedModel final : public TrainedModel {
   }
 
  private:
-  static fsdp::ShardOptions options(const fsdp::Communicator& comm, const Options& o) {
+  static fsdp::ShardOptions options(const Ranks& ranks, const Options& o) {
     fsdp::ShardOptions options;
-    options.comm = comm;
+    options.comm = ranks.communicator();
+    options.device = ranks.device();
+    options.cpu_offload = o.cpu_offload;
     options.wrap = fsdp::wrap_class("BlockImpl");
     using fsdp::Strategy;
     for (const auto& [name, strategy] :
@@ -113,6 +117,7 @@ class ShardedModel final : public TrainedModel {
     return options;
   }
 
+  at::Device device_;
   decltype(fsdp::fully_shard(std::declval<Gpt>(), std::declval<fsdp::ShardOptions>())) model_;
   std::optional<fsdp::CheckpointJob> saving_;
 };
@@ -120,9 +125,13 @@ class ShardedModel final : public TrainedModel {
 /// The same model whole on one rank, in plain LibTorch, for comparison.
 class WholeModel final : public TrainedModel {
  public:
-  explicit WholeModel(Gpt gpt) : gpt_(std::move(gpt)) {}
+  WholeModel(Gpt gpt, at::Device device) : device_(device), gpt_(std::move(gpt)) {
+    gpt_->to(device_);
+  }
 
-  torch::Tensor forward(const torch::Tensor& tokens) override { return gpt_->forward(tokens); }
+  torch::Tensor forward(const torch::Tensor& tokens) override {
+    return gpt_->forward(tokens.to(device_));
+  }
   torch::OrderedDict<std::string, torch::Tensor> named_parameters() override {
     return gpt_->named_parameters();
   }
@@ -155,8 +164,8 @@ class WholeModel final : public TrainedModel {
   }
   void finish_saving() override {}
   void load(const std::string& folder, TrainOptimizer& optimizer) override {
-    torch::load(gpt_, folder + "/model.pt");
-    torch::load(std::get<torch::optim::AdamW>(optimizer), folder + "/optimizer.pt");
+    torch::load(gpt_, folder + "/model.pt", device_);
+    torch::load(std::get<torch::optim::AdamW>(optimizer), folder + "/optimizer.pt", device_);
   }
   static std::string metadata(const std::string& folder) {
     std::ifstream stream(folder + "/metadata.json");
@@ -167,13 +176,14 @@ class WholeModel final : public TrainedModel {
   }
 
  private:
+  at::Device device_;
   Gpt gpt_;
 };
 
 inline std::unique_ptr<TrainedModel> make_model(const Gpt& gpt, const Ranks& ranks,
                                                 const Options& options) {
-  if (options.no_shard) return std::make_unique<WholeModel>(gpt);
-  return std::make_unique<ShardedModel>(gpt, ranks.communicator(), options);
+  if (options.no_shard) return std::make_unique<WholeModel>(gpt, ranks.device());
+  return std::make_unique<ShardedModel>(gpt, ranks, options);
 }
 
 /// The metadata that the checkpoint in `folder` was saved with. Local.

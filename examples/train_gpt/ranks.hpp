@@ -16,9 +16,9 @@
 class Ranks {
  public:
   /// From the launcher's environment, or with --comm mpi from MPI. Collective; throws fsdp::Error
-  /// naming who is missing. With --no-shard, no communicator is made; throws UsageError when a
-  /// launcher started several ranks.
-  explicit Ranks(const Options& options) {
+  /// naming who is missing, or what keeps the device from being used. With --no-shard, no
+  /// communicator is made; throws UsageError when a launcher started several ranks.
+  explicit Ranks(const Options& options) : device_(device_of(options)) {
     if (!options.no_shard) {
       comm_ = options.comm == "mpi" ? from_mpi() : fsdp::Communicator::from_env();
       rank_ = comm_.rank();
@@ -38,6 +38,8 @@ class Ranks {
   int world_size() const { return world_size_; }
   bool first() const { return rank_ == 0; }
   const fsdp::Communicator& communicator() const { return comm_; }
+  /// Where this rank computes.
+  at::Device device() const { return device_; }
 
   /// Returns when every rank has called it. Collective.
   void barrier() {
@@ -76,6 +78,20 @@ class Ranks {
 #endif
   }
 
+  /// What --device says; "cuda" is the GPU of the rank's number on its host, as the launcher says.
+  static at::Device device_of(const Options& options) {
+    at::Device device(options.device);
+    if (device.is_cpu()) return device;
+    fsdp::load_cuda();
+    for (const char* name : {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"}) {
+      const char* value = std::getenv(name);
+      if (device.has_index() || value == nullptr) continue;
+      device.set_index(static_cast<at::DeviceIndex>(std::atoi(value)));
+    }
+    return fsdp::usable_device(device);
+  }
+
+  at::Device device_;
   fsdp::Communicator comm_;
   int rank_ = 0, world_size_ = 1;
 };

@@ -24,7 +24,7 @@ inline std::string sample(TrainedModel& model, const Options& o) {
       tokens.data_ptr<std::int64_t>()[j] =
           static_cast<unsigned char>(text[text.size() - static_cast<std::size_t>(context - j)]);
     }
-    const auto logits = model.forward(tokens)[0][context - 1];
+    const auto logits = model.forward(tokens)[0][context - 1].cpu();
     const auto next = at::multinomial(at::softmax(logits / o.temperature, -1), 1, false, generator);
     text.push_back(static_cast<char>(next.item<std::int64_t>()));
   }

@@ -213,6 +213,34 @@ void planning(const fsdp::Communicator& comm) {
           FSDP_ERR_INVALID_ARGUMENT);
 }
 
+/// What a GPU's engine is asked of one on the CPU, a plan for a GPU, and a machine without a driver.
+void gpus(const fsdp::Communicator& comm) {
+  fsdp::EngineConfig config;
+  config.param_init_fn = all(1.0F);
+  fsdp::Engine engine(unfilled(), comm, config);
+  const fsdp_status_t unsupported = FSDP_ERR_UNSUPPORTED;
+  const std::string why = "computes on the CPU";
+  REQUIRE(status_of([&] { engine.set_compute_stream(nullptr); }, why) == unsupported);
+  REQUIRE(status_of([&] { engine.cuda_stats(); }, why) == unsupported);
+  engine.synchronize();
+  engine.async_error();
+
+  const fsdp::Model model = unfilled();
+  fsdp::PlanRequest request;
+  REQUIRE(fsdp::plan(model, request).pool_bytes == 0);
+  request.device = fsdp::DeviceType::cuda;
+  const std::uint64_t ahead = fsdp::plan(model, request).pool_bytes;
+  request.prefetch = 0;
+  REQUIRE(fsdp::plan(model, request).pool_bytes > 0);
+  REQUIRE(fsdp::plan(model, request).pool_bytes <= ahead);
+
+  setenv("FSDP_CUDA_LIBRARY", "/nowhere/libcuda.so.1", 1);
+  config.cuda = fsdp::cuda_config(0);
+  const auto alone = fsdp::Communicator::single();
+  REQUIRE(status_of([&] { fsdp::Engine(unfilled(), alone, config); }, "/nowhere/libcuda.so.1") ==
+          unsupported);
+}
+
 /// Two training forwards of one unit each, the second of another unit than the first.
 void deviate(const fsdp::Communicator& comm) {
   fsdp::EngineConfig config;
@@ -253,5 +281,6 @@ int main(int argc, char** argv) {
     tracing(comm);
     planning(comm);
     logging(comm);
+    gpus(comm);
   });
 }

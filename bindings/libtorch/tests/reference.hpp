@@ -86,7 +86,7 @@ void check_shards(const Sharded& model, const std::vector<at::Tensor>& reference
     if (!full.defined()) continue;
     const at::Tensor piece =
         full.reshape({-1}).narrow(0, info.shard_offset, info.shard_numel).clone();
-    const at::Tensor mine = shard.clone();
+    const at::Tensor mine = shard.clone().cpu();
     if (tolerance > 0) {
       REQUIRE_SAY(torch::allclose(mine, piece, tolerance, tolerance), what << " differs");
     } else if (!same_bits(mine, piece)) {

@@ -4,7 +4,7 @@ import os
 import subprocess
 import unittest
 
-from trainer import TINY, TRAINER, Case
+from trainer import FSDP, TINY, TRAINER, Case
 
 
 class Input(Case):
@@ -39,6 +39,19 @@ class Input(Case):
             self.assertNotEqual(done.returncode, 0)
             for word in words:
                 self.assertIn(word, done.stderr)
+        self.assertFalse(os.path.exists(self.path("out")))
+
+    def test_device(self):
+        out = ["--out", self.path("out"), "--steps", "3"]
+        for device in ("tpu", "cuda:", "cuda:x", "cuda:12345"):
+            self.refuse(0, *out, "--device", device, words=["--device", device])
+        devices = subprocess.run([FSDP, "devices"], capture_output=True, text=True, timeout=60)
+        if "driver was not found" in devices.stdout:
+            for device in ("cuda", "cuda:1"):
+                for whole in ([], ["--no-shard"]):
+                    self.refuse(0, *out, "--device", device, *whole, words=["CUDA", "FSDP_CUDA_LIBRARY"])
+            self.refuse(2, *out, "--device", "cuda", words=["CUDA", "FSDP_CUDA_LIBRARY"])
+        self.refuse(0, *out, "--no-shard", "--cpu-offload", words=["--cpu-offload"])
         self.assertFalse(os.path.exists(self.path("out")))
 
     def test_no_shard_is_for_one_rank(self):

@@ -46,6 +46,12 @@ class Worlds(Case):
         self.assert_close(narrow, self.train(4, "w4", "--precision", "bfloat16", *STEPS), 2e-2)
         self.refuse(0, "--out", self.path("whole"), "--no-shard", "--precision", "bfloat16", *STEPS, words=["--precision"])
 
+    def test_cpu_offload(self):
+        """On the CPU a second copy, and the same numbers; with every name of bfloat16, too."""
+        self.assert_same(self.train(2, "whole", *STEPS), self.train(2, "apart", "--cpu-offload", *STEPS))
+        narrow = ["--cpu-offload", *STEPS]
+        self.assert_same(self.train(2, "a", "--precision", "bfloat16", *narrow), self.train(2, "b", "--dtype", "bf16", *narrow))
+
     def test_tied_head(self):
         whole = self.train(0, "whole", "--no-shard", "--tie-head", *STEPS)
         self.assert_close(whole, self.train(2, "w2", "--tie-head", *STEPS))

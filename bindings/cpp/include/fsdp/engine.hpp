@@ -7,6 +7,7 @@
 #include <exception>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -49,6 +50,17 @@ enum class OrderCheck : std::int32_t {
   off = FSDP_ORDER_CHECK_OFF,      ///< nothing
 };
 
+/// What an engine on a GPU has taken there and done; see fsdp_cuda_stats_t.
+using CudaStats = fsdp_cuda_stats_t;
+
+/// The GPU that an engine computes on, with FSDP_CUDA_CONFIG_INIT's values. What it points to is
+/// borrowed, as fsdp_cuda_config_t says.
+inline fsdp_cuda_config_t cuda_config(std::int32_t device) {
+  fsdp_cuda_config_t config = FSDP_CUDA_CONFIG_INIT;
+  config.device = device;
+  return config;
+}
+
 /// Options of an engine, the same on every rank; see fsdp_engine_config_t.
 struct EngineConfig {
   /// Buffers for units' full gradients; 0 is one more than the levels of nested units.
@@ -69,6 +81,8 @@ struct EngineConfig {
   bool sync_module_states = false;
   /// Shards, gradient shards and optimizer state lie in host memory, apart from the unit buffers.
   bool cpu_offload = false;
+  /// The engine computes on this GPU (start from cuda_config()); unset: on the CPU.
+  std::optional<fsdp_cuda_config_t> cuda = {};
 };
 
 /// An engine. Copies share it; the last one destroys it, after which no pointer obtained from it
@@ -89,6 +103,7 @@ class Engine {
     config.shard_size = options.shard_size;
     config.sync_module_states = options.sync_module_states ? 1 : 0;
     config.cpu_offload = options.cpu_offload ? 1 : 0;
+    config.cuda = options.cuda ? &*options.cuda : nullptr;
     struct Call {
       const ModuleInit& init;
       std::exception_ptr thrown;
@@ -236,6 +251,16 @@ class Engine {
   /// Waits until this rank's shards may be written. Collective.
   void begin_write() { check(fsdp_engine_begin_write(get())); }
 
+  /// On a GPU: what the host launches from here on, it launches on `stream`, a CUstream. Local; see
+  /// fsdp_engine_set_compute_stream.
+  void set_compute_stream(void* stream) {
+    check(fsdp_engine_set_compute_stream(get(), stream));
+  }
+  /// Throws what has broken the engine's communicators, if anything has. Local; does not wait.
+  void async_error() { check(fsdp_engine_async_error(get())); }
+  /// Waits until the GPU has done what this engine gave it. Local; see fsdp_engine_synchronize.
+  void synchronize() { check(fsdp_engine_synchronize(get())); }
+
   /// The full parameter in the type it is computed in; an error while its unit is sharded. Local.
   fsdp_tensor_t param_data(std::uint32_t param) const {
     fsdp_tensor_t tensor{};
@@ -327,6 +352,14 @@ class Engine {
     Stats stats{};
     stats.struct_size = sizeof(stats);
     check(fsdp_engine_stats(get(), &stats));
+    return stats;
+  }
+
+  /// What the engine has taken on its GPU and done there; throws UNSUPPORTED on the CPU. Local.
+  CudaStats cuda_stats() const {
+    CudaStats stats{};
+    stats.struct_size = sizeof(stats);
+    check(fsdp_engine_cuda_stats(get(), &stats));
     return stats;
   }
 

@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 
+#include "fsdp/device.hpp"
 #include "fsdp/engine.hpp"
 #include "fsdp/error.hpp"
 #include "fsdp/model.hpp"
@@ -35,6 +36,9 @@ struct PlanRequest {
   /// As in EngineConfig.
   std::uint32_t shard_size = 0;
   bool cpu_offload = false;
+  /// Where the engine will compute, and how many units it gathers ahead there (on a GPU).
+  DeviceType device = DeviceType::cpu;
+  std::uint32_t prefetch = 1;
 
   /// The C struct.
   fsdp_plan_request_t c_request() const {
@@ -45,6 +49,8 @@ struct PlanRequest {
     request.param_dtype = param_dtype;
     request.shard_size = shard_size;
     request.cpu_offload = cpu_offload ? 1 : 0;
+    request.device_type = static_cast<std::int32_t>(device);
+    request.prefetch = prefetch;
     request.gradient_slots = gradient_slots;
     request.optimizer_bytes_per_element = optimizer_bytes_per_element;
     constexpr std::uint32_t most = std::numeric_limits<std::int32_t>::max();

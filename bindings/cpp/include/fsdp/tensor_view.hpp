@@ -32,8 +32,8 @@ struct DtypeOf<std::int64_t> {
 
 }  // namespace detail
 
-/// A contiguous CPU tensor that somebody else owns. It must outlive every call it is passed to;
-/// the view itself may be copied and moved freely.
+/// A contiguous tensor, on the CPU if nothing else is said, that somebody else owns. It must outlive
+/// every call it is passed to; the view itself may be copied and moved freely.
 class TensorView {
  public:
   /// `data` points at the product of `shape` elements of float, double, int32_t or int64_t, laid
@@ -46,11 +46,15 @@ class TensorView {
   TensorView(void* data, fsdp_dtype_t dtype, std::vector<std::int64_t> shape)
       : data_(data), dtype_(dtype), shape_(std::move(shape)) {}
 
+  /// The same on the device given, where the function that gets it takes such memory.
+  TensorView(void* data, fsdp_dtype_t dtype, std::vector<std::int64_t> shape, fsdp_device_t device)
+      : data_(data), dtype_(dtype), shape_(std::move(shape)), device_(device) {}
+
   /// The C description. Borrows this view: valid until it is changed or destroyed.
   fsdp_tensor_t c_tensor() const {
     fsdp_tensor_t tensor{};
     tensor.data = data_;
-    tensor.device = fsdp_device_t{1, 0};  // kDLCPU
+    tensor.device = device_;
     tensor.ndim = static_cast<std::int32_t>(shape_.size());
     tensor.dtype = dtype_;
     tensor.shape = const_cast<std::int64_t*>(shape_.data());
@@ -61,6 +65,7 @@ class TensorView {
   void* data_;
   fsdp_dtype_t dtype_;
   std::vector<std::int64_t> shape_;
+  fsdp_device_t device_{FSDP_DEVICE_CPU, 0};
 };
 
 /// How the communicator reads a framework's tensor type: specialize it with

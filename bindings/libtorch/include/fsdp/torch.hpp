@@ -18,6 +18,7 @@
 #include "fsdp/fsdp.hpp"
 #include "fsdp/torch/deferred.hpp"
 #include "fsdp/torch/options.hpp"
+#include "fsdp/torch/plan.hpp"
 #include "fsdp/torch/reset.hpp"
 #include "fsdp/torch/sharded_grad_scaler.hpp"
 #include "fsdp/torch/sharded_module.hpp"

@@ -81,11 +81,11 @@ class GradientNode final : public torch::autograd::Node {
                   "backward with create_graph=true (double backward) reached parameter '" +
                       parameter_ + "', which is sharded: gradients of gradients are not supported");
     }
-    if (gradient.layout() != at::kStrided || !gradient.device().is_cpu()) {
+    if (gradient.layout() != at::kStrided || gradient.device() != leaf_.device()) {
       throw Error(FSDP_ERR_UNSUPPORTED,
-                  "the gradient of parameter '" + parameter_ +
-                      "' is not a dense CPU tensor (a sparse embedding?): sharded parameters "
-                      "need dense gradients");
+                  "the gradient of parameter '" + parameter_ + "' is not a dense tensor on " +
+                      leaf_.device().str() +
+                      " (a sparse embedding?): sharded parameters need dense gradients");
     }
     sink->accept_gradient(param_, gradient);
     return {};

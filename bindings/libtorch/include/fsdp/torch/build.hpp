@@ -28,21 +28,23 @@ inline std::vector<std::shared_ptr<UnitStorage>> make_units(
   Engine& engine = state.engine();
   for (std::uint32_t index = 0; index < engine.unit_count(); ++index) {
     const UnitInfo info = engine.unit_info(index);
-    UnitFace buffer{info.unit_bytes, {}, {}}, copies{info.compute_bytes, {}, {}};
+    const bool on_cpu = walk.device().is_cpu();
+    UnitFace buffer{on_cpu ? info.unit_bytes : info.buffer_bytes, {}, {}};
+    UnitFace copies{on_cpu ? info.compute_bytes : info.buffer_bytes, {}, {}};
     std::vector<std::uint32_t> ids(info.params, info.params + info.param_count);
     for (std::uint32_t id : ids) {
       const ParamInfo param = engine.param_info(id);
-      const bool copied = param.dtype.bits != 32;
-      const std::int64_t offset =
-          copied ? param.compute_offset / UnitStorage::kCopySize : param.unit_offset;
-      (copied ? copies : buffer).params.push_back({walk.leaf_names[id], id, offset, param.numel});
+      const std::int64_t offset = UnitStorage::storage_offset(param, walk.device());
+      (param.dtype.bits != 32 ? copies : buffer)
+          .params.push_back({walk.leaf_names[id], id, offset, param.numel});
     }
     for (UnitFace* face : {&buffer, &copies}) {
       std::sort(face->params.begin(), face->params.end(),
                 [](const UnitParam& a, const UnitParam& b) { return a.offset < b.offset; });
     }
     auto* unit =
-        new UnitStorage(&state, root, index, info.name, std::move(buffer), std::move(copies));
+        new UnitStorage(&state, root, index, info.name, std::move(buffer), std::move(copies),
+                        walk.device());
     if (const auto type = precision.input_type(info.module)) {
       unit->set_input_cast({*type, &state.buffers});
       root->input_types[info.module] = *type;
@@ -124,8 +126,9 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
   }
   const torch::NoGradGuard no_grad;
   const DeferredPause real_tensors;
-  const EngineConfig config = engine_config(options);
-  ShardWalk walk(module, options);
+  EngineConfig config = engine_config(options);
+  ShardWalk walk(module, options, usable_device(device_of(module, options)));
+  if (!walk.device().is_cpu()) config.cuda = gpu_config(walk.device(), options);
   options.wrap.apply(walk.model, walk.modules);
   const PrecisionPlan precision(options, walk);
   const bool receives = options.sync_module_states && options.comm.rank() != 0;
@@ -151,7 +154,9 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
     }
   }
   if (options.prefetch_order) engine.set_prefetch_order(options.prefetch_order->order);
-  auto state = std::make_shared<ModelState>(engine);
+  const at::Device shards = options.cpu_offload ? at::Device(at::kCPU) : walk.device();
+  auto state =
+      std::make_shared<ModelState>(std::make_shared<ShardWrites>(engine, walk.device(), shards));
   auto root = std::make_shared<ShardedRoot>();
   root->module = &module;
   root->first_module = walk.modules.front().id;

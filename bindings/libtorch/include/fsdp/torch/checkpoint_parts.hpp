@@ -38,14 +38,14 @@ inline TensorView buffer_view(const at::Tensor& tensor, const std::string& name)
                     tensor.sizes().vec());
 }
 
-/// The module's buffers by name, as they are; throws for one that is not in host memory.
+/// The module's buffers by name, as they are; throws for one that is not dense or has no storage.
 inline std::vector<std::pair<std::string, at::Tensor>> buffers_of(const torch::nn::Module& module) {
   std::vector<std::pair<std::string, at::Tensor>> buffers;
   for (const auto& item : module.named_buffers()) {
     if (!item.value().defined()) continue;
-    if (!item.value().device().is_cpu() || item.value().layout() != at::kStrided) {
+    if (item.value().is_meta() || item.value().layout() != at::kStrided) {
       throw Error(FSDP_ERR_UNSUPPORTED,
-                  "buffer '" + item.key() + "' is no dense tensor in host memory");
+                  "buffer '" + item.key() + "' is no dense tensor, or has no storage");
     }
     buffers.emplace_back(item.key(), item.value());
   }
@@ -59,7 +59,7 @@ struct CheckpointParts {
     state.require_current();
     state.settle();
     for (const auto& [name, buffer] : buffers_of(module)) {
-      kept_.push_back(buffer.detach().contiguous());
+      kept_.push_back(buffer.detach().cpu().contiguous());
       contents.tensors.emplace_back(name, buffer_view(kept_.back(), name));
     }
     contents.metadata[kUserMetadata] = metadata;

@@ -47,7 +47,7 @@ inline void register_comm_hook(const std::shared_ptr<ModelState>& state, TensorC
       const ParamState& param = locked->params[gradient.param];
       tensors.names.push_back(param.name);
       tensors.gradients.push_back(
-          at::from_blob(gradient.data, param.leaf.sizes(), at::kFloat));
+          tensor_at(gradient.data, param.leaf.sizes(), at::kFloat, param.leaf.device()));
     }
     hook(tensors);
   });

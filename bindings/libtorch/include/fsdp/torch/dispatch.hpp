@@ -280,18 +280,18 @@ inline const DispatchTable& dispatch_table() {
   return table;
 }
 
-/// A data pointer that carries `tag`. Owns one reference to it, nothing of `data`.
-inline at::DataPtr tagged_pointer(void* data, StorageTag* tag) {
+/// A pointer to memory on `device` that carries `tag`. Owns one reference to it, nothing of `data`.
+inline at::DataPtr tagged_pointer(void* data, StorageTag* tag, at::Device device) {
   tag->retain();
-  return at::DataPtr(data, tag, dispatch_table().deleter, at::Device(at::kCPU));
+  return at::DataPtr(data, tag, dispatch_table().deleter, device);
 }
 
-/// A storage of `bytes` bytes at `data` (borrowed) that carries `tag`.
+/// A storage of `bytes` bytes at `data` (borrowed) on `device` that carries `tag`.
 inline c10::intrusive_ptr<c10::StorageImpl> tagged_storage(void* data, std::size_t bytes,
-                                                           StorageTag* tag) {
+                                                           StorageTag* tag, at::Device device) {
   return c10::make_intrusive<c10::StorageImpl>(
       c10::StorageImpl::use_byte_size_t(), static_cast<std::int64_t>(bytes),
-      tagged_pointer(data, tag), /*allocator=*/nullptr, /*resizable=*/false);
+      tagged_pointer(data, tag, device), /*allocator=*/nullptr, /*resizable=*/false);
 }
 
 /// A contiguous tensor over a tagged storage, `offset` elements from its start, whose operators go
@@ -299,8 +299,9 @@ inline c10::intrusive_ptr<c10::StorageImpl> tagged_storage(void* data, std::size
 inline at::Tensor tagged_tensor(const c10::intrusive_ptr<c10::StorageImpl>& storage,
                                 std::int64_t offset, at::IntArrayRef shape,
                                 at::ScalarType type = at::kFloat) {
+  const c10::DispatchKey backend = c10::computeDispatchKey(type, at::kStrided, storage->device());
   at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(storage), c10::DispatchKeySet({c10::DispatchKey::CPU, kTagKey}),
+      c10::Storage(storage), c10::DispatchKeySet({backend, kTagKey}),
       c10::scalarTypeToTypeMeta(type));
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   impl->set_sizes_contiguous(shape);

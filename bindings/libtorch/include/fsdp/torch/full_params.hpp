@@ -199,6 +199,11 @@ inline at::Tensor copy_of(const fsdp_tensor_t& tensor) {
   return at::from_blob(tensor.data, sizes, at::kFloat).clone();
 }
 
+/// A copy of a whole tensor in host memory.
+inline at::Tensor host_copy(const at::Tensor& tensor) {
+  return tensor.is_cpu() ? tensor.detach().clone() : tensor.detach().cpu();
+}
+
 /// Parameters (float32) and buffers of the module, in the order of its own named_parameters() and
 /// named_buffers(), tied ones under each of their names; ignored ones as they are. Collective.
 inline StateDict full_state_dict(const torch::nn::Module& module, ModelState& state,
@@ -220,10 +225,10 @@ inline StateDict full_state_dict(const torch::nn::Module& module, ModelState& st
   for (const auto& item : module.named_parameters()) {
     const auto known = ids.find(item.value().unsafeGetTensorImpl());
     dict.insert(item.key(),
-                known == ids.end() ? item.value().detach().clone() : full[known->second]);
+                known == ids.end() ? host_copy(item.value()) : full[known->second]);
   }
   for (const auto& item : module.named_buffers()) {
-    if (item.value().defined()) dict.insert(item.key(), item.value().detach().clone());
+    if (item.value().defined()) dict.insert(item.key(), host_copy(item.value()));
   }
   return dict;
 }
@@ -287,8 +292,9 @@ inline void load_full_state_dict(const StateDict& dict, torch::nn::Module& modul
   SummonedParams scope(state, nullptr, {/*writeback=*/true, rank0_only, /*with_grads=*/false});
   // What every rank holds whole: buffers, and parameters that were ignored.
   const auto take = [&](const std::string& name, at::Tensor tensor) {
-    at::Tensor value = gives ? dict[name].to(tensor.scalar_type()).contiguous().clone()
-                             : at::empty_like(tensor, at::MemoryFormat::Contiguous);
+    const auto host = at::TensorOptions(tensor.scalar_type()).device(at::kCPU);
+    at::Tensor value = gives ? dict[name].to(host).contiguous().clone()
+                             : at::empty(tensor.sizes(), host);
     if (rank0_only) {
       const auto bytes = static_cast<std::int64_t>(value.nbytes());
       comm.broadcast(TensorView(value.data_ptr(), {FSDP_DTYPE_UINT, 8, 1}, {bytes}), 0);
@@ -321,7 +327,8 @@ inline OptimStateDict full_optim_state_dict(torch::optim::Optimizer& optimizer, 
   for (const fsdp_state_t& array : snapshot.states) {
     const ParamState& param = state.params.at(array.param);
     at::Tensor whole = at::empty(param.leaf.sizes(), at::kFloat);
-    state.engine().gather(array.param, static_cast<const float*>(array.data), whole.data_ptr<float>());
+    state.engine().gather(array.param, static_cast<const float*>(array.data),
+                          whole.data_ptr<float>());
     if (!takes) continue;
     if (dict.find(param.name) == nullptr) dict.insert(param.name, StateDict());
     dict[param.name].insert(array.name, whole);

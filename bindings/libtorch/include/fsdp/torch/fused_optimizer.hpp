@@ -63,8 +63,9 @@ class FusedOptimizer {
     const std::uint32_t id = id_of(name);
     float* data = optimizer_.state(id, state);
     if (data == nullptr) return at::Tensor();
-    return at::from_blob(data, {state_->params[id].shard.numel()},
-                         [keep = optimizer_](void*) {}, at::kFloat);
+    const at::Device device = state_->writes->shard_device();
+    return at::from_blob(data, {state_->params[id].shard.numel()}, [keep = optimizer_](void*) {},
+                         at::TensorOptions(at::kFloat).device(device), device);
   }
 
   /// The optimizer of the C++ layer.

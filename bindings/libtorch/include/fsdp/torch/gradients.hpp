@@ -26,7 +26,8 @@ inline GradientPieces gradient_pieces(const ModelState& state) {
   for (const ParamState& param : state.params) {
     const at::Tensor grad = param.shard.grad();
     const at::Tensor plain =
-        grad.defined() ? grad.detach().to(at::kFloat).contiguous() : at::Tensor();
+        grad.defined() ? grad.detach().to(param.shard.device(), at::kFloat).contiguous()
+                       : at::Tensor();
     pieces.tensors.push_back(plain);
     pieces.data.push_back(!plain.defined()      ? nullptr
                           : plain.numel() == 0 ? &kEmpty
@@ -43,6 +44,19 @@ inline double total_grad_norm(ModelState& state, double p, bool error_if_nonfini
   return state.engine().total_norm(gradient_pieces(state).data, p, error_if_nonfinite);
 }
 
+/// Whether `.grad` of every parameter is what the engine has, which it can then scale all at once:
+/// on a GPU a launch for each parameter would take longer than the scaling.
+inline bool gradients_are_the_engines(ModelState& state) {
+  state.require_current();
+  state.settle();
+  for (std::uint32_t id = 0; id < state.params.size(); ++id) {
+    const at::Tensor grad = state.params[id].shard.grad();
+    const Shard shard = state.engine().shard(id);
+    if (grad.defined() ? !is_shard_view(grad, shard) : shard.grad != nullptr) return false;
+  }
+  return true;
+}
+
 /// Clips the gradients and returns their norm from before. Collective.
 inline double clip_gradients(ModelState& state, double max_norm, double p,
                              bool error_if_nonfinite) {
@@ -50,6 +64,9 @@ inline double clip_gradients(ModelState& state, double max_norm, double p,
     throw Error(FSDP_ERR_INVALID_ARGUMENT,
                 "clip_grad_norm_: max_norm cannot be " + std::to_string(max_norm) +
                     ": a number of at least 0 is needed");
+  }
+  if (!state.writes->device().is_cpu() && gradients_are_the_engines(state)) {
+    return state.engine().clip_grad_norm(max_norm, p, error_if_nonfinite);
   }
   const double norm = total_grad_norm(state, p, error_if_nonfinite);
   const torch::NoGradGuard no_grad;
@@ -95,7 +112,8 @@ inline void give_gradients_to_engine(ModelState& state) {
                   "the .grad of parameter '" + param.name +
                       "' was not made by a backward: an optimizer in the engine cannot use it");
     }
-    if (shard.numel > 0) at::from_blob(shard.grad, {shard.numel}, at::kFloat).copy_(grad);
+    if (shard.numel == 0) continue;
+    tensor_at(shard.grad, {shard.numel}, at::kFloat, param.shard.device()).copy_(grad);
   }
 }
 

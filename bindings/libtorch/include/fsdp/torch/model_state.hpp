@@ -17,6 +17,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -52,7 +53,7 @@ class ModelState final : public UnitHost,
                          public std::enable_shared_from_this<ModelState> {
  public:
   /// Filled by shard_module() right after construction.
-  explicit ModelState(const Engine& engine) : writes(std::make_shared<ShardWrites>(engine)) {}
+  explicit ModelState(std::shared_ptr<ShardWrites> shards) : writes(std::move(shards)) {}
 
   ModelState(const ModelState&) = delete;
   ModelState& operator=(const ModelState&) = delete;
@@ -161,6 +162,7 @@ class ModelState final : public UnitHost,
 
   void touch(UnitStorage& unit, const c10::OperatorHandle& op,
              const c10::TensorImpl& tensor) override {
+    const auto turn = take_turn();
     if (forward_thread_.load(std::memory_order_relaxed) != std::this_thread::get_id()) {
       if (in_backward()) {
         enter_backward();
@@ -189,6 +191,7 @@ class ModelState final : public UnitHost,
   /// Called at the first sign of a backward pass; later calls in the same pass do nothing. Arranges
   /// for finish_backward at the end of the current graph task.
   void enter_backward() {
+    const auto turn = take_turn();
     if (backward_open_) return;
     settle();
     torch::autograd::Engine::get_default_engine().queue_callback(
@@ -208,6 +211,7 @@ class ModelState final : public UnitHost,
   }
 
   void accept_gradient(std::uint32_t index, const at::Tensor& gradient) override {
+    const auto turn = take_turn();
     require_current();
     enter_backward();
     ParamState& param = params[index];
@@ -317,6 +321,13 @@ class ModelState final : public UnitHost,
     writes->on_closed();
   }
 
+  /// On a GPU a backward may have two threads: that of the device, and the caller's for what is on
+  /// the CPU.
+  std::unique_lock<std::recursive_mutex> take_turn() {
+    if (writes->device().is_cpu()) return {};
+    return std::unique_lock<std::recursive_mutex>(mutex_);
+  }
+
   static bool in_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
 
   void leave_forward() {
@@ -371,8 +382,9 @@ class ModelState final : public UnitHost,
     const std::int64_t numel = gradient.numel();
     if (numel == 0) return;
     char* data = static_cast<char*>(region.data) + region.byte_offset;
-    const bool plain = gradient.is_contiguous() && gradient.scalar_type() == at::kFloat &&
-                       !gradient.is_neg() && !is_sharded(gradient);
+    const bool plain = gradient.is_cpu() && gradient.is_contiguous() &&
+                       gradient.scalar_type() == at::kFloat && !gradient.is_neg() &&
+                       !is_sharded(gradient);
     if (!accumulate && plain) {
       const float* from = gradient.const_data_ptr<float>();
       if (numel < kLargeGradient) {
@@ -382,7 +394,7 @@ class ModelState final : public UnitHost,
       }
       return;
     }
-    at::Tensor target = at::from_blob(data, param.leaf.sizes(), at::kFloat);
+    at::Tensor target = tensor_at(data, param.leaf.sizes(), at::kFloat, param.leaf.device());
     if (accumulate) {
       target.add_(gradient);
     } else {
@@ -437,6 +449,7 @@ class ModelState final : public UnitHost,
 
   const std::shared_ptr<GradPlacement> placement_ = std::make_shared<GradPlacement>();
   bool replaced_ = false;
+  std::recursive_mutex mutex_;
   std::atomic<std::thread::id> forward_thread_{};
   int forward_depth_ = 0;
   bool backward_open_ = false;

@@ -219,7 +219,9 @@ inline OptimizerTarget prepare_optimizer_load(const std::string& description,
     for (std::string word; words >> word;) {
       for (const std::string& known : target.names) {
         if (known != word) continue;
-        at::Tensor array = at::zeros({model.params[i].shard.numel()}, at::kFloat);
+        at::Tensor array = at::zeros({model.params[i].shard.numel()},
+                                     at::TensorOptions(at::kFloat).device(
+                                         model.params[i].shard.device()));
         target.states.push_back(
             {static_cast<std::uint32_t>(i), known.c_str(), array.data_ptr<float>()});
         target.params[i].arrays.emplace_back(word, std::move(array));

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "fsdp/torch/device.hpp"
 #include "fsdp/torch/input_cast.hpp"
 #include "fsdp/torch/tensors.hpp"
 #include "fsdp/torch/trace.hpp"
@@ -56,6 +57,10 @@ struct ShardOptions {
   Communicator comm = {};
   /// Which modules become units.
   WrapPolicy wrap = {};
+  /// Where the model computes: the CPU or, with or without a number, a GPU (at::kCUDA). Unset: where
+  /// its parameters are, the CPU for those without storage. Parameters and buffers may be there, on
+  /// the CPU (from where they are brought to it), or without storage. Each rank has its own GPU.
+  std::optional<at::Device> device = {};
   /// Buffers for units' full gradients; 0 is the engine's default, one more than the levels of
   /// nested units. A unit that finds all taken collects in memory of its own.
   std::uint32_t gradient_slots = 0;
@@ -100,6 +105,13 @@ struct ShardOptions {
   /// fsdp::materialize_module(). An exception on one rank is an error on every rank. An empty
   /// function throws INVALID_ARGUMENT.
   std::optional<std::function<void(torch::nn::Module&)>> param_init_fn = {};
+  /// On a GPU: how many units are gathered ahead of their use at most, given an order (below); each
+  /// may take a unit buffer.
+  std::uint32_t prefetch_units = 1;
+  /// On a GPU: how many unit buffers there are at most; a unit that needs one more is an error. 0:
+  /// what the deepest path of nested units needs, and those for units ahead; where that is too few,
+  /// memory is taken and given back as units come and go.
+  std::uint32_t max_units_in_flight = 0;
   /// The order in which units are unsharded: each one's all-gather is issued when the one before it
   /// is unsharded. A trace of the same module, from trace_forward, the same on every rank.
   std::optional<ExecutionTrace> prefetch_order = {};
@@ -137,6 +149,27 @@ inline EngineConfig engine_config(const ShardOptions& options) {
   if (!types.reduce_dtype) config.reduce_dtype = config.param_dtype;
   require_castable(types.output_dtype, "MixedPrecision::output_dtype");
   require_castable(types.buffer_dtype, "MixedPrecision::buffer_dtype");
+  return config;
+}
+
+/// How many units are gathered ahead: none without an order, so that no buffer is kept for them.
+inline std::uint32_t units_ahead(const ShardOptions& options) {
+  return options.prefetch_order ? options.prefetch_units : 0;
+}
+
+/// The GPU an engine is made on, with the calling thread's current stream and LibTorch's memory.
+inline fsdp_cuda_config_t gpu_config(at::Device device, const ShardOptions& options) {
+  fsdp_cuda_config_t config = cuda_config(device.index());
+  config.prefetch = units_ahead(options);
+  config.max_units_in_flight = options.max_units_in_flight;
+  config.compute_stream = current_stream(device);
+  config.alloc = [](void* memory, std::size_t bytes, void*) {
+    return static_cast<LentMemory*>(memory)->take(bytes);
+  };
+  config.free = [](void* memory, void* address, std::size_t, void*) {
+    static_cast<LentMemory*>(memory)->give_back(address);
+  };
+  config.allocator_user_data = &LentMemory::of(device);
   return config;
 }
 

@@ -76,8 +76,8 @@ class PrecisionPlan {
     return all.cast_forward_inputs ? all.param_dtype : std::nullopt;
   }
 
-  /// Casts the floating buffers of modules that were not sharded before, and tells the state which
-  /// tensors are buffers and what the handle's forward casts.
+  /// Casts the floating buffers of modules that were not sharded before, brings all their buffers to
+  /// the device, and tells the state which tensors are buffers and what the handle's forward casts.
   void finish(ModelState& state) const {
     const MixedPrecision& all = options_.mixed_precision;
     for (const WalkedModule& walked : walk_.modules) {
@@ -89,9 +89,12 @@ class PrecisionPlan {
         const at::Tensor& buffer = item.value();
         if (!buffer.defined()) continue;
         const bool first = state.buffers.insert(buffer.unsafeGetTensorImpl()).second;
-        if (first && type && !walked.adopted && needs_cast(buffer, *type)) {
-          point_at(buffer, buffer.detach().to(*type));
-        }
+        if (!first || walked.adopted) continue;
+        const bool casts = type && needs_cast(buffer, *type);
+        const bool moves = !buffer.is_meta() && buffer.device() != walk_.device();
+        if (!casts && !moves) continue;
+        const at::Device device = moves ? walk_.device() : buffer.device();
+        point_at(buffer, buffer.detach().to(device, casts ? *type : buffer.scalar_type()));
       }
     }
     if (all.cast_forward_inputs) state.input_type = all.param_dtype;

@@ -11,10 +11,12 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "fsdp/torch/device.hpp"
 #include "fsdp/torch/dispatch.hpp"
 
 namespace fsdp::detail {
@@ -23,10 +25,25 @@ namespace fsdp::detail {
 /// the engine alive.
 class ShardWrites {
  public:
-  explicit ShardWrites(Engine engine) : engine_(std::move(engine)) {}
+  /// `engine` computes on `device`, and its shards are on `shard_device`.
+  ShardWrites(Engine engine, at::Device device, at::Device shard_device)
+      : engine_(std::move(engine)), device_(device), shard_device_(shard_device) {}
 
   const Engine& engine() const noexcept { return engine_; }
-  Engine& engine() noexcept { return engine_; }
+
+  /// To call for what may launch work: on a GPU the engine learns which stream is current on this
+  /// thread, in a backward autograd's for the device.
+  Engine& engine() {
+    if (!device_.is_cpu()) {
+      void* const stream = current_stream(device_);
+      if (stream != stream_) engine_.set_compute_stream(stream);
+      stream_ = stream;
+    }
+    return engine_;
+  }
+
+  at::Device device() const noexcept { return device_; }
+  at::Device shard_device() const noexcept { return shard_device_; }
 
   /// The shards belong to another model from here on: `successor` answers, and its engine takes the
   /// place of this one.
@@ -61,7 +78,7 @@ class ShardWrites {
     if (written_) return;
     if (!writable_) {
       if (recover_) recover_();
-      engine_.begin_write();
+      engine().begin_write();
       on_writable();
     }
     // Graphs that saved the old values must not run backward with the new ones.
@@ -84,6 +101,9 @@ class ShardWrites {
 
  private:
   Engine engine_;
+  const at::Device device_;
+  const at::Device shard_device_;
+  std::optional<void*> stream_;  // the engine's, once it was told one
   std::shared_ptr<ShardWrites> successor_;
   bool reading_ = false;
   bool writable_ = false;
@@ -111,7 +131,8 @@ inline at::Tensor make_shard_leaf(const std::shared_ptr<ShardWrites>& writes, st
                                   bool requires_grad) {
   const Shard shard = writes->engine().shard(param);
   const auto storage = tagged_storage(
-      shard.data, static_cast<std::size_t>(shard.numel) * sizeof(float), new ShardTag(writes));
+      shard.data, static_cast<std::size_t>(shard.numel) * sizeof(float), new ShardTag(writes),
+      writes->shard_device());
   at::Tensor leaf = tagged_tensor(storage, 0, {shard.numel});
   leaf.set_requires_grad(requires_grad);
   return leaf;
@@ -121,7 +142,9 @@ inline at::Tensor make_shard_leaf(const std::shared_ptr<ShardWrites>& writes, st
 /// an ordinary tensor otherwise, which may be written at any time.
 inline at::Tensor grad_shard_view(const std::shared_ptr<ShardWrites>& writes, const Shard& shard) {
   if (shard.grad == nullptr) return at::Tensor();
-  return at::from_blob(shard.grad, {shard.numel}, [writes](void*) {}, at::kFloat);
+  return at::from_blob(shard.grad, {shard.numel}, [writes](void*) {},
+                       at::TensorOptions(at::kFloat).device(writes->shard_device()),
+                       writes->shard_device());
 }
 
 /// Whether `grad` is a view of the gradient shard and not a tensor of the user's own.
@@ -153,7 +176,7 @@ class PoisonTag final : public StorageTag {
 /// A tensor of the sizes and type of `leaf` without data, any operator on which throws, naming
 /// parameter `name`.
 inline at::Tensor make_poison_grad(const std::string& name, const at::Tensor& leaf) {
-  auto storage = tagged_storage(nullptr, 0, new PoisonTag(name));
+  auto storage = tagged_storage(nullptr, 0, new PoisonTag(name), leaf.device());
   storage->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "the gradient of the sharded parameter '" + name +
       "' is not here: read gradients from the parameters() of the handle that "

@@ -12,12 +12,22 @@
 #include <utility>
 #include <vector>
 
+#include "fsdp/torch/device.hpp"
 #include "fsdp/torch/model_state.hpp"
 #include "fsdp/torch/module_walk.hpp"
 #include "fsdp/torch/options.hpp"
 #include "fsdp/torch/tensors.hpp"
 
 namespace fsdp::detail {
+
+/// Where a module will compute: what the options say, or where its first parameter with storage is.
+inline at::Device device_of(const torch::nn::Module& root, const ShardOptions& options) {
+  if (options.device) return *options.device;
+  for (const at::Tensor& tensor : root.parameters()) {
+    if (!tensor.is_meta()) return tensor.device();
+  }
+  return at::Device(at::kCPU);
+}
 
 /// Walks a module tree. Throws, before anything is changed, when a parameter cannot be sharded,
 /// naming it.
@@ -30,7 +40,9 @@ class ShardWalk final : public ModuleWalk {
     std::uint32_t param;
   };
 
-  ShardWalk(torch::nn::Module& root, const ShardOptions& options) : ModuleWalk(root) {
+  /// `device`: where the model will compute.
+  ShardWalk(torch::nn::Module& root, const ShardOptions& options, at::Device device)
+      : ModuleWalk(root), device_(device) {
     ignore(root, options.ignored_modules, options.ignored_parameters);
     for (const at::Tensor& tensor : root.parameters()) {
       UnitStorage* unit = unit_of(tensor);
@@ -48,6 +60,9 @@ class ShardWalk final : public ModuleWalk {
 
   /// Lets go of the full parameters' values, once an engine has read them.
   void release_data() { data_.clear(); }
+
+  /// Where the model computes.
+  at::Device device() const noexcept { return device_; }
 
   std::vector<Adopted> adopted;
 
@@ -69,6 +84,12 @@ class ShardWalk final : public ModuleWalk {
                                               "' is registered twice and was sharded before: it "
                                               "can be a part of a bigger model once only");
       }
+    }
+    if (root->writes->device() != device_) {
+      throw Error(FSDP_ERR_UNSUPPORTED, "module '" + name + "' was sharded on device " +
+                                            root->writes->device().str() +
+                                            " before and stays there: the model around it cannot "
+                                            "be sharded on " + device_.str());
     }
     const auto [first_module, first_param] = model.add_sharded(parent, key, root->writes->engine());
     adopted.push_back({root, first_module, first_param});
@@ -145,7 +166,7 @@ class ShardWalk final : public ModuleWalk {
     const std::uint32_t param = model.add_parameter(
         module, key,
         TensorView(meta ? nullptr : data.data_ptr(), *param_dtype_of(tensor.scalar_type()),
-                   tensor.sizes().vec()),
+                   tensor.sizes().vec(), c_device(meta ? at::Device(at::kCPU) : data.device())),
         tensor.requires_grad());
     if (tensor.numel() > 0) {
       storages_.emplace(tensor.storage().unsafeGetStorageImpl(), name);
@@ -166,9 +187,10 @@ class ShardWalk final : public ModuleWalk {
              "it is sharded already, as a part of a model that is not a part of this one as a "
              "whole: shard the module that was sharded, or one that contains it");
     }
-    if (!tensor.device().is_cpu() && !tensor.is_meta()) {
-      refuse(FSDP_ERR_UNSUPPORTED,
-             "it is on device " + tensor.device().str() + "; only the CPU is supported");
+    if (!tensor.device().is_cpu() && !tensor.is_meta() && tensor.device() != device_) {
+      refuse(FSDP_ERR_UNSUPPORTED, "it is on device " + tensor.device().str() +
+                                       ", and the model is sharded on " + device_.str() +
+                                       " (ShardOptions::device)");
     }
     if (!param_dtype_of(tensor.scalar_type())) {
       refuse(FSDP_ERR_UNSUPPORTED, std::string("its type is ") +
@@ -193,6 +215,7 @@ class ShardWalk final : public ModuleWalk {
   std::unordered_map<const torch::nn::Module*, std::shared_ptr<ShardedRoot>> known_;
   std::unordered_map<const c10::StorageImpl*, std::string> storages_;
   std::vector<at::Tensor> data_;  // what the model description points at
+  const at::Device device_;
 };
 
 }  // namespace fsdp::detail

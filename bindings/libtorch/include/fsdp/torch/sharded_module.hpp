@@ -403,10 +403,14 @@ class ShardedModule {
 /// A module that is sharded already, or contains one that is, is taken over as it is (see
 /// ShardedModule); a part of a sharded module alone cannot be sharded again.
 ///
-/// Parameters must be Float, Half or BFloat16, on the CPU or meta; any wrong one is an error that
-/// names it. Their shards are float32; the module's own tensors become what
-/// ShardOptions::mixed_precision says, or stay what they are. On error the module is unchanged.
-/// Collective.
+/// Parameters must be Float, Half or BFloat16, on the CPU, meta or where the model is to compute
+/// (ShardOptions::device); any wrong one is an error that names it. Their shards are float32; the
+/// module's own tensors become what ShardOptions::mixed_precision says, or stay what they are. On
+/// error the module is unchanged. Collective.
+///
+/// On a GPU the operators of forward and backward, and writes of shards, go to LibTorch's current
+/// streams, which may be others from call to call. A model that is sharded there cannot be sharded
+/// again, and has no communication hooks.
 template <class Impl>
 ShardedModule<Impl> fully_shard(std::shared_ptr<Impl> module, const ShardOptions& options) {
   if (module == nullptr) throw Error(FSDP_ERR_INVALID_ARGUMENT, "fully_shard: the module is null");

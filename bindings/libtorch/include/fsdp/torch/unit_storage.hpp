@@ -2,7 +2,8 @@
 //
 // All parameters of a unit that are computed in float32, and every view of them that autograd
 // saves, share one storage object over the unit buffer, and those computed in 16 bits another one
-// over their copies: swapping the two pointers unshards and reshards them all.
+// over their copies: swapping the two pointers unshards and reshards them all. On a GPU both are
+// over the unit buffer, which has all types one behind the other, and is another one each time.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +67,7 @@ struct UnitParam {
 
 /// Parameters of a unit that share a storage: a pointer that is there while they are unsharded.
 struct UnitFace {
-  std::size_t bytes = 0;
+  std::size_t bytes = 0;  ///< of the storage
   std::vector<UnitParam> params;  ///< by offset
   c10::intrusive_ptr<c10::StorageImpl> storage;
   const c10::StorageImpl* address = nullptr;  ///< its, also after it was given up
@@ -80,18 +81,20 @@ inline std::string operator_name(const c10::OperatorHandle& op) { return op.oper
 class UnitStorage final : public StorageTag {
  public:
   /// A sharded unit of the model `root`. `buffer`: the parameters that are computed in float32, in
-  /// the unit buffer; `copies`: the others, in their 16-bit copies. Both without storages yet.
+  /// the unit buffer; `copies`: the others, in their 16-bit copies. Both have no storages yet; they
+  /// will be on `device`.
   UnitStorage(UnitHost* host, std::shared_ptr<ShardedRoot> root, std::uint32_t index,
-              const std::string& name, UnitFace buffer, UnitFace copies)
-      : StorageTag(nullptr, /*follows_results=*/has_large(buffer)),
+              const std::string& name, UnitFace buffer, UnitFace copies, at::Device device)
+      : StorageTag(nullptr, /*follows_results=*/device.is_cpu() && has_large(buffer)),
         index(index),
         name(name.empty() ? "(root)" : name),
         host_(host),
         root_(std::move(root)),
+        device_(device),
         buffer_(std::move(buffer)),
         copies_(std::move(copies)) {
     for (UnitFace* face : {&buffer_, &copies_}) {
-      face->storage = tagged_storage(nullptr, face->bytes, this);
+      face->storage = tagged_storage(nullptr, face->bytes, this, device_);
       face->address = face->storage.get();
     }
     mark_sharded();
@@ -135,15 +138,18 @@ class UnitStorage final : public StorageTag {
   void unshard(Engine& engine) {
     void* const buffer = engine.unshard(index);
     void* copies = nullptr;
-    if (copies_.bytes > 0) {
+    if (!device_.is_cpu()) {
+      copies = buffer;  // all types one behind the other
+    } else if (copies_.bytes > 0) {
       const std::uint32_t first = copies_.params.front().id;
-      copies = static_cast<char*>(engine.param_data(first).data) -
+      const fsdp_tensor_t tensor = engine.param_data(first);
+      copies = static_cast<char*>(tensor.data) + tensor.byte_offset -
                engine.param_info(first).compute_offset;
     }
     for (const auto& [face, data] : {std::pair(&buffer_, buffer), std::pair(&copies_, copies)}) {
       if (face->params.empty()) continue;
       face->storage->clear_data_ptr_access_error_msg_();
-      face->storage->set_data_ptr_noswap(tagged_pointer(data, this));
+      face->storage->set_data_ptr_noswap(tagged_pointer(data, this, device_));
     }
     unsharded_ = true;
   }
@@ -193,11 +199,16 @@ class UnitStorage final : public StorageTag {
   at::Tensor tensor_of(const ParamInfo& param) const {
     const at::ScalarType type = scalar_type_of(param.dtype);
     const at::IntArrayRef sizes(param.shape, static_cast<std::size_t>(param.ndim));
-    if (type == at::kFloat) return tagged_tensor(buffer_.storage, param.unit_offset, sizes);
-    return tagged_tensor(copies_.storage, param.compute_offset / kCopySize, sizes, type);
+    const auto& storage = type == at::kFloat ? buffer_.storage : copies_.storage;
+    return tagged_tensor(storage, storage_offset(param, device_), sizes, type);
   }
 
-  static constexpr std::int64_t kCopySize = 2;  ///< bytes of an element of a 16-bit copy
+  /// Where a parameter begins in its storage, in elements.
+  static std::int64_t storage_offset(const ParamInfo& param, at::Device device) {
+    const bool wide = param.dtype.bits == 32;
+    if (wide && device.is_cpu()) return param.unit_offset;
+    return param.compute_offset / (wide ? 4 : 2);
+  }
 
   const std::uint32_t index;  ///< the unit's number in the engine
   const std::string name;     ///< the dotted name of its module, "(root)" for the root
@@ -230,7 +241,7 @@ class UnitStorage final : public StorageTag {
   void forbid_access(const std::string& message) {
     for (UnitFace* face : {&buffer_, &copies_}) {
       if (face->params.empty()) continue;
-      face->storage->set_data_ptr_noswap(tagged_pointer(nullptr, this));
+      face->storage->set_data_ptr_noswap(tagged_pointer(nullptr, this, device_));
       face->storage->release_data_and_set_meta_custom_data_ptr_error_msg_(message);
     }
     unsharded_ = false;
@@ -240,6 +251,7 @@ class UnitStorage final : public StorageTag {
   const char* ended_ = nullptr;  // why host_ is gone
   std::string sharded_message_;
   std::shared_ptr<ShardedRoot> root_;
+  const at::Device device_;
   UnitFace buffer_;
   UnitFace copies_;
   std::optional<InputCast> input_cast_;

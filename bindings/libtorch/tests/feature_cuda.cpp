@@ -1,0 +1,472 @@
+// Sharded models on a GPU: every script of training here runs on the CPU and on the device, and
+// what it leaves (losses, gradients, shards, state dicts) must be the same.
+//
+//   feature_cuda [RANKS]   on GPU 0; skipped (77), saying why, where there is none. Several ranks
+//                          share it, as NCCL allows where each says that it is on another host.
+//   FSDP_TEST_GPU=stand-in feature_cuda [RANKS]
+//                          on devices that are the CPU; ranks are threads there, which meet in the
+//                          NCCL that FSDP_NCCL_LIBRARY names
+#include "cuda_trial.hpp"
+
+#include <cmath>
+
+namespace {
+
+using namespace harness;
+
+// ---- training ----
+
+/// Without an engine: how far the device itself is from the CPU.
+void plain_libtorch(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Net net = trial.net();
+    move(*net, trial.device);
+    for (int step = 0; step < 2; ++step) {
+      const at::Tensor loss = net->forward(trial.input(step)).pow(2).mean();
+      trial.record.add("loss", loss);
+      loss.backward();
+    }
+    for (const auto& item : net->named_parameters()) {
+      trial.record.add(item.key(), item.value().grad());
+    }
+  });
+}
+
+void torch_optimizers(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    for (const at::Tensor& shard : model.parameters()) REQUIRE(shard.device() == trial.device);
+    REQUIRE(model->scale.device() == trial.device && model->frozen.device() == trial.device);
+    const auto sgd = harness::sgd()(model.parameters());
+    trial.train(model, *sgd, 3);
+    const auto adamw = harness::adamw()(model.parameters());
+    trial.train(model, *adamw, 3);
+  });
+}
+
+void engine_optimizers(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    fsdp::FusedOptimizer adamw = model.adamw();
+    trial.train(model, adamw, 3);
+    trial.record.add("exp_avg_sq", adamw.state("block1.up.weight", "exp_avg_sq"));
+    fsdp::SgdConfig config;
+    config.lr = 0.05;
+    config.momentum = 0.9;
+    fsdp::FusedOptimizer sgd = model.sgd(config);
+    trial.train(model, sgd, 3);
+  });
+}
+
+void model_on_the_device(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Net net = trial.net();
+    move(*net, trial.device);
+    fsdp::ShardOptions options = trial.options();
+    options.device.reset();  // where the parameters are
+    Model model = fsdp::fully_shard(net, options);
+    REQUIRE(model.parameters()[0].device() == trial.device);
+    const auto sgd = harness::sgd()(model.parameters());
+    trial.train(model, *sgd, 2);
+  });
+}
+
+void evaluation(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    model->eval();
+    const torch::NoGradGuard no_grad;
+    for (int step = 0; step < 3; ++step) trial.record.add("loss", trial.loss(model, step));
+  });
+}
+
+void strategies(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    for (const auto strategy : {fsdp::Strategy::full_shard, fsdp::Strategy::shard_grad_op}) {
+      for (const bool ordered : {false, true}) {
+        Net net = trial.net();
+        fsdp::ShardOptions options = trial.options();
+        options.strategy = strategy;
+        options.prefetch_units = 2;
+        if (ordered) {
+          const auto turn = random_turn();
+          options.prefetch_order =
+              fsdp::trace_forward(net, [&] { net->forward(torch::zeros({6, 7})); });
+        } else {
+          options.reshard_after_forward = fsdp::kReshardNever;
+        }
+        Model model = fsdp::fully_shard(net, options);
+        const auto sgd = harness::sgd()(model.parameters());
+        trial.train(model, *sgd, 3);
+      }
+    }
+  });
+}
+
+void frozen_and_unfrozen(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    const auto sgd = harness::sgd()(model.parameters());
+    trial.train(model, *sgd, 1);
+    model->block1->up->weight.set_requires_grad(false);
+    model->frozen.set_requires_grad(true);
+    trial.train(model, *sgd, 2);
+    model->block1->up->weight.set_requires_grad(true);
+    trial.train(model, *sgd, 1);
+  });
+}
+
+/// A branch that only some ranks take: who has no gradient counts as zero.
+void unused_on_some_ranks(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    const auto sgd = harness::sgd()(model.parameters());
+    for (int step = 0; step < 2; ++step) {
+      model.zero_grad();
+      at::Tensor value = trial.loss(model, step);
+      if (trial.comm.rank() == 0) value = value * 2;
+      else value = value * 0;
+      value.backward();
+      trial.record.add_model("step", model);
+      sgd->step();
+    }
+  });
+}
+
+void accumulation(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    const auto sgd = harness::sgd()(model.parameters());
+    for (int step = 0; step < 2; ++step) {
+      model.zero_grad();
+      {
+        const auto unreduced = model.no_sync();
+        trial.backward(model, 10 * step);
+        trial.backward(model, 10 * step + 1);
+      }
+      trial.backward(model, 10 * step + 2);
+      trial.record.add_model("reduced together", model);
+      trial.backward(model, 10 * step + 3);  // added to the shards
+      trial.record.add_model("added", model);
+      sgd->step();
+    }
+    model.zero_grad();
+    model.set_is_last_backward(false);
+    trial.backward(model, 100);
+    model.set_is_last_backward(true);
+    trial.backward(model, 101);
+    trial.record.add_model("open iteration", model);
+  });
+}
+
+void bfloat16(const fsdp::Communicator& comm) {
+  for (const auto reduce : {at::kFloat, at::kBFloat16}) {
+    same_on_both(
+        comm,
+        [&](Trial& trial) {
+          fsdp::ShardOptions options = trial.options();
+          options.mixed_precision.param_dtype = at::kBFloat16;
+          options.mixed_precision.reduce_dtype = reduce;
+          options.mixed_precision.output_dtype = at::kFloat;
+          options.param_dtypes = {{"frozen", at::kFloat}};
+          options.unit_mixed_precision["block2"].param_dtype = at::kHalf;
+          options.mixed_precision.buffer_dtype = at::kBFloat16;
+          Model model = fsdp::fully_shard(trial.net(), options);
+          REQUIRE(model->in->weight.scalar_type() == at::kBFloat16);
+          REQUIRE(model->scale.scalar_type() == at::kBFloat16);
+          fsdp::FusedOptimizer adamw = model.adamw();
+          trial.train(model, adamw, 2);
+        },
+        3e-2);
+  }
+}
+
+// ---- gradients ----
+
+void norms_and_clipping(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    fsdp::FusedOptimizer adamw = model.adamw();
+    for (int step = 0; step < 3; ++step) {
+      model.zero_grad();
+      trial.backward(model, step);
+      for (const double p : {1.0, 2.0, 3.0, HUGE_VAL}) trial.record.add("norm", model.grad_norm(p));
+      trial.record.add("clipped from", model.clip_grad_norm_(0.01));
+      trial.record.add("to", model.grad_norm());
+      trial.record.add_model("clipped", model);
+      adamw.step();
+    }
+    // A gradient of the user's own.
+    model.zero_grad();
+    trial.backward(model, 7);
+    for (const auto& item : model.named_parameters()) {
+      if (item.key() == "in.bias") item.value().mutable_grad() = item.value().grad() * 2;
+    }
+    trial.record.add("clipped from", model.clip_grad_norm_(0.01));
+    trial.record.add_model("clipped", model);
+    adamw.step();
+    trial.record.add_model("stepped", model);
+    for (const auto& item : model.named_parameters()) {
+      if (item.key() == "in.bias") item.value().mutable_grad().fill_(HUGE_VAL);
+    }
+    REQUIRE_THROWS(model.clip_grad_norm_(1.0, 2.0, true), "in.bias");
+  });
+}
+
+void gradient_scaler(const fsdp::Communicator& comm) {
+  same_on_both(
+      comm,
+      [](Trial& trial) {
+        fsdp::ShardOptions options = trial.options();
+        options.mixed_precision.param_dtype = at::kHalf;
+        options.mixed_precision.reduce_dtype = at::kFloat;
+        Model model = fsdp::fully_shard(trial.net(), options);
+        fsdp::FusedOptimizer adamw = model.adamw();
+        fsdp::ShardedGradScaler scaler(model, fsdp::GradScalerState{1024.0});
+        for (int step = 0; step < 4; ++step) {
+          model.zero_grad();
+          at::Tensor value = trial.loss(model, step);
+          if (step == 2 && trial.comm.rank() == 0) value = value * HUGE_VAL;
+          scaler.scale(value).backward();
+          scaler.unscale_();
+          if (step != 2) trial.record.add_model("unscaled", model);
+          trial.record.add("stepped", scaler.step(adamw) ? 1.0 : 0.0);
+          scaler.update();
+          trial.record.add("scale", scaler.get_scale());
+        }
+        trial.record.add("all", model.parameters()[0]);
+      },
+      3e-2);
+}
+
+// ---- values ----
+
+void without_storage(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    auto turn = random_turn();
+    torch::manual_seed(5);
+    Net deferred = fsdp::deferred_init([] { return Net(); });
+    turn.unlock();
+    Model model = fsdp::fully_shard(deferred, trial.options());
+    REQUIRE(model->scale.device() == trial.device);
+    trial.record.add_model("deferred", model);
+    const auto sgd = harness::sgd()(model.parameters());
+    trial.train(model, *sgd, 1);
+
+    fsdp::ShardOptions options = trial.options();
+    options.param_init_fn = [](nn::Module& module) {
+      for (at::Tensor& tensor : module.parameters(false)) tensor.fill_(0.125);
+      for (at::Tensor& tensor : module.buffers(false)) tensor.fill_(0.5);
+    };
+    Net meta = trial.net();
+    move(*meta, at::kMeta);
+    Model filled = fsdp::fully_shard(meta, options);
+    trial.record.add_model("filled", filled);
+    trial.record.add("buffer", filled->scale);
+    trial.backward(filled, 1);
+    trial.record.add_model("backward", filled);
+  });
+}
+
+void whole_parameters(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    const auto adamw = harness::adamw()(model.parameters());
+    fsdp::FusedOptimizer fused = model.adamw();
+    trial.train(model, *adamw, 1);
+    trial.train(model, fused, 1);
+    const auto add = [&](const fsdp::StateDict& dict) {
+      for (const auto& item : dict) {
+        REQUIRE(item.value().device().is_cpu());
+        trial.record.add(item.key(), item.value());
+      }
+    };
+    fsdp::StateDict whole = model.full_state_dict();
+    add(whole);
+    for (const auto& item : model.full_optim_state_dict(*adamw)) add(item.value());
+    for (const auto& item : model.full_optim_state_dict(fused)) add(item.value());
+    {
+      fsdp::SummonOptions options;
+      options.with_grads = true;
+      auto scope = model.summon_full_params(options);
+      const torch::NoGradGuard no_grad;
+      trial.record.add("summoned", model->in->weight);
+      trial.record.add("its gradient", model->in->weight.grad());
+      model->in->bias.add_(1);
+      scope.close();
+    }
+    model.apply([](nn::Module& module) {
+      if (auto* linear = module.as<nn::LinearImpl>()) linear->bias.mul_(0.5);
+    });
+    trial.backward(model, 5);
+    trial.record.add_model("after changes", model);
+    model.load_full_state_dict(whole);
+    trial.backward(model, 6);
+    trial.record.add_model("loaded", model);
+  });
+}
+
+/// Shards, gradients and state in host memory.
+void cpu_offload(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    fsdp::ShardOptions options = trial.options();
+    options.cpu_offload = true;
+    Model model = fsdp::fully_shard(trial.net(), options);
+    for (const at::Tensor& shard : model.parameters()) REQUIRE(shard.is_cpu());
+    REQUIRE(model->in->weight.device() == trial.device);
+    const auto adamw = harness::adamw()(model.parameters());
+    trial.train(model, *adamw, 2);
+    fsdp::FusedOptimizer fused = model.adamw();
+    for (int step = 5; step < 7; ++step) {
+      model.zero_grad();
+      trial.backward(model, step);
+      trial.record.add("norm", model.clip_grad_norm_(0.01));
+      fused.step();
+      trial.record.add_model("fused", model);
+    }
+  });
+}
+
+/// What one device saves, the other loads.
+void checkpoints(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    const std::string folder = scratch() + (trial.device.is_cpu() ? "/cpu" : "/gpu");
+    const auto make_torch = [](Model& model) { return harness::adamw()(model.parameters()); };
+    const auto make_fused = [](Model& model) {
+      return std::make_unique<fsdp::FusedOptimizer>(model.adamw());
+    };
+    const auto both = [&](const std::string& name, const auto& make) {
+      Model model = fsdp::fully_shard(trial.net(), trial.options());
+      auto optimizer = make(model);
+      trial.train(model, *optimizer, 2);
+      model.save_checkpoint(folder + name, *optimizer);
+      model.save_checkpoint_async(folder + name + "-async", *optimizer).wait();
+      // On the device that has not saved it, too.
+      for (const at::Device device : {at::Device(at::kCPU), device_of(trial.comm)}) {
+        Trial other{trial.comm, device, {}};
+        Model loaded = fsdp::fully_shard(other.net(99), other.options());
+        auto again = make(loaded);
+        loaded.load_checkpoint(folder + name + (device.is_cpu() ? "" : "-async"), *again);
+        other.train(loaded, *again, 2);
+        if (device == trial.device) trial.record.tensors = other.record.tensors;
+      }
+    };
+    both("/torch", make_torch);
+    both("/fused", make_fused);
+  });
+}
+
+// ---- streams, memory, errors ----
+
+/// Training on other streams and threads than the model was made on.
+void streams(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    const auto sgd = harness::sgd()(model.parameters());
+    const auto step = [&] { trial.train(model, *sgd, 2); };
+    const auto on_another_stream = [&] {
+      if (trial.device.is_cpu()) return step();
+      const auto* devices = c10::impl::getDeviceGuardImpl(trial.device.type());
+      const c10::StreamGuard guard(devices->getStreamFromGlobalPool(trial.device));
+      step();
+    };
+    step();
+    on_another_stream();
+    step();
+    std::exception_ptr thrown;
+    std::thread([&] {
+      try {
+        on_another_stream();
+      } catch (...) {
+        thrown = std::current_exception();
+      }
+    }).join();
+    if (thrown) std::rethrow_exception(thrown);
+    trial.record.add_model("in the end", model);
+  });
+}
+
+/// What the engine takes on the device is what the plan says.
+void memory(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    trial.record.add("nothing", 0.0);
+    if (trial.device.is_cpu()) return;
+    Net net = trial.net();
+    fsdp::ShardOptions options = trial.options();
+    options.mixed_precision.param_dtype = at::kBFloat16;
+    options.mixed_precision.reduce_dtype = at::kFloat;
+    const auto ranks = static_cast<std::uint32_t>(trial.comm.world_size());
+    const fsdp::Plan plan = fsdp::plan(*net, options, ranks, /*optimizer_bytes_per_element=*/8);
+    Model model = fsdp::fully_shard(net, options);
+    fsdp::FusedOptimizer adamw = model.adamw();
+    for (int step = 0; step < 2; ++step) {
+      model.zero_grad();
+      trial.loss(model, step).backward();
+      adamw.step();
+    }
+    const fsdp::CudaStats stats = model.engine().cuda_stats();
+    REQUIRE(stats.pool_bytes == plan.pool_bytes && stats.overflows == 0);
+    // What it takes besides is small: a model of these sizes is, too.
+    REQUIRE_SAY(stats.device_bytes_peak >= plan.device_peak_bytes &&
+                    stats.device_bytes_peak <= plan.device_peak_bytes + 4096,
+                stats.device_bytes_peak << " bytes, planned " << plan.device_peak_bytes);
+  });
+}
+
+void errors(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    trial.record.add("nothing", 0.0);
+    if (trial.device.is_cpu()) return;
+    fsdp::ShardOptions options = trial.options();
+    options.device = at::Device(trial.device.type(), 77);
+    REQUIRE_THROWS(fsdp::fully_shard(trial.net(), options), ":77", "cannot be used", "GPUs");
+    options.device = at::Device(at::kXLA, 0);
+    REQUIRE_THROWS(fsdp::fully_shard(trial.net(), options), "xla:0", "cannot be used");
+    options.device = at::Device(at::kCPU);
+    Net there = trial.net();
+    move(*there->block1, trial.device);
+    REQUIRE_THROWS(fsdp::fully_shard(there, options), "block1.norm.weight", trial.device.str());
+
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    REQUIRE_THROWS(model->forward(trial.input(1)), "is sharded", "outside");
+    REQUIRE_THROWS(model.register_comm_hook([](fsdp::UnitGradientTensors&) {}), "hook");
+    // What was sharded cannot be sharded again there.
+    options = trial.options();
+    options.wrap = {};
+    REQUIRE_THROWS(fsdp::fully_shard(model.module(), options), "sharded");
+    // None of it is in the way of training.
+    trial.loss(model, 1).backward();
+    REQUIRE(model.named_parameters()["tied"].grad().defined());
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (!on_stand_in() && !gpu_here()) return 77;
+  const int ranks = argc > 1 ? std::atoi(argv[1]) : 1;
+  if (on_stand_in()) argc = 1;
+  const std::vector<Part> parts = {
+      {"plain LibTorch", plain_libtorch},
+      {"torch's optimizers", torch_optimizers},
+      {"the engine's optimizers", engine_optimizers},
+      {"a model on the device", model_on_the_device},
+      {"evaluation", evaluation},
+      {"strategies and prefetching", strategies},
+      {"frozen and unfrozen parameters", frozen_and_unfrozen},
+      {"unused on some ranks", unused_on_some_ranks},
+      {"accumulation", accumulation},
+      {"bfloat16 and float16", bfloat16},
+      {"norms and clipping", norms_and_clipping},
+      {"the gradient scaler", gradient_scaler},
+      {"models without storage", without_storage},
+      {"whole parameters", whole_parameters},
+      {"CPU offload", cpu_offload},
+      {"checkpoints", checkpoints},
+      {"streams and threads", streams},
+      {"memory as planned", memory},
+      {"errors", errors},
+  };
+  return main_with_scratch(argc, argv, as_they_run(parts, ranks),
+                           [](const fsdp::Communicator&) {});
+}
