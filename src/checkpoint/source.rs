@@ -42,6 +42,9 @@ struct Place {
     piece: usize,
 }
 
+/// Gets a piece, the number of its file, and which of its bytes are asked for.
+type TakePart<'a> = dyn FnMut(usize, &Piece, Range<usize>) -> Result<()> + 'a;
+
 /// Tells a file from what it becomes when it is written or replaced.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Stamp {
@@ -159,7 +162,7 @@ impl Source {
         state: Option<&str>,
         first: usize,
         len: usize,
-        take: &mut dyn FnMut(usize, &Piece, Range<usize>) -> Result<()>,
+        take: &mut TakePart<'_>,
     ) -> Result<()> {
         let size = self.size_of(tensor);
         let (mut at, end) = (first, first + len);

@@ -1,11 +1,10 @@
 //! Parameters and gradients as a host reaches them: full ones in an iteration, this rank's pieces at any time.
 
-use super::Engine;
+use super::{Engine, Locked};
 use crate::dtype::DType;
 use crate::error::{err, Result};
-use crate::gradients::Gradients;
 use crate::module::ParamId;
-use crate::plan::{ParamPlan, Plan, UnitId};
+use crate::plan::{ParamPlan, UnitId};
 use crate::shards::ShardStore;
 
 /// A parameter's piece on this rank.
@@ -39,22 +38,21 @@ impl Engine {
     /// The region for a parameter's full gradient, and whether it holds one already (add) or not (overwrite). Counts as
     /// written. May wait for a slot.
     pub fn param_grad(&self, param: ParamId) -> Result<(*mut f32, bool)> {
-        self.grad_region(param, Gradients::region)
+        let (p, mut state) = self.may_get_gradient(param)?;
+        state.gradients.region(self.plan(), p.unit, p.index)
     }
 
     /// The same region, for an operator that is about to compute the gradient there: it does not count as written until
     /// `param_grad`. May wait for a slot.
     pub fn reserve_grad(&self, param: ParamId) -> Result<(*mut f32, bool)> {
-        self.grad_region(param, Gradients::reserve)
+        let (p, mut state) = self.may_get_gradient(param)?;
+        state.gradients.reserve(self.plan(), p.unit, p.index)
     }
 
-    fn grad_region(
-        &self,
-        param: ParamId,
-        region: fn(&mut Gradients, &Plan, UnitId, usize) -> Result<(*mut f32, bool)>,
-    ) -> Result<(*mut f32, bool)> {
+    /// An error if a parameter can get no gradient now.
+    fn may_get_gradient(&self, param: ParamId) -> Result<(&ParamPlan, Locked<'_>)> {
         let p = self.param(param)?;
-        let mut state = self.lock()?;
+        let state = self.lock()?;
         if !state.requires_grad[param as usize] {
             return Err(err!(InvalidState, "parameter \"{}\" does not require a gradient", p.fqn));
         }
@@ -65,7 +63,7 @@ impl Engine {
                 p.fqn
             ));
         }
-        region(&mut state.gradients, self.plan(), p.unit, p.index)
+        Ok((p, state))
     }
 
     /// Adds `grad` (the parameter's `numel` elements of `dtype`, in its shape's order) in float32 to what this backward has

@@ -236,6 +236,7 @@ class ModelState final : public UnitHost,
   }
 
   void expect_gradient(std::uint32_t index) override {
+    if (!writes->device().is_cpu()) return;  // a copy on the device costs little
     ParamState& param = params[index];
     // Where only some gradients were asked for, this one may go elsewhere.
     const auto* chosen = torch::autograd::get_current_graph_task_exec_info();
