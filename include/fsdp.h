@@ -1051,7 +1051,7 @@ typedef struct {
   uint64_t padding_bytes;
   /**
    * Bytes of all unit buffers, each on a cache line of its own. On shm they are the ranks' shards laid end to end: one
-   * copy a host.
+   * copy a host. On a GPU: of the fixed pool.
    */
   uint64_t unit_buffer_bytes;
   /**
@@ -1105,7 +1105,8 @@ typedef struct {
    */
   uint64_t all_reduce_bytes;
   /**
-   * Bytes of the copies of all parameters that are computed in 16 bits; on shm one copy a host.
+   * Bytes of the copies of all parameters that are computed in 16 bits; on shm one copy a host. 0 on a GPU, whose unit
+   * buffers have them.
    */
   uint64_t compute_buffer_bytes;
   /**

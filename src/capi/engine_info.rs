@@ -95,7 +95,7 @@ pub struct fsdp_stats_t {
     /// Bytes of all unit buffers that belong to no parameter.
     pub padding_bytes: u64,
     /// Bytes of all unit buffers, each on a cache line of its own. On shm they are the ranks' shards laid end to end: one
-    /// copy a host.
+    /// copy a host. On a GPU: of the fixed pool.
     pub unit_buffer_bytes: u64,
     /// All-gathers so far.
     pub all_gathers: u64,
@@ -123,7 +123,8 @@ pub struct fsdp_stats_t {
     pub all_reduces: u64,
     /// Bytes of this rank's gradients that it gave to them.
     pub all_reduce_bytes: u64,
-    /// Bytes of the copies of all parameters that are computed in 16 bits; on shm one copy a host.
+    /// Bytes of the copies of all parameters that are computed in 16 bits; on shm one copy a host. 0 on a GPU, whose unit
+    /// buffers have them.
     pub compute_buffer_bytes: u64,
     /// Bytes of this rank's shards in host memory, besides their place in the unit buffers (cpu_offload).
     pub offloaded_bytes: u64,

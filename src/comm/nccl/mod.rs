@@ -11,6 +11,7 @@
 
 mod comm;
 mod id;
+mod lent;
 mod library;
 mod queues;
 mod register;
@@ -19,8 +20,9 @@ mod watch;
 
 pub use comm::{NcclComm, NcclConfig};
 pub use id::UniqueId;
+pub use lent::{Comms, Mean, NcclPair, Shards, UnitShards};
 pub use library::Nccl;
-pub use queues::{Comms, Mean, NcclPair, NcclQueues, Shards, UnitShards};
+pub use queues::NcclQueues;
 pub use register::{Registered, RegisteredMemory};
 pub use types::{Part, Reduction};
 pub use watch::What;

@@ -10,7 +10,7 @@
 //! launched, so that ranks that launch different ones get an error that names both. The error of one communicator
 //! breaks the others, on every rank that polls. One rank has nothing to move, and needs no NCCL.
 
-use super::comm::NcclComm;
+use super::lent::{Comms, Mean, NcclPair, Shards};
 use super::types::{Part, Reduction};
 use super::watch::What;
 use crate::comm::{Check, Communicator, Kind, Tag};
@@ -42,22 +42,6 @@ struct Unit {
     gathers: u64,
 }
 
-/// A range of a shard whose mean is written to the gradient shard, or added to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mean {
-    /// First float in the shard.
-    pub at: usize,
-    pub len: usize,
-    pub add: bool,
-}
-
-/// Where this rank's shards of a unit are: addresses of as many floats as a shard has.
-#[derive(Clone, Copy, Debug)]
-pub struct UnitShards {
-    pub masters: CUdeviceptr,
-    pub grads: CUdeviceptr,
-}
-
 /// See the module's text.
 pub struct NcclQueues {
     context: Arc<Context>,
@@ -78,32 +62,6 @@ pub struct NcclQueues {
     /// The control plane's number of unit 0.
     first_unit: u32,
     gathering: (Kind, Check),
-}
-
-/// NCCL's communicators of an engine.
-pub struct NcclPair {
-    pub gather: Arc<NcclComm>,
-    pub reduce: Arc<NcclComm>,
-}
-
-/// The communicators of the same ranks that queues work with.
-pub struct Comms {
-    /// On the host; nobody else's, since its order of collectives is the queues' own.
-    pub control: Arc<dyn Communicator>,
-    /// The control plane's number of the plan's unit 0, of [`Communicator::name_units`].
-    pub first_unit: u32,
-    /// On the host, too, the engine's own: an error breaks it, and it breaks the others.
-    pub host: Arc<dyn Communicator>,
-    /// None for one rank.
-    pub nccl: Option<NcclPair>,
-}
-
-/// The shards that queues work on.
-pub struct Shards<'a> {
-    /// Of each unit of the plan.
-    pub units: &'a [UnitShards],
-    /// They are in pinned host memory.
-    pub on_host: bool,
 }
 
 impl NcclQueues {

@@ -1,0 +1,48 @@
+//! What queues are made with: communicators, shards, and which means go where.
+
+use super::comm::NcclComm;
+use crate::comm::Communicator;
+use cudarc::driver::sys::CUdeviceptr;
+use std::sync::Arc;
+
+/// A range of a shard whose mean is written to the gradient shard, or added to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mean {
+    /// First float in the shard.
+    pub at: usize,
+    pub len: usize,
+    pub add: bool,
+}
+
+/// Where this rank's shards of a unit are: addresses of as many floats as a shard has.
+#[derive(Clone, Copy, Debug)]
+pub struct UnitShards {
+    pub masters: CUdeviceptr,
+    pub grads: CUdeviceptr,
+}
+
+/// NCCL's communicators of an engine.
+pub struct NcclPair {
+    pub gather: Arc<NcclComm>,
+    pub reduce: Arc<NcclComm>,
+}
+
+/// The communicators of the same ranks that queues work with.
+pub struct Comms {
+    /// On the host; nobody else's, since its order of collectives is the queues' own.
+    pub control: Arc<dyn Communicator>,
+    /// The control plane's number of the plan's unit 0, of [`Communicator::name_units`].
+    pub first_unit: u32,
+    /// On the host, too, the engine's own: an error breaks it, and it breaks the others.
+    pub host: Arc<dyn Communicator>,
+    /// None for one rank.
+    pub nccl: Option<NcclPair>,
+}
+
+/// The shards that queues work on.
+pub struct Shards<'a> {
+    /// Of each unit of the plan.
+    pub units: &'a [UnitShards],
+    /// They are in pinned host memory.
+    pub on_host: bool,
+}
