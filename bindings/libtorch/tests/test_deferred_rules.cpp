@@ -313,7 +313,8 @@ void with_sharded(const fsdp::Communicator&) {
   tag->retain();
   {
     const at::Tensor sharded =
-        tagged_tensor(tagged_storage(data.data(), data.size() * sizeof(float), tag), 0, {3});
+        tagged_tensor(tagged_storage(data.data(), data.size() * sizeof(float), tag, at::kCPU), 0,
+                      {3});
     REQUIRE(is_sharded(sharded) && !is_deferred(sharded));
     deferred_init([&] {
       REQUIRE(sharded.sum().item<float>() == 6 && tag->touches == 1);
