@@ -191,10 +191,10 @@ fn checkpoints_go_from_gpus_to_cpus_and_back() {
             let mut full = Vec::new();
             t.engine
                 .each_full_param(false, &mut |_, data, len| {
-                    // SAFETY: so many floats in host memory.
                     full.push(if len == 0 {
                         Vec::new()
                     } else {
+                        // SAFETY: so many floats in host memory.
                         unsafe { std::slice::from_raw_parts(data, len) }.to_vec()
                     });
                     Ok(())
