@@ -43,7 +43,7 @@ demo: build ## Train a small GPT on real text, sharded over 2 ranks, a few minut
 test: build ## Run every check and every test
 	@scripts/test.sh
 
-bench: configure $(if $(filter $(BUILD)/%,$(TORCH_PYTHON)),$(BUILD)/pytorch/installed) ## Measure beside PyTorch's FSDP (QUICK=1: 6 minutes; ONLY=steps,...; downloads 2.5 GB once)
+bench: configure $(if $(filter $(BUILD)/%,$(TORCH_PYTHON)),$(BUILD)/pytorch/installed) ## Measure beside PyTorch's FSDP (QUICK=1: a short form; ONLY=steps,...; downloads 2.5 GB once)
 	@scripts/fetch_debian.sh $(BUILD)/debian libopenmpi-dev || echo "make: going on without Open MPI's headers" >&2
 	@cmake $(BUILD) >>$(BUILD)/logs/configure.log 2>&1
 	@cmake --build $(BUILD) -j $(JOBS) --target fsdp_bench

@@ -131,13 +131,14 @@ pub unsafe extern "C" fn fsdp_checkpoint_save_contents(
 
 /// Fills all shards and the data of `states` from the checkpoint in `dir`, saved at any world size and wrapping of the
 /// same model, reading of each file what this rank needs. Collective. Nothing is changed on any rank unless every rank has
-/// read and checked all of its part, for which it takes as much memory as it fills. All pointers are borrowed for the call.
+/// read and checked all of its part; then it is read again into its place. All pointers are borrowed for the call.
 /// Not during a backward. Errors: FSDP_ERR_CHECKPOINT names the file and the parameter if it is absent, incomplete,
 /// damaged, or of another model.
 ///
 /// `dir` may also be a model in Hugging Face's layout: a folder with model.safetensors or model.safetensors.index.json, or
 /// such a file itself. It must have every parameter by its original name and in its shape, in float32, float16 or bfloat16
-/// (widened without loss), and may have more; it has no states. Since 0.1.
+/// (widened without loss), and may have more; it has no states. Files that change or fail after that leave
+/// what was being loaded undefined, and the error says so. Since 0.1.
 ///
 /// # Safety
 /// `dir` is NULL or NUL-terminated; `states` points to `state_count` entries whose data are writable.

@@ -32,9 +32,7 @@ pub unsafe fn load(engine: &Engine, dir: &Path, contents: &Contents) -> Result<(
     let (source, listing, numbers) = checked?;
     // SAFETY: the entries are the engine's own pieces, writable since begin_write, or the caller's promise.
     let filled = unsafe { fill(engine, &source, &listing, &numbers) };
-    let changed =
-        "the checkpoint was changed, or could not be read again, after it had been checked; what was being loaded is \
-                   undefined now";
+    let changed = "the checkpoint changed or failed after it was checked; what was being loaded is undefined now";
     gather(engine.world().as_ref(), filled.map(|()| String::new()).map_err(|e| e.context(changed))).map(|_| ())
 }
 
