@@ -48,12 +48,12 @@ def libraries_of(name, command, world_size, logs):
 
 
 def activations(workload, program, data, logs):
-    """What forward and backward need besides parameters and gradients, on one rank: the peak of one process of the program
-    of bench/step that computes unsharded, keeps its gradients and has no optimizer, less its libraries and both."""
+    """What forward and backward need besides parameters and gradients, summed over the ranks: the peak of as many processes
+    of the program of bench/step that compute unsharded and have no optimizer, less their libraries and both."""
     command = [*program, "--system", "plain", *workload.arguments(data)]
-    peak, _ = peak_of("plain", command, 1, logs)
-    state = 2 * 4 * workloads.parameter_count(workload.model)
-    return peak - libraries_of("plain", program, 1, logs) - state
+    peak, _ = peak_of("plain", command, workload.world_size, logs)
+    state = 2 * 4 * workloads.parameter_count(workload.model) * workload.world_size
+    return peak - libraries_of("plain", program, workload.world_size, logs) - state
 
 
 def measure(workload, commands, programs, data, logs, say, plan_bytes):
@@ -71,9 +71,10 @@ def measure(workload, commands, programs, data, logs, say, plan_bytes):
         row = {"workload": workload.name, "system": name, "world_size": workload.world_size,
                "host_peak_pss_bytes": peak, "libraries_pss_bytes": known[kind], "own_bytes": peak - known[kind]}
         if name in workloads.OURS:
-            row.update(plan_bytes=plan_bytes, activation_bytes=needed * workload.world_size,
-                       expected_bytes=plan_bytes + needed * workload.world_size)
+            optimizer = sum(rank["optimizer_bytes"] for rank in stats)
+            row.update(plan_bytes=plan_bytes, activation_bytes=needed, optimizer_bytes=optimizer,
+                       expected_bytes=plan_bytes + needed + optimizer)
         rows.append(row)
         say(f"{workload.name:16} {name:15} peak PSS {peak / 1e6:8.1f} MB, without libraries {row['own_bytes'] / 1e6:8.1f} MB"
-            + (f" (plan and activations: {row['expected_bytes'] / 1e6:.1f} MB)" if name in workloads.OURS else ""))
+            + (f" (plan, activations, optimizer: {row['expected_bytes'] / 1e6:.1f} MB)" if name in workloads.OURS else ""))
     return rows

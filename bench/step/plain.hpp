@@ -1,5 +1,5 @@
-// Forward and backward of the unsharded model in one process, which keeps its gradients and has no optimizer: its memory
-// beyond parameters and gradients is what a step computes with, the activations.
+// Forward and backward of the unsharded model, each process by itself and without an optimizer: its memory beyond
+// parameters and gradients is what a step computes with, the activations.
 #pragma once
 
 #include "systems.hpp"
@@ -12,7 +12,7 @@ class Plain final : public System<Work> {
   }
 
   double step(const typename Work::Batch& batch) override {
-    module_->zero_grad(/*set_to_none=*/false);
+    module_->zero_grad();
     const torch::Tensor loss = work_.loss(*module_, batch);
     loss.backward();
     return loss.template item<double>();

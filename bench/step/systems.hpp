@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <fsdp/torch.hpp>
@@ -97,7 +98,8 @@ class Sharded final : public System<Work> {
     return "{" + number("param_shard_bytes", s.param_shard_bytes) + ", " +
            number("grad_shard_bytes", s.grad_shard_bytes) + ", " +
            number("unit_buffer_bytes", s.unit_buffer_bytes) + ", " +
-           number("gradient_slot_bytes", s.gradient_slot_bytes) + "}";
+           number("gradient_slot_bytes", s.gradient_slot_bytes) + ", " +
+           number("optimizer_bytes", adamw_ ? 2 * largest_shard_bytes() : 0) + "}";
   }
 
  private:
@@ -111,6 +113,14 @@ class Sharded final : public System<Work> {
     options.comm = fsdp::Communicator::from_env();
     options.wrap = fsdp::wrap_class(Work::kUnit);
     return fsdp::fully_shard(module, options);
+  }
+
+  /// torch::optim::AdamW allocates two tensors as large as a parameter while it updates it: the root of the second moment,
+  /// and the same divided by its correction.
+  std::uint64_t largest_shard_bytes() {
+    std::uint64_t bytes = 0;
+    for (const auto& param : model_.parameters()) bytes = std::max<std::uint64_t>(bytes, param.nbytes());
+    return bytes;
   }
 
   void make_optimizer() {
