@@ -849,7 +849,8 @@ typedef struct {
   size_t struct_size;
   /**
    * Buffers per rank for a unit's full gradients: how many units may collect or reduce gradients at once. 0: one
-   * more than the levels of nested units. A unit that finds all taken collects in memory of its own.
+   * more than the levels of nested units and, but on a GPU, as many small ones more (256 at most) as fit in 1 MiB. A unit
+   * that finds all taken collects in memory of its own.
    */
   uint32_t gradient_slots;
   /**

@@ -73,8 +73,8 @@ impl OrderCheck {
 pub struct EngineConfig {
     /// Gradient buffers per rank, each as large as a unit: how many units may be collecting or reducing gradients at
     /// once. 0: one more than there are levels of nested units, enough for every unit on a path of the module tree to
-    /// collect while another is being reduced. A unit that finds all taken collects in one more, which is given back
-    /// afterwards.
+    /// collect while another is being reduced, and for up to 256 of the next largest units as many as fit in 1 MiB (not on a
+    /// GPU). A unit that finds all taken collects in one more, which is given back afterwards.
     pub gradient_slots: u32,
     pub strategy: Strategy,
     /// Ranks of a shard group, a divisor of the world size, for the hybrid strategies; else 0.

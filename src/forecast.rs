@@ -123,8 +123,8 @@ pub struct Forecast {
     /// Optimizer state of this rank: bytes per element times the elements of trained parameters in its shards. What
     /// aligns it comes on top: in the engine's own optimizers less than 64 bytes per parameter and state.
     pub optimizer_bytes: u64,
-    /// The gradient slots of each rank, used to the full: the largest units, one more than units nest unless
-    /// gradient_slots says how many. (float32 whatever the reduce dtype.)
+    /// The gradient slots of each rank, used to the full: the largest units, one more than units nest, and as many of the next as fit
+    /// in 1 MiB, unless gradient_slots says how many. (float32 whatever the reduce dtype.)
     pub gradient_slot_bytes: u64,
     /// The part of this rank's shards that belongs to no parameter.
     pub shard_padding_bytes: u64,

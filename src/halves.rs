@@ -13,6 +13,8 @@ pub(crate) trait Half: Copy {
     fn round(from: &[f32], to: &mut [Self]);
     /// `to[i] = from[i]`, exactly.
     fn widen(from: &[Self], to: &mut [f32]);
+    /// `to[i] = from[i]`, rounded to this type and widened again.
+    fn rounded(from: &[f32], to: &mut [f32]);
 }
 
 impl Half for f16 {
@@ -22,6 +24,15 @@ impl Half for f16 {
 
     fn widen(from: &[f16], to: &mut [f32]) {
         from.convert_to_f32_slice(to);
+    }
+
+    fn rounded(from: &[f32], to: &mut [f32]) {
+        const BLOCK: usize = 512;
+        let mut narrow = [f16::ZERO; BLOCK];
+        for (from, to) in from.chunks(BLOCK).zip(to.chunks_mut(BLOCK)) {
+            f16::round(from, &mut narrow[..from.len()]);
+            f16::widen(&narrow[..from.len()], to);
+        }
     }
 }
 
@@ -43,6 +54,15 @@ impl Half for bf16 {
         }
         widen_any(from, to)
     }
+
+    fn rounded(from: &[f32], to: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2.
+            return unsafe { rounded_avx2(from, to) };
+        }
+        rounded_any(from, to)
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -57,14 +77,37 @@ fn widen_avx2(from: &[bf16], to: &mut [f32]) {
     widen_any(from, to)
 }
 
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn rounded_avx2(from: &[f32], to: &mut [f32]) {
+    rounded_any(from, to)
+}
+
+/// The upper half of a float's bits, rounded.
+#[inline(always)]
+fn upper(from: f32) -> u32 {
+    let bits = from.to_bits();
+    // Half of the last place, less one where it is even; the carry may go up to infinity, as it should.
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 0x40;
+    if bits & 0x7fff_ffff > 0x7f80_0000 {
+        quiet
+    } else {
+        rounded
+    }
+}
+
 #[inline(always)]
 fn round_any(from: &[f32], to: &mut [bf16]) {
     for (to, from) in to.iter_mut().zip(from) {
-        let bits = from.to_bits();
-        // Half of the last place, less one where it is even; the carry may go up to infinity, as it should.
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        let quiet = bits >> 16 | 0x40;
-        *to = bf16::from_bits(if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded } as u16);
+        *to = bf16::from_bits(upper(*from) as u16);
+    }
+}
+
+#[inline(always)]
+fn rounded_any(from: &[f32], to: &mut [f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = f32::from_bits(upper(*from) << 16);
     }
 }
 
@@ -98,5 +141,9 @@ mod tests {
         let mut narrow = vec![bf16::ZERO; all.len()];
         Half::round(&all, &mut narrow);
         assert!(all.iter().zip(&narrow).all(|(x, got)| bf16::from_f32(*x).to_bits() == got.to_bits()));
+        let (mut rounded, mut widened) = (vec![0f32; all.len()], vec![0f32; all.len()]);
+        bf16::rounded(&all, &mut rounded);
+        Half::widen(&narrow, &mut widened);
+        assert!(rounded.iter().zip(&widened).all(|(got, want)| got.to_bits() == want.to_bits()));
     }
 }

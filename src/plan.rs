@@ -17,6 +17,10 @@ pub type UnitId = u32;
 /// Units begin at a multiple of this in the arena, so that every parameter keeps [`crate::layout::PARAM_ALIGN`].
 const UNIT_ALIGN: usize = 64;
 
+/// Bytes, and number, of the gradient slots for small units that there are beyond those that are needed.
+const SMALL_SLOTS: usize = 1 << 20;
+const MOST_SMALL_SLOTS: usize = 256;
+
 /// A unit: the parameters below its module that no nested unit owns.
 #[derive(Clone, Debug)]
 pub struct UnitPlan {
@@ -212,12 +216,23 @@ impl Plan {
     }
 
     /// Bytes of each gradient slot, largest first: the `count` largest units, so that any `count` of them fit.
-    /// `count` 0 means the deepest nesting plus one more that is being reduced.
+    /// `count` 0 means the deepest nesting plus one more that is being reduced, and as many of the next units as fit in
+    /// [`SMALL_SLOTS`], so that ranks which reduce small units need not keep in step.
     pub fn slot_bytes(&self, count: usize) -> Vec<usize> {
-        let deepest = self.units.iter().map(|u| u.depth).max().unwrap_or(0);
-        let count = if count == 0 { deepest + 2 } else { count };
         let mut sizes: Vec<usize> = self.units.iter().map(UnitPlan::bytes).filter(|b| *b > 0).collect();
         sizes.sort_unstable_by(|a, b| b.cmp(a));
+        let count = match count {
+            0 => {
+                let needed = 2 + self.units.iter().map(|u| u.depth).max().unwrap_or(0);
+                let mut left = SMALL_SLOTS;
+                let fits = |bytes: &&usize| {
+                    left = left.saturating_sub(**bytes);
+                    left > 0
+                };
+                needed + sizes.iter().skip(needed).take(MOST_SMALL_SLOTS).take_while(fits).count()
+            }
+            _ => count,
+        };
         sizes.truncate(count);
         sizes
     }
@@ -331,6 +346,15 @@ mod tests {
         assert_eq!(p.units.iter().map(|u| u.depth).collect::<Vec<_>>(), [0, 1, 2]);
         assert_eq!(p.slot_bytes(0), [416, 96, 32]);
         assert_eq!(p.slot_bytes(2), [416, 96]);
+        t.add_param(ROOT, "large", &[(SMALL_SLOTS / 4) as i64], DType::F32, true, DATA.as_ptr().cast()).unwrap();
+        for i in 0..MOST_SMALL_SLOTS + 8 {
+            let module = t.add_module(ROOT, &format!("small{i}"), "Small").unwrap();
+            t.add_param(module, "w", &[i as i64 + 1], DType::F32, true, DATA.as_ptr().cast()).unwrap();
+            t.wrap(module).unwrap();
+        }
+        let slots = Plan::new(&t, 0, 2).unwrap().slot_bytes(0);
+        assert_eq!(slots.len(), 4 + MOST_SMALL_SLOTS, "what is needed, and small ones");
+        assert!(slots[0] > SMALL_SLOTS && slots[4..].iter().sum::<usize>() <= SMALL_SLOTS);
         let p = Plan::new(&tree(), 0, 2).unwrap();
         assert_eq!(p.units.len(), 1);
         assert_eq!(p.units[0].params, [0, 1, 2]);

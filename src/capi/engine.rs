@@ -41,7 +41,8 @@ pub struct fsdp_engine_config_t {
     /// sizeof(fsdp_engine_config_t).
     pub struct_size: usize,
     /// Buffers per rank for a unit's full gradients: how many units may collect or reduce gradients at once. 0: one
-    /// more than the levels of nested units. A unit that finds all taken collects in memory of its own.
+    /// more than the levels of nested units and, but on a GPU, as many small ones more (256 at most) as fit in 1 MiB. A unit
+    /// that finds all taken collects in memory of its own.
     pub gradient_slots: u32,
     /// FSDP_FULL_SHARD, FSDP_SHARD_GRAD_OP, FSDP_NO_SHARD, FSDP_HYBRID_SHARD or FSDP_HYBRID_SHARD_GRAD_OP. Whatever it is,
     /// the root stays unsharded between its forward and its backward: see fsdp_engine_set_reshard_after_forward.

@@ -302,7 +302,8 @@ pub trait Communicator: Send + Sync {
     // over the ranks that have the parameter, in rank order 0..W-1, divided by W, written or added to `out`.
 
     /// Publishes the full gradient in `slot`, `tag.bytes` of `tag.dtype` (float32, or a 16-bit type that is summed in
-    /// float32); `present[i]` says whether parameter i of the unit has one here. Does not wait. The slot must not be
+    /// float32). A communicator that moves no bytes finds as many float32s there instead, which it rounds to `tag.dtype` as
+    /// it sums them. `present[i]` says whether parameter i of the unit has one here. Does not wait. The slot must not be
     /// written until `reduce_done(ticket)`.
     fn reduce_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket>;
     /// Does this rank's part of what every rank has started or skipped by now. Does not wait.

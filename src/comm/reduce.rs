@@ -4,13 +4,15 @@
 //! over elements only, never over ranks, and no fused multiply-add is used. For a power of two `W` the division is a
 //! multiplication by the exact reciprocal, which gives the same bits.
 
+use super::Tag;
 use crate::dtype::DType;
 use crate::halves::Half;
 use half::{bf16, f16};
 
-/// Outputs of at least this many floats are written past the cache: they are not read before it is full of other things,
-/// and fetching their lines only to overwrite them would cost a third of the memory's bandwidth.
-const STREAM: usize = 1 << 16;
+/// Outputs of more floats than this are written past the cache: they are not read before it is full of other things,
+/// and fetching their lines only to overwrite them would cost a third of the memory's bandwidth. Smaller ones stay in a
+/// last-level cache, which is faster than the memory.
+const STREAM: usize = 1 << 20;
 
 /// Floats of a block: small enough that the running sum stays in the first-level cache while ranks are added.
 const BLOCK: usize = 2048;
@@ -18,6 +20,11 @@ const BLOCK: usize = 2048;
 /// Whether gradients of this type can be summed.
 pub fn supports(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// Whether the float32s of a reduction that moves no bytes fit a slot of so many bytes.
+pub fn fits(tag: Tag, slot: usize) -> bool {
+    tag.bytes / tag.dtype.size() as u64 * DType::F32.size() as u64 <= slot as u64
 }
 
 /// [`mean_f32`] of sources of `dtype`, one that [`supports`] names.
@@ -42,6 +49,37 @@ pub(crate) unsafe fn mean(
     }
 }
 
+/// [`mean_f32`] of what `dtype`, one that [`supports`] names, holds of float32 sources: the bits of [`narrow`] and
+/// [`mean`], in one pass over the memory instead of two.
+///
+/// # Safety
+/// As for [`mean_f32`].
+pub(crate) unsafe fn mean_rounded(
+    dtype: DType,
+    sources: &[*const f32],
+    world: usize,
+    out: *mut f32,
+    len: usize,
+    accumulate: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // SAFETY: `mean_read` asks for what lies within `len`.
+        let source = |i: usize, at: usize, n: usize| std::slice::from_raw_parts(sources[i].add(at), n);
+        match dtype {
+            DType::F16 => {
+                let read = |i: usize, at: usize, to: &mut [f32]| f16::rounded(source(i, at, to.len()), to);
+                mean_read(sources.len(), read, world, out, len, accumulate)
+            }
+            DType::BF16 => {
+                let read = |i: usize, at: usize, to: &mut [f32]| bf16::rounded(source(i, at, to.len()), to);
+                mean_read(sources.len(), read, world, out, len, accumulate)
+            }
+            _ => mean_f32(sources, world, out, len, accumulate),
+        }
+    }
+}
+
 fn cast<T>(sources: &[*const u8]) -> &[*const T] {
     // SAFETY: thin pointers have one layout, whatever they point to.
     unsafe { std::slice::from_raw_parts(sources.as_ptr().cast(), sources.len()) }
@@ -49,22 +87,36 @@ fn cast<T>(sources: &[*const u8]) -> &[*const T] {
 
 /// Widens block by block, then does what [`mean_f32`] does, with the same bits for the same values.
 unsafe fn mean_16<T: Half>(sources: &[*const T], world: usize, out: *mut f32, len: usize, accumulate: bool) {
+    // SAFETY: `mean_read` asks for what lies within `len`, and the caller promised as many readable elements.
+    let source = |i: usize, at: usize, n: usize| unsafe { std::slice::from_raw_parts(sources[i].add(at), n) };
+    let read = |i: usize, at: usize, to: &mut [f32]| T::widen(source(i, at, to.len()), to);
+    // SAFETY: the caller's promise.
+    unsafe { mean_read(sources.len(), read, world, out, len, accumulate) }
+}
+
+/// [`mean_f32`] of sources that `read(source, from, to)` brings to float32, block by block.
+unsafe fn mean_read(
+    sources: usize,
+    read: impl Fn(usize, usize, &mut [f32]),
+    world: usize,
+    out: *mut f32,
+    len: usize,
+    accumulate: bool,
+) {
     let mut sum = [0f32; BLOCK];
     let mut next = [0f32; BLOCK];
     let mut at = 0;
-    while at < len && !sources.is_empty() {
+    while at < len && sources > 0 {
         let n = BLOCK.min(len - at);
-        // SAFETY: `at + n <= len`, and the caller promised `len` readable elements of each source.
-        let source = |i: usize| unsafe { std::slice::from_raw_parts(sources[i].add(at), n) };
-        T::widen(source(0), &mut sum[..n]);
-        for i in 1..sources.len() {
-            T::widen(source(i), &mut next[..n]);
+        read(0, at, &mut sum[..n]);
+        for i in 1..sources {
+            read(i, at, &mut next[..n]);
             for (s, a) in sum[..n].iter_mut().zip(&next[..n]) {
                 *s += *a;
             }
         }
         // SAFETY: the sum is a source of `n` floats; `out` is the caller's promise.
-        unsafe { mean_f32(&[sum.as_ptr()], world, out.add(at), n, accumulate) };
+        unsafe { mean_part(&[sum.as_ptr()], world, out.add(at), n, accumulate, len) };
         at += n;
     }
 }
@@ -101,6 +153,12 @@ pub(crate) unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: us
 /// Every source must be readable for `len` floats, `out` writable for `len` floats; `out` must overlap no source, and
 /// nobody may write the sources or touch `out` meanwhile.
 pub(crate) unsafe fn mean_f32(sources: &[*const f32], world: usize, out: *mut f32, len: usize, accumulate: bool) {
+    // SAFETY: the caller's promise.
+    unsafe { mean_part(sources, world, out, len, accumulate, len) }
+}
+
+/// The same for a part of an output of `whole` floats.
+unsafe fn mean_part(sources: &[*const f32], world: usize, out: *mut f32, len: usize, accumulate: bool, whole: usize) {
     if sources.is_empty() || len == 0 {
         return;
     }
@@ -108,7 +166,7 @@ pub(crate) unsafe fn mean_f32(sources: &[*const f32], world: usize, out: *mut f3
     if std::arch::is_x86_feature_detected!("avx2") {
         // Up to the next cache line, and what is less than a line at the end, in the ordinary way.
         let head = (out.align_offset(64)).min(len);
-        let body = if accumulate || len < STREAM { 0 } else { (len - head) / 16 * 16 };
+        let body = if accumulate || whole <= STREAM { 0 } else { (len - head) / 16 * 16 };
         // SAFETY: the processor has AVX2; `head + body <= len`, and `out + head` is aligned to 64 bytes; the rest is the
         // caller's promise.
         return unsafe {
@@ -272,7 +330,13 @@ mod tests {
 
     #[test]
     fn sixteen_bits_are_summed_in_float32() {
-        for (dtype, len) in [(DType::F16, 3 * BLOCK + 5), (DType::BF16, 1000), (DType::F16, 1), (DType::BF16, 0)] {
+        for (dtype, len) in [
+            (DType::F16, 3 * BLOCK + 5),
+            (DType::BF16, STREAM + 37),
+            (DType::BF16, 1000),
+            (DType::F16, 1),
+            (DType::BF16, 0),
+        ] {
             let wide: Vec<Vec<f32>> = (0..3).map(|r| noise(r + 3, len)).collect();
             // Rounded in place, as gradients in their slots are.
             let mut narrow_ones: Vec<Vec<f32>> = wide.clone();
@@ -295,6 +359,11 @@ mod tests {
                 let sources: Vec<*const u8> = narrow_ones.iter().map(|v| v.as_ptr().cast()).collect();
                 // SAFETY: the vectors hold `len` 16-bit elements.
                 unsafe { mean(dtype, &sources, 4, got.as_mut_ptr(), len, accumulate) };
+                assert!(got.iter().zip(&want).all(|(g, w)| g.to_bits() == w.to_bits()), "{dtype} {len} {accumulate}");
+                let mut got = noise(99, len);
+                let sources: Vec<*const f32> = wide.iter().map(|v| v.as_ptr()).collect();
+                // SAFETY: the vectors hold `len` floats.
+                unsafe { mean_rounded(dtype, &sources, 4, got.as_mut_ptr(), len, accumulate) };
                 assert!(got.iter().zip(&want).all(|(g, w)| g.to_bits() == w.to_bits()), "{dtype} {len} {accumulate}");
             }
         }

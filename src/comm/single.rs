@@ -182,7 +182,7 @@ impl Communicator for Single {
 
     fn reduce_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
         let mut state = self.working()?;
-        if !reduce::supports(tag.dtype) || tag.bytes > slot.bytes as u64 {
+        if !reduce::supports(tag.dtype) || !reduce::fits(tag, slot.bytes) {
             let (bytes, room) = (tag.bytes, slot.bytes);
             return Err(err!(
                 InvalidArgument,
@@ -207,14 +207,15 @@ impl Communicator for Single {
         state.pending = others;
         for pending in mine {
             let unit = (pending.tag.unit - first) as usize;
-            let (dtype, size) = (pending.tag.dtype, pending.tag.dtype.size());
+            let dtype = pending.tag.dtype;
+            let elements = pending.tag.bytes as usize / dtype.size();
             for s in target.segments(unit).iter().filter(|s| pending.present[s.param]) {
-                assert!((s.offset + s.len) * size <= pending.tag.bytes as usize, "a segment outside its unit");
+                assert!(s.offset + s.len <= elements, "a segment outside its unit");
                 // SAFETY: the segment lies in the slot (asserted), whose owner is alive and which the host does not
                 // write before this returns; `out` is the host's, for `len` floats.
                 unsafe {
-                    let source = pending.data.add(s.offset * size);
-                    reduce::mean(dtype, &[source], 1, s.out, s.len, s.accumulate);
+                    let source = pending.data.cast::<f32>().add(s.offset);
+                    reduce::mean_rounded(dtype, &[source], 1, s.out, s.len, s.accumulate);
                 }
             }
             target.reduced(unit, &pending.present);

@@ -1,6 +1,6 @@
 //! Gradient slots in the communicator's memory, which the host writes, and reductions there.
 //!
-//! There are a few *regular* slots, sized as the largest units, and one *spare* slot for each unit. A unit collects in a
+//! There are a few *regular* slots, sized as the largest units (more where units are small), and one *spare* slot for each unit. A unit collects in a
 //! spare one when other open units have the regular ones, or when waiting for one could be for ever because ranks reduce
 //! in different orders. Slots take memory only where they are written; a spare one gives it back. A slot is free when every
 //! rank has done its part of the reduction, which happens inside hooks, as soon as every rank has started it or has ended its
@@ -128,14 +128,21 @@ impl HostSlots {
     /// else the one that was started first, waited for; else the unit's spare one.
     fn choose(&mut self, bytes: usize, spare: usize) -> Result<usize> {
         self.release()?;
-        let fits = |i: &usize| self.memory.slots[*i].bytes >= bytes && !matches!(self.uses[*i], SlotUse::Open);
-        let kind = (0..self.regular).filter(fits).map(|i| self.memory.slots[i].bytes).min();
-        let candidates = (0..self.regular).filter(fits).filter(|i| Some(self.memory.slots[*i].bytes) == kind);
-        let first = candidates.min_by_key(|i| match self.uses[*i] {
-            SlotUse::Started(ticket) => Some(ticket),
-            _ => None,
-        });
-        for slot in first.into_iter().chain([spare]) {
+        let mut first: Option<(Ticket, usize)> = None;
+        // From the smallest.
+        for slot in (0..self.regular).rev() {
+            let size = self.memory.slots[slot].bytes;
+            if first.is_some_and(|(_, other)| size > self.memory.slots[other].bytes) {
+                break;
+            }
+            match self.uses[slot] {
+                _ if size < bytes => {}
+                SlotUse::Free => return Ok(slot),
+                SlotUse::Open => {}
+                SlotUse::Started(ticket) => first = first.into_iter().chain([(ticket, slot)]).min(),
+            }
+        }
+        for slot in first.map(|(_, slot)| slot).into_iter().chain([spare]) {
             match self.uses[slot] {
                 SlotUse::Free => return Ok(slot),
                 SlotUse::Open => {}
@@ -193,7 +200,8 @@ impl Reducer for HostSlots {
     fn start(&mut self, plan: &Plan, unit: UnitId, Place { slot, .. }: Place, present: &[bool]) -> Result<()> {
         let (layout, dtype) = (&plan.units[unit as usize].layout, plan.units[unit as usize].reduce_dtype);
         let bytes = (layout.len * dtype.size()) as u64;
-        if dtype != DType::F32 {
+        // Where no bytes move, gradients are rounded as they are summed.
+        if dtype != DType::F32 && self.comm.moves_bytes() {
             let data = self.memory.slots[slot].data;
             for (index, _) in present.iter().enumerate().filter(|(_, present)| **present) {
                 let (at, len) = (layout.offsets[index], layout.numels[index]);

@@ -348,7 +348,9 @@ fn limits_come_from_the_plan_and_their_bytes_are_those_of_the_forecast() {
     let limits = Limits::of(&UnitBytes::of(&plan), 1);
     // The root and a block in use, and the next block ahead; the largest ones.
     assert_eq!(limits.unit_buffers, [plan.units[2].bytes(), plan.units[3].bytes(), plan.units[1].bytes()]);
-    let request = crate::forecast::Request { world_size: 2, ..Default::default() };
+    // As many slots on the CPU, without the small ones that it has besides.
+    let config = EngineConfig { gradient_slots: 3, ..Default::default() };
+    let request = crate::forecast::Request { world_size: 2, config, ..Default::default() };
     let forecast = crate::forecast::Forecast::new(&tree, &request).unwrap();
     assert_eq!(limits.gradient_slots.iter().sum::<usize>() as u64, forecast.gradient_slot_bytes);
     assert_eq!(limits.slot_bytes() as u64, forecast.gradient_slot_bytes);

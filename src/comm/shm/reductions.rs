@@ -58,7 +58,7 @@ struct Queue {
     present: Vec<bool>,
     flags: Vec<*const u8>,
     data: Vec<*const u8>,
-    sources: Vec<*const u8>,
+    sources: Vec<*const f32>,
 }
 
 // SAFETY: the raw pointers are scratch of one call.
@@ -119,7 +119,7 @@ impl Reductions {
         if !reduce::supports(tag.dtype) || tag.bytes % tag.dtype.size() as u64 != 0 {
             return Err(err!(Unsupported, "a reduce-scatter of {} bytes of {}", tag.bytes, tag.dtype));
         }
-        if tag.bytes > size as u64 || present.len() > flags {
+        if !reduce::fits(tag, size) || present.len() > flags {
             let (bytes, n) = (tag.bytes, present.len());
             return Err(err!(
                 InvalidArgument,
@@ -309,13 +309,14 @@ impl Queue {
         let kind = Kind::ReduceScatter;
         let (dtype, bytes) = (entry.dtype(), entry.bytes.load(Ordering::Relaxed));
         let slot = entry.slot.load(Ordering::Relaxed) as usize;
-        let fits = segment.layout.sizes.get(slot).is_some_and(|size| *size as u64 >= bytes);
-        let (Some(dtype), true) = (dtype.filter(|_| (unit as usize) < self.units.len()), fits) else {
+        let size = segment.layout.sizes.get(slot);
+        let tag = dtype.map(|dtype| Tag { kind, unit: self.units.start + unit, dtype, bytes });
+        let fits = |tag: &Tag| (unit as usize) < self.units.len() && size.is_some_and(|size| reduce::fits(*tag, *size));
+        let Some(tag) = tag.filter(fits) else {
             return Err(
                 group.fail(err!(Mismatch, "rank {rank} published a reduce-scatter of unit {unit} that is none"))
             );
         };
-        let tag = Tag { kind, unit: self.units.start + unit, dtype, bytes };
         let occurrence = &mut self.counts[rank * self.units.len() + unit as usize];
         *occurrence += 1;
         let occurrence = *occurrence;
@@ -390,17 +391,16 @@ impl Queue {
         // SAFETY: every rank wrote `params` flags before it published (`take` compared the numbers), and writes them
         // again only after this rank has marked the publication as done.
         let has = |at: usize, param: usize| unsafe { flags[at].add(param).read() } != 0;
-        let size = what.tag.dtype.size();
-        let elements = what.tag.bytes as usize / size;
+        let elements = what.tag.bytes as usize / what.tag.dtype.size();
         for s in target.segments(what.unit as usize) {
             assert!(s.param < what.params as usize && s.offset + s.len <= elements, "a segment outside its unit");
             self.sources.clear();
             // SAFETY: the segment lies inside the reduction (asserted), which fits every rank's slot (`take`).
-            let source = |at: usize| unsafe { data[at].add(s.offset * size) };
+            let source = |at: usize| unsafe { data[at].cast::<f32>().add(s.offset) };
             self.sources.extend((0..data.len()).filter(|at| has(*at, s.param)).map(source));
             // SAFETY: the sources are published and stay unwritten until this rank is done; `out` is the host's private
             // memory for `len` floats.
-            unsafe { reduce::mean(what.tag.dtype, &self.sources, group.world, s.out, s.len, s.accumulate) };
+            unsafe { reduce::mean_rounded(what.tag.dtype, &self.sources, group.world, s.out, s.len, s.accumulate) };
         }
         self.present.clear();
         self.present.extend((0..what.params as usize).map(|p| (0..flags.len()).any(|at| has(at, p))));
