@@ -58,7 +58,7 @@ def main():
         raise SystemExit(__doc__)
     failures = count = 0
     for program, ranks, breaks in zip(arguments[::3], arguments[1::3], arguments[2::3]):
-        name = os.path.basename(shlex.split(program)[0])
+        name = os.path.basename(program)
         for broken in [None, *breaks.split(",")]:
             status, output = run(sys.argv[1], program, int(ranks), broken)
             good, what = judge(broken, status, output)

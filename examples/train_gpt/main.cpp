@@ -137,7 +137,10 @@ void run(Options o, Ranks& ranks) {
   fit_batch(o, ranks.world_size());
   const Text text(o.text, o.val_fraction, o.model.seq, o.val_every > 0);
   std::vector<std::string> notes;
-  const RunFolder folder(o, text, notes);
+  const RunFolder folder(
+      o, text.digest(),
+      [&](const std::string& checkpoint) { return checkpoint_metadata(checkpoint, o.no_shard); },
+      notes);
 
   torch::manual_seed(o.seed);
   Gpt gpt(o.model);

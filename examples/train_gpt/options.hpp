@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "gpt.hpp"
+#include "gpt_config.hpp"
 
 /// An option or input that cannot be used; what() names it and says what would be right.
 struct UsageError : std::runtime_error {
