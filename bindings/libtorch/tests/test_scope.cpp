@@ -339,7 +339,7 @@ void policies(const fsdp::Communicator& comm) {
   using Names = std::vector<std::string>;
   REQUIRE(units_with(fsdp::WrapPolicy()) == Names({""}));
   REQUIRE(units_with(fsdp::wrap_class("BlockImpl")) == Names({"", "a", "b"}));
-  REQUIRE(units_with(fsdp::wrap_class("(anonymous namespace)::BlockImpl")) ==
+  REQUIRE(units_with(fsdp::wrap_class("test_scope::(anonymous namespace)::BlockImpl")) ==
           Names({"", "a", "b"}));
   REQUIRE(units_with(fsdp::wrap_if([](const nn::Module&, const std::string& fqn) {
             return fqn == "b.down";
