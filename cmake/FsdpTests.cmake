@@ -15,7 +15,7 @@
 #     Fails when any test of the project, however it was added, has no known prefix. Called at the end.
 #
 # Every test has a time limit (in seconds), and tests of several ranks count for two processors, so that
-# `ctest -j2` never runs them beside another one.
+# `ctest -j2` never runs them beside another one, unless waiting is all that they do.
 
 set(FSDP_TEST_PREFIXES api scenario feature link fault bind train)
 option(FSDP_TEST_PCH "Compile LibTorch's headers once for all LibTorch tests" ON)

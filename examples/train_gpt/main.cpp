@@ -178,8 +178,9 @@ void run(Options o, Ranks& ranks) {
   }
   ranks.barrier();  // what follows concerns only this rank's files
   if (ranks.first()) {
-    plot_loss(folder.metrics_file(), folder.picture_file());
-    std::cout << "metrics, picture, sample and checkpoints are in " << o.out << std::endl;
+    if (o.picture) plot_loss(folder.metrics_file(), folder.picture_file());
+    std::cout << (o.picture ? "metrics, picture" : "metrics") << ", sample and checkpoints are in "
+              << o.out << std::endl;
   }
 }
 

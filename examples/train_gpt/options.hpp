@@ -43,6 +43,7 @@ struct Options {
   bool resume = false;
   std::string resume_from;  ///< empty: the latest checkpoint in `out`
   bool overwrite = false;
+  bool picture = true;  ///< of the loss curve, at the end
 
   std::string prompt = "In the ";
   std::int64_t sample_tokens = 300;
