@@ -8,6 +8,7 @@ after it. A crash, a hang, or a failure without a check's message (file:line: ..
 Python 3 standard library only.
 """
 
+import concurrent.futures
 import os
 import re
 import shlex
@@ -56,18 +57,20 @@ def main():
     arguments = sys.argv[2:]
     if len(sys.argv) < 5 or len(arguments) % 3 != 0:
         raise SystemExit(__doc__)
-    failures = count = 0
-    for program, ranks, breaks in zip(arguments[::3], arguments[1::3], arguments[2::3]):
-        name = os.path.basename(shlex.split(program)[0])
-        for broken in [None, *breaks.split(",")]:
-            status, output = run(sys.argv[1], program, int(ranks), broken)
+    cases = [(program, int(ranks), broken)
+             for program, ranks, breaks in zip(arguments[::3], arguments[1::3], arguments[2::3])
+             for broken in [None, *breaks.split(",")]]
+    failures = 0
+    # Two at a time: most of what one takes is one process that loads libraries.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda case: run(sys.argv[1], *case), cases)
+        for (program, _, broken), (status, output) in zip(cases, results):
             good, what = judge(broken, status, output)
-            count += 1
-            print(f"{'ok' if good else 'FAILED':7}{name} {broken or '(unbroken)'}: {what}")
+            print(f"{'ok' if good else 'FAILED':7}{os.path.basename(program)} {broken or '(unbroken)'}: {what}")
             if not good:
                 failures += 1
                 print("    " + output.replace("\n", "\n    "))
-    print(f"{count - failures} of {count} as they must be")
+    print(f"{len(cases) - failures} of {len(cases)} as they must be")
     return 1 if failures else 0
 
 

@@ -15,7 +15,7 @@ fsdp_add_test(NAME link_abi_static SOURCES "${_abi}" STATIC)
 set(_outside "${PROJECT_BINARY_DIR}/outside")
 fsdp_add_test(NAME link_install TIMEOUT 120
   COMMAND "${CMAKE_COMMAND}" --install "${PROJECT_BINARY_DIR}" --prefix "${_outside}/prefix")
-set_tests_properties(link_install PROPERTIES FIXTURES_SETUP fsdp_prefix)
+set_tests_properties(link_install PROPERTIES FIXTURES_SETUP fsdp_prefix COST 100)
 
 set(_kinds cmake_c cmake_static cmake_cpp cmake_relocated pkgconfig_shared pkgconfig_static)
 if(TARGET fsdp::torch)
@@ -34,6 +34,10 @@ foreach(_kind IN LISTS _kinds)
       "GENERATOR=${CMAKE_GENERATOR}" "MAKE_PROGRAM=${CMAKE_MAKE_PROGRAM}" "PKG_CONFIG=${FSDP_PKG_CONFIG}"
       "MPIRUN=${FSDP_MPIRUN}" ${FSDP_MPI_ENVIRONMENT} ${FSDP_MPI_UNPACKED}
       "TORCH=${LibTorch_ROOT_DIR}" "LIBDIR=${CMAKE_INSTALL_LIBDIR}" "VERSION=${PROJECT_VERSION}")
-  # Two ranks run at the end, and the torch one compiles for long.
-  set_tests_properties(link_${_kind} PROPERTIES FIXTURES_REQUIRED fsdp_prefix PROCESSORS 2)
+  # The two ranks at the end are no work: one processor, that of the compiler.
+  set_tests_properties(link_${_kind} PROPERTIES FIXTURES_REQUIRED fsdp_prefix)
 endforeach()
+if(TARGET fsdp::torch)
+  # The longest, on one processor: first, with those that mostly wait beside it (capi_tests).
+  set_tests_properties(link_cmake_torch PROPERTIES COST 90)
+endif()

@@ -6,14 +6,16 @@
 #     .c is C11 against fsdp::fsdp; C++ links fsdp::cpp; TORCH links fsdp::torch (such a test is left out, with a
 #     message, where LibTorch is missing); STATIC links the static library.
 #   fsdp_add_test(NAME api_comm_4 TARGET api_comm RANKS 4 ...)
-#     Runs an executable that exists already, e.g. with another number of ranks.
+#     Runs an executable that exists already, e.g. with another number of ranks. TORCH is to be said of one of LibTorch.
 #   fsdp_add_test(NAME link_x COMMAND program args...)
 #     Runs any command.
+#   fsdp_add_torch_executable(TARGET source...)
+#     An executable as TORCH's above, without a test.
 #   fsdp_check_test_names()
 #     Fails when any test of the project, however it was added, has no known prefix. Called at the end.
 #
 # Every test has a time limit (in seconds), and tests of several ranks count for two processors, so that
-# `ctest -j2` never runs them beside another one.
+# `ctest -j2` never runs them beside another one, unless waiting is all that they do.
 
 set(FSDP_TEST_PREFIXES api scenario feature link fault bind train)
 option(FSDP_TEST_PCH "Compile LibTorch's headers once for all LibTorch tests" ON)
@@ -46,6 +48,17 @@ function(_fsdp_torch_pch)
   endif()
 endfunction()
 
+function(fsdp_add_torch_executable target)
+  add_executable(${target} ${ARGN})
+  set_target_properties(${target} PROPERTIES C_STANDARD 11)
+  target_link_libraries(${target} PRIVATE fsdp_build_flags fsdp::torch)
+  target_compile_options(${target} PRIVATE -O0)
+  _fsdp_torch_pch()
+  if(TARGET fsdp_torch_pch)
+    target_precompile_headers(${target} REUSE_FROM fsdp_torch_pch)
+  endif()
+endfunction()
+
 function(fsdp_add_test)
   cmake_parse_arguments(PARSE_ARGV 0 T "TORCH;STATIC" "NAME;TARGET;RANKS;TIMEOUT"
     "SOURCES;ARGS;LABELS;ENVIRONMENT;COMMAND")
@@ -63,23 +76,19 @@ function(fsdp_add_test)
 
   if(T_SOURCES)
     set(T_TARGET ${T_NAME})
-    add_executable(${T_TARGET} ${T_SOURCES})
-    set_target_properties(${T_TARGET} PROPERTIES C_STANDARD 11)
-    if(T_STATIC)
-      target_link_libraries(${T_TARGET} PRIVATE fsdp::fsdp_static)
-    elseif(T_SOURCES MATCHES "\\.cpp(;|$)" AND NOT T_TORCH)
-      target_link_libraries(${T_TARGET} PRIVATE fsdp::cpp)
-    elseif(NOT T_TORCH)
-      target_link_libraries(${T_TARGET} PRIVATE fsdp::fsdp)
-    endif()
-    target_link_libraries(${T_TARGET} PRIVATE fsdp_build_flags)
     if(T_TORCH)
-      target_link_libraries(${T_TARGET} PRIVATE fsdp::torch)
-      target_compile_options(${T_TARGET} PRIVATE -O0)
-      _fsdp_torch_pch()
-      if(TARGET fsdp_torch_pch)
-        target_precompile_headers(${T_TARGET} REUSE_FROM fsdp_torch_pch)
+      fsdp_add_torch_executable(${T_TARGET} ${T_SOURCES})
+    else()
+      add_executable(${T_TARGET} ${T_SOURCES})
+      set_target_properties(${T_TARGET} PROPERTIES C_STANDARD 11)
+      if(T_STATIC)
+        target_link_libraries(${T_TARGET} PRIVATE fsdp::fsdp_static)
+      elseif(T_SOURCES MATCHES "\\.cpp(;|$)")
+        target_link_libraries(${T_TARGET} PRIVATE fsdp::cpp)
+      else()
+        target_link_libraries(${T_TARGET} PRIVATE fsdp::fsdp)
       endif()
+      target_link_libraries(${T_TARGET} PRIVATE fsdp_build_flags)
     endif()
   endif()
 

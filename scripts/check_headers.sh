@@ -17,8 +17,32 @@ twice() {
 # headers DIR: the header files below it, as they are included.
 headers() { [ -d "$1" ] && (cd "$1" && find . -name '*.h' -o -name '*.hpp' | sed 's|^\./||' | LC_ALL=C sort); }
 
-# show_result FILE: the log of a check that ran in the background, and whether it succeeded.
-show_result() { cat "$1.log" && [ -f "$1.ok" ]; }
+# background NAME COMMAND...: starts a check when fewer than JOBS run; `step NAME show_result NAME`, once it has ended, is its
+# line.
+results=$BUILD/header_check
+rm -rf "$results"
+mkdir -p "$results"
+background() {
+    local result=$results/$1
+    shift
+    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-$(nproc)}" ]; do wait -n; done
+    { "$@" >"$result.log" 2>&1 && touch "$result.ok"; } </dev/null &
+}
+show_result() { cat "$results/$1.log" && [ -f "$results/$1.ok" ]; }
+
+torch=$(cat "$BUILD/torch.dir" 2>/dev/null)
+if [ -n "$torch" ]; then
+    torch_flags=(-std=c++20 -Iinclude -Ibindings/cpp/include -Ibindings/libtorch/include
+        -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include")
+    # LibTorch's headers take 20 s to parse: once as a precompiled header, for the parts of the binding, and once for the
+    # header that users include, really alone.
+    precompiled=$results/torch.hpp
+    echo '#include <torch/torch.h>' >"$precompiled"
+    background header-torch-precompiled "${CXX:-c++}" -x c++-header "${torch_flags[@]}" -Wall -Wextra -Wpedantic \
+        "$precompiled" -o "$precompiled.gch"
+    precompiling=$!
+    background header-c++20-fsdp-torch.hpp twice fsdp/torch.hpp c++ "${torch_flags[@]}"
+fi
 
 for header in $(headers include); do
     step "header-c11-${header//\//-}" twice "$header" c -std=c11 -Iinclude
@@ -39,34 +63,19 @@ if [ -f "$mpi/mpi.h" ]; then
 else
     echo "headers of bindings/mpi: not checked, there is no mpi.h"
 fi
-torch=$(cat "$BUILD/torch.dir" 2>/dev/null)
 if [ -n "$torch" ]; then
-    flags=(-std=c++20 -Iinclude -Ibindings/cpp/include -Ibindings/libtorch/include
-        -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include")
-    # LibTorch's headers take 20 s to parse: once for the header that users include, really alone, and once as a
-    # precompiled header for the parts below it.
-    precompiled=$BUILD/header_check/torch.hpp
-    mkdir -p "${precompiled%/*}"
-    echo '#include <torch/torch.h>' >"$precompiled"
-    step "header-torch-precompiled" "${CXX:-c++}" -x c++-header "${flags[@]}" -Wall -Wextra -Wpedantic \
-        "$precompiled" -o "$precompiled.gch"
-    # Several at once; then one line each.
-    running=0
+    wait "$precompiling"
+    step header-torch-precompiled show_result header-torch-precompiled
     for header in $(headers bindings/libtorch/include); do
-        before=(-include "$precompiled")
-        [ "${header%/*}" = fsdp ] && before=()
-        result=${precompiled%/*}/${header//\//-}
-        { twice "$header" c++ "${flags[@]}" "${before[@]}" >"$result.log" 2>&1 && touch "$result.ok"; } &
-        running=$((running + 1))
-        [ "$running" -ge "${JOBS:-$(nproc)}" ] && { wait -n; running=$((running - 1)); }
+        [ "$header" = fsdp/torch.hpp ] ||
+            background "header-c++20-${header//\//-}" twice "$header" c++ "${torch_flags[@]}" -include "$precompiled"
     done
     wait
     for header in $(headers bindings/libtorch/include); do
-        result=${precompiled%/*}/${header//\//-}
-        step "header-c++20-${header//\//-}" show_result "$result"
+        step "header-c++20-${header//\//-}" show_result "header-c++20-${header//\//-}"
     done
-    rm -rf "${precompiled%/*}"
 else
     echo "headers of bindings/libtorch: not checked, $BUILD/torch.dir names no LibTorch"
 fi
+rm -rf "$results"
 [ "$failed" -eq 0 ]

@@ -137,7 +137,10 @@ void run(Options o, Ranks& ranks) {
   fit_batch(o, ranks.world_size());
   const Text text(o.text, o.val_fraction, o.model.seq, o.val_every > 0);
   std::vector<std::string> notes;
-  const RunFolder folder(o, text, notes);
+  const RunFolder folder(
+      o, text.digest(),
+      [&](const std::string& checkpoint) { return checkpoint_metadata(checkpoint, o.no_shard); },
+      notes);
 
   torch::manual_seed(o.seed);
   Gpt gpt(o.model);
@@ -175,8 +178,9 @@ void run(Options o, Ranks& ranks) {
   }
   ranks.barrier();  // what follows concerns only this rank's files
   if (ranks.first()) {
-    plot_loss(folder.metrics_file(), folder.picture_file());
-    std::cout << "metrics, picture, sample and checkpoints are in " << o.out << std::endl;
+    if (o.picture) plot_loss(folder.metrics_file(), folder.picture_file());
+    std::cout << (o.picture ? "metrics, picture" : "metrics") << ", sample and checkpoints are in "
+              << o.out << std::endl;
   }
 }
 

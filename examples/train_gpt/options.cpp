@@ -141,6 +141,8 @@ Options parse_options(int argc, char** argv) {
 
   app.add_option("--out", o.out, "folder for metrics, picture, sample and checkpoints")
       ->group("Output");
+  app.add_flag("--picture,!--no-picture", o.picture, "draw the loss curve at the end (default)")
+      ->group("Output");
   app.add_option("--save-every", o.save_every, "steps between checkpoints; 0: only at the end")
       ->check(not_negative)
       ->group("Output");

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "gpt.hpp"
+#include "gpt_config.hpp"
 
 /// An option or input that cannot be used; what() names it and says what would be right.
 struct UsageError : std::runtime_error {
@@ -43,6 +43,7 @@ struct Options {
   bool resume = false;
   std::string resume_from;  ///< empty: the latest checkpoint in `out`
   bool overwrite = false;
+  bool picture = true;  ///< of the loss curve, at the end
 
   std::string prompt = "In the ";
   std::int64_t sample_tokens = 300;

@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
+#include <nlohmann/json.hpp>
+#include <utility>
 #include <vector>
 
 #include "metrics.hpp"
-#include "parallel.hpp"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -22,8 +23,8 @@ json model_json(const GptConfig& m) {
           {"tie_head", m.tie_head}};
 }
 
-json training_json(const Options& o, const Text& text) {
-  return {{"text_sha1", text.digest()},
+json training_json(const Options& o, const std::string& text_sha1) {
+  return {{"text_sha1", text_sha1},
           {"val_fraction", o.val_fraction},
           {"global_batch", o.global_batch},
           {"seed", o.seed},
@@ -65,8 +66,9 @@ std::map<std::int64_t, fs::path> checkpoints_in(const fs::path& folder) {
 
 }  // namespace
 
-RunFolder::RunFolder(const Options& options, const Text& text, std::vector<std::string>& notes)
-    : options_(options), text_(text), out_(options.out) {
+RunFolder::RunFolder(const Options& options, std::string text_sha1, const MetadataOf& metadata_of,
+                     std::vector<std::string>& notes)
+    : options_(options), text_sha1_(std::move(text_sha1)), out_(options.out) {
   if (fs::exists(out_) && !fs::is_directory(out_)) {
     throw UsageError("--out: '" + options.out + "' is not a folder");
   }
@@ -90,7 +92,7 @@ RunFolder::RunFolder(const Options& options, const Text& text, std::vector<std::
 
   json saved;
   try {
-    saved = json::parse(checkpoint_metadata(resume_from_, options.no_shard));
+    saved = json::parse(metadata_of(resume_from_));
     progress_ = {saved.at("step").get<std::int64_t>(), saved.at("first_loss").get<double>()};
     saved.at("model");
   } catch (const json::exception& error) {
@@ -103,7 +105,7 @@ RunFolder::RunFolder(const Options& options, const Text& text, std::vector<std::
     for (const auto& difference : other_model) list += (list.empty() ? "" : ", ") + difference;
     throw UsageError("--resume: '" + resume_from_ + "' is of another model: " + list);
   }
-  notes = differences(saved.value("training", json::object()), training_json(options, text));
+  notes = differences(saved.value("training", json::object()), training_json(options, text_sha1_));
   if (progress_.step >= options.steps) {
     throw UsageError("--resume: '" + resume_from_ + "' has done " + std::to_string(progress_.step) +
                      " steps already; --steps " + std::to_string(options.steps) +
@@ -137,6 +139,6 @@ std::string RunFolder::metadata(const Progress& progress) const {
   return json{{"step", progress.step},
               {"first_loss", progress.first_loss},
               {"model", model_json(options_.model)},
-              {"training", training_json(options_, text_)}}
+              {"training", training_json(options_, text_sha1_)}}
       .dump();
 }

@@ -4,11 +4,11 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <nlohmann/json.hpp>
+#include <functional>
 #include <string>
+#include <vector>
 
 #include "options.hpp"
-#include "text.hpp"
 
 /// What a run needs besides parameters and optimizer state to go on where it stopped. Batches and
 /// the sample are functions of (seed, step), so the step is also the position in the data and no
@@ -20,11 +20,16 @@ struct Progress {
 
 class RunFolder {
  public:
-  /// Decides from the options what to do, without changing anything, so that every rank can do so:
+  /// The metadata that the checkpoint in a folder was saved with.
+  using MetadataOf = std::function<std::string(const std::string& folder)>;
+
+  /// Decides from the options what to do, without changing anything, so that every rank can do so
+  /// (`text_sha1`: of the text that it trains on, see Text::digest):
   /// throws UsageError when an earlier run would be overwritten, or the checkpoint to resume from
   /// is missing or of another model. `notes` receives a line for each training option that the
   /// checkpoint had different.
-  RunFolder(const Options& options, const Text& text, std::vector<std::string>& notes);
+  RunFolder(const Options& options, std::string text_sha1, const MetadataOf& metadata_of,
+            std::vector<std::string>& notes);
 
   /// The checkpoint to load; empty when the run starts from the beginning.
   const std::string& resume_from() const { return resume_from_; }
@@ -46,7 +51,7 @@ class RunFolder {
 
  private:
   const Options& options_;
-  const Text& text_;
+  std::string text_sha1_;
   std::filesystem::path out_;
   std::string resume_from_;
   Progress progress_;

@@ -5,6 +5,7 @@
 
 #include "reference.hpp"
 
+namespace feature_checkpoint {
 namespace {
 
 using namespace harness;
@@ -234,9 +235,7 @@ void load_at_another_size(const fsdp::Communicator& comm) {
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_with_scratch(argc, argv,
                            {{"buffers are rank 0's", buffers_are_rank_zeros},
                             {"in the background", in_the_background},
@@ -245,3 +244,8 @@ int main(int argc, char** argv) {
                             {"save for other sizes", save_for_other_sizes}},
                            load_at_another_size);
 }
+
+const harness::Program program("feature_checkpoint", run_program);
+
+}  // namespace
+}  // namespace feature_checkpoint

@@ -8,6 +8,7 @@
 
 #include "reference.hpp"
 
+namespace feature_gradients {
 namespace {
 
 using namespace harness;
@@ -510,9 +511,7 @@ void timeline(const fsdp::Communicator& comm) {
   if (comm.rank() == 0) REQUIRE(std::remove(path.c_str()) == 0);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return harness::main_of(argc, argv,
                           {{"clipping", clipping},
                            {"clipping own gradients", clipping_own_gradients},
@@ -525,3 +524,8 @@ int main(int argc, char** argv) {
                            {"fused with own gradients", fused_with_own_gradients},
                            {"timeline", timeline}});
 }
+
+const harness::Program program("feature_gradients", run_program);
+
+}  // namespace
+}  // namespace feature_gradients

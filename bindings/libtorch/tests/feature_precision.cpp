@@ -3,6 +3,7 @@
 // rounded to the reduce dtype, and averaged over the ranks in float32.
 #include "reference.hpp"
 
+namespace feature_precision {
 namespace {
 
 using namespace harness;
@@ -661,9 +662,7 @@ void wrong_options(const fsdp::Communicator& comm) {
   REQUIRE_THROWS(narrow->norm->bias.sum(), "'norm.bias'", "destroyed");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return harness::main_of(argc, argv,
                           {{"mlp", mlp},
                            {"transformer", transformer},
@@ -680,3 +679,8 @@ int main(int argc, char** argv) {
                            {"hybrid", hybrid},
                            {"wrong options", wrong_options}});
 }
+
+const harness::Program program("feature_precision", run_program);
+
+}  // namespace
+}  // namespace feature_precision

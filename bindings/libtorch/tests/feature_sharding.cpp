@@ -2,6 +2,7 @@
 // parts, each compared with a plain data-parallel loop over the whole module.
 #include "reference.hpp"
 
+namespace feature_sharding {
 namespace {
 
 using namespace harness;
@@ -355,9 +356,7 @@ void ignoring(const fsdp::Communicator& comm) {
   REQUIRE_THROWS(fsdp::fully_shard(make_net(), wrong), "ignored_parameters[0]");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   const int ranks = argc > 1 ? std::atoi(argv[1]) : 1;
   return run_ranks(ranks, [](const fsdp::Communicator& comm) {
     strategies(comm);
@@ -369,3 +368,8 @@ int main(int argc, char** argv) {
     ignoring(comm);
   });
 }
+
+const harness::Program program("feature_sharding", run_program);
+
+}  // namespace
+}  // namespace feature_sharding

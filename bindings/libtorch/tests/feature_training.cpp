@@ -2,6 +2,7 @@
 // the same per-rank batches: many kinds of modules, SGD, Adam and AdamW.
 #include "reference.hpp"
 
+namespace feature_training {
 namespace {
 
 using namespace harness;
@@ -398,9 +399,7 @@ void library_containers(const fsdp::Communicator& comm) {
       sgd(), fsdp::wrap_always());
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"MLP with SGD", [](auto comm) { mlp(comm, sgd()); }},
                   {"MLP with Adam", [](auto comm) { mlp(comm, adam()); }},
@@ -419,3 +418,8 @@ int main(int argc, char** argv) {
                   {"shared modules", shared_modules},
                   {"Sequential", library_containers}});
 }
+
+const harness::Program program("feature_training", run_program);
+
+}  // namespace
+}  // namespace feature_training

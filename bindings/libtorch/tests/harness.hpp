@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "fsdp/torch.hpp"
@@ -148,6 +149,18 @@ inline int main_of(int argc, char** argv, const std::vector<Part>& parts) {
   }
   return failed == 0 ? 0 : 1;
 }
+
+/// A test program of those that a binary holds: `BINARY NAME [ARGUMENTS]` runs it (main.cpp).
+class Program {
+ public:
+  /// `run` is its main(), with NAME as argv[0]. The names live as long as the binary runs.
+  Program(const char* name, int (*run)(int, char**)) { all().emplace_back(name, run); }
+
+  static std::vector<std::pair<std::string, int (*)(int, char**)>>& all() {
+    static std::vector<std::pair<std::string, int (*)(int, char**)>> programs;
+    return programs;
+  }
+};
 
 /// A folder of this run: main_with_scratch makes it before the ranks are forked.
 inline std::string& scratch() {

@@ -6,6 +6,7 @@
 // Breaks: other_seed, wrong_init, uninitialized, no_error, no_average.
 #include "scenario_models.hpp"
 
+namespace scenario_deferred {
 namespace {
 
 using namespace scenario;
@@ -220,12 +221,15 @@ void what_is_refused(const fsdp::Communicator& comm) {
   for (const at::Tensor& shard : bigger.parameters()) REQUIRE(shard.grad().defined());
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"one level", [](auto comm) { like_regular<Simple>(comm, "simple"); }},
                   {"nested", [](auto comm) { like_regular<Nested>(comm, "nested"); }},
                   {"as constructed eagerly", like_eager},
                   {"what is refused", what_is_refused}});
 }
+
+const harness::Program program("scenario_deferred", run_program);
+
+}  // namespace
+}  // namespace scenario_deferred

@@ -9,6 +9,7 @@
 
 #include "scenario.hpp"
 
+namespace scenario_exec_order {
 namespace {
 
 using namespace scenario;
@@ -297,9 +298,7 @@ void unsharded_between(const fsdp::Communicator& comm, Strategy strategy) {
   REQUIRE(states() == both(FSDP_UNIT_SHARDED));
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   std::vector<Part> parts;
   const auto add = [&](const std::string& name, std::function<void(fsdp::Communicator)> run) {
     parts.push_back({name, std::move(run)});
@@ -329,3 +328,8 @@ int main(int argc, char** argv) {
   }
   return main_of(argc, argv, parts);
 }
+
+const harness::Program program("scenario_exec_order", run_program);
+
+}  // namespace
+}  // namespace scenario_exec_order

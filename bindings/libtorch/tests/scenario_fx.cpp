@@ -6,6 +6,7 @@
 // no_average.
 #include "scenario.hpp"
 
+namespace scenario_fx {
 namespace {
 
 using namespace scenario;
@@ -311,12 +312,15 @@ void prefetch_and_wrap(const fsdp::Communicator& comm) {
   REQUIRE_THROWS(fsdp::fully_shard(make(), options), "trace");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"what is recorded", records},
                   {"failures", failures},
                   {"what is inferred", inferred},
                   {"prefetch order and wrap policy", prefetch_and_wrap}});
 }
+
+const harness::Program program("scenario_fx", run_program);
+
+}  // namespace
+}  // namespace scenario_fx

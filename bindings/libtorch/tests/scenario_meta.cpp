@@ -6,6 +6,7 @@
 // Breaks: wrong_init, uninitialized, buffer_not_filled, no_error, no_average, reduced_as_float32.
 #include "scenario_models.hpp"
 
+namespace scenario_meta {
 namespace {
 
 using namespace scenario;
@@ -332,9 +333,7 @@ void buffers_of_all_types(const fsdp::Communicator& comm) {
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"one level", [](auto comm) { like_regular<Simple>(comm, "simple"); }},
                   {"nested", [](auto comm) { like_regular<Nested>(comm, "nested"); }},
@@ -343,3 +342,8 @@ int main(int argc, char** argv) {
                   {"LibTorch's modules", library_modules},
                   {"buffers of all types", buffers_of_all_types}});
 }
+
+const harness::Program program("scenario_meta", run_program);
+
+}  // namespace
+}  // namespace scenario_meta

@@ -5,6 +5,7 @@
 
 #include "scenario.hpp"
 
+namespace scenario_meta_memory {
 namespace {
 
 using namespace scenario;
@@ -71,8 +72,11 @@ void one_unit_at_a_time(const fsdp::Communicator& comm) {
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv, {{"1 GiB, one unit at a time", one_unit_at_a_time}});
 }
+
+const harness::Program program("scenario_meta_memory", run_program);
+
+}  // namespace
+}  // namespace scenario_meta_memory

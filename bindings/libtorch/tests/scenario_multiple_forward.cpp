@@ -5,6 +5,7 @@
 // Breaks: missing_second_use, reduced_too_early, no_average.
 #include "scenario.hpp"
 
+namespace scenario_multiple_forward {
 namespace {
 
 using namespace scenario;
@@ -127,8 +128,11 @@ void run(const fsdp::Communicator& comm) {
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv, {{"a unit used twice in one forward", run}});
 }
+
+const harness::Program program("scenario_multiple_forward", run_program);
+
+}  // namespace
+}  // namespace scenario_multiple_forward

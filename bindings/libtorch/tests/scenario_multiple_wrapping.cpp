@@ -6,6 +6,7 @@
 // Breaks: stale_values, no_error, no_average.
 #include "scenario.hpp"
 
+namespace scenario_multiple_wrapping {
 namespace {
 
 using namespace scenario;
@@ -278,9 +279,7 @@ void what_is_refused(const fsdp::Communicator& comm) {
   check_same(pair.model.forward(x), wanted, "output after an error");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(
       argc, argv,
       {{"first handle alive", [](auto comm) { wrap_again(comm, false, false); }},
@@ -290,3 +289,8 @@ int main(int argc, char** argv) {
        {"optimizer state and gradients", state_comes_along},
        {"what is refused", what_is_refused}});
 }
+
+const harness::Program program("scenario_multiple_wrapping", run_program);
+
+}  // namespace
+}  // namespace scenario_multiple_wrapping

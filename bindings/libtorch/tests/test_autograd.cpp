@@ -2,6 +2,7 @@
 // structures, graphs kept or stale, and what is refused.
 #include "reference.hpp"
 
+namespace test_autograd {
 namespace {
 
 using namespace harness;
@@ -307,9 +308,7 @@ void refused(const fsdp::Communicator& comm) {
   REQUIRE_THROWS(loss.backward(), "embed.weight", "sparse");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"activation recomputation", recomputation},
                   {"gradient accumulation", accumulation},
@@ -321,3 +320,8 @@ int main(int argc, char** argv) {
                   {"backward that reads no parameter", only_a_linear_layer},
                   {"refused", refused}});
 }
+
+const harness::Program program("test_autograd", run_program);
+
+}  // namespace
+}  // namespace test_autograd

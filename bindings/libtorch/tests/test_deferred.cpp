@@ -4,6 +4,7 @@
 
 #include "deferred.hpp"
 
+namespace test_deferred {
 namespace {
 
 using namespace harness;
@@ -326,9 +327,7 @@ void programs(const fsdp::Communicator&) {
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"initializers", initializers},
                   {"layers", layers},
@@ -337,3 +336,8 @@ int main(int argc, char** argv) {
                   {"real inputs", real_inputs},
                   {"random programs", programs}});
 }
+
+const harness::Program program("test_deferred", run_program);
+
+}  // namespace
+}  // namespace test_deferred

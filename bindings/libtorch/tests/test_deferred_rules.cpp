@@ -6,6 +6,7 @@
 
 #include "deferred.hpp"
 
+namespace test_deferred_rules {
 namespace {
 
 using namespace harness;
@@ -403,9 +404,7 @@ void memory(const fsdp::Communicator&) {
   REQUIRE_SAY(kib("VmHWM") - before < (256 << 10), kib("VmHWM") - before << " KiB at the peak");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"errors", errors},
                   {"large shapes", large_shapes},
@@ -418,3 +417,8 @@ int main(int argc, char** argv) {
                   {"threads", threads},
                   {"memory", memory}});
 }
+
+const harness::Program program("test_deferred_rules", run_program);
+
+}  // namespace
+}  // namespace test_deferred_rules

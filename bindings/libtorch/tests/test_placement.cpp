@@ -2,6 +2,7 @@
 // guess nor a user who keeps what is there changes a bit.
 #include "reference.hpp"
 
+namespace test_placement {
 namespace {
 
 using namespace harness;
@@ -274,9 +275,7 @@ void interrupted(const fsdp::Communicator& comm) {
   check_shards(*pair.model, pair.reference->parameters(), true, "a graph gone through twice");
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"gradients are computed in place", places},
                   {"an embedding's rows too", places_rows},
@@ -285,3 +284,8 @@ int main(int argc, char** argv) {
                   {"misled", misled},
                   {"interrupted", interrupted}});
 }
+
+const harness::Program program("test_placement", run_program);
+
+}  // namespace
+}  // namespace test_placement

@@ -5,6 +5,7 @@
 
 #include "reference.hpp"
 
+namespace test_scope {
 namespace {
 
 using namespace harness;
@@ -338,7 +339,7 @@ void policies(const fsdp::Communicator& comm) {
   using Names = std::vector<std::string>;
   REQUIRE(units_with(fsdp::WrapPolicy()) == Names({""}));
   REQUIRE(units_with(fsdp::wrap_class("BlockImpl")) == Names({"", "a", "b"}));
-  REQUIRE(units_with(fsdp::wrap_class("(anonymous namespace)::BlockImpl")) ==
+  REQUIRE(units_with(fsdp::wrap_class("test_scope::(anonymous namespace)::BlockImpl")) ==
           Names({"", "a", "b"}));
   REQUIRE(units_with(fsdp::wrap_if([](const nn::Module&, const std::string& fqn) {
             return fqn == "b.down";
@@ -382,9 +383,7 @@ void resharding(const fsdp::Communicator& comm) {
   require_usable(model, comm);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"use outside of the scope", outside_of_scope},
                   {"writing the module's own parameters", writing_the_modules_own},
@@ -398,3 +397,8 @@ int main(int argc, char** argv) {
                   {"wrap policies", policies},
                   {"resharding", resharding}});
 }
+
+const harness::Program program("test_scope", run_program);
+
+}  // namespace
+}  // namespace test_scope

@@ -5,6 +5,7 @@
 
 #include "reference.hpp"
 
+namespace test_state {
 namespace {
 
 using namespace harness;
@@ -273,9 +274,7 @@ void resume_at_another_size(const fsdp::Communicator& comm) {
   check_shards(model, params, false, "resumed at another size", 2e-5);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   return main_with_scratch(argc, argv,
                            {{"names and sizes", names_and_sizes},
                             {"collectives on tensors", communicator_tensors},
@@ -285,3 +284,8 @@ int main(int argc, char** argv) {
                             {"save for other sizes", save_for_other_sizes}},
                            resume_at_another_size);
 }
+
+const harness::Program program("test_state", run_program);
+
+}  // namespace
+}  // namespace test_state

@@ -1,5 +1,6 @@
 """The same training at every world size, and the memory it takes."""
 
+import os
 import unittest
 
 from trainer import TINY, Case
@@ -51,6 +52,19 @@ class Worlds(Case):
         self.assert_same(self.train(2, "whole", *STEPS), self.train(2, "apart", "--cpu-offload", *STEPS))
         narrow = ["--cpu-offload", *STEPS]
         self.assert_same(self.train(2, "a", "--precision", "bfloat16", *narrow), self.train(2, "b", "--dtype", "bf16", *narrow))
+
+    def test_the_picture(self):
+        """Drawn unless it is not wanted, or, with a warning, Python has no matplotlib."""
+        picture = self.path("out", "loss.png")
+        self.train(0, "out", "--no-shard", *STEPS)
+        self.assertFalse(os.path.exists(picture))
+        for ranks, more in ((0, ["--no-shard"]), (2, [])):
+            code, output = self.run_trainer(ranks, "--out", self.path("out"), "--overwrite", "--picture", *more, *STEPS)
+            self.assertEqual(code, 0, output)
+            if "has no matplotlib" in output:
+                continue
+            with open(picture, "rb") as f:
+                self.assertEqual(f.read(8), b"\x89PNG\r\n\x1a\n")
 
     def test_tied_head(self):
         whole = self.train(0, "whole", "--no-shard", "--tie-head", *STEPS)

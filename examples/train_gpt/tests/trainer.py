@@ -15,7 +15,7 @@ FSDP = os.environ["FSDP_TOOL"]
 DEADLINE = 120
 
 TINY = ["--d-model", "32", "--layers", "3", "--heads", "2", "--seq", "24", "--val-every", "5", "--val-batches", "1",
-        "--warmup", "2", "--threads", "1", "--sample-tokens", "0", "--quiet"]
+        "--warmup", "2", "--threads", "1", "--sample-tokens", "0", "--quiet", "--no-picture"]
 
 
 def text(size, seed=3):
