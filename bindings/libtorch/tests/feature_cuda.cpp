@@ -386,15 +386,16 @@ void streams(const fsdp::Communicator& comm) {
   });
 }
 
-/// What the engine takes on the device is what the plan says.
-void memory(const fsdp::Communicator& comm) {
-  same_on_both(comm, [](Trial& trial) {
+/// What the engine takes on the device is what the plan says, whoever's memory it is.
+void memory_of(const fsdp::Communicator& comm, bool registered) {
+  same_on_both(comm, [registered](Trial& trial) {
     trial.record.add("nothing", 0.0);
     if (trial.device.is_cpu()) return;
     Net net = trial.net();
     fsdp::ShardOptions options = trial.options();
     options.mixed_precision.param_dtype = at::kBFloat16;
     options.mixed_precision.reduce_dtype = at::kFloat;
+    options.registered_buffers = registered;
     const auto ranks = static_cast<std::uint32_t>(trial.comm.world_size());
     const fsdp::Plan plan = fsdp::plan(*net, options, ranks, /*optimizer_bytes_per_element=*/8);
     Model model = fsdp::fully_shard(net, options);
@@ -406,12 +407,18 @@ void memory(const fsdp::Communicator& comm) {
     }
     const fsdp::CudaStats stats = model.engine().cuda_stats();
     REQUIRE(stats.pool_bytes == plan.pool_bytes && stats.overflows == 0);
+    const bool known = stats.registered_bytes >= stats.pool_bytes + stats.slot_bytes;
+    REQUIRE(registered && ranks > 1 ? known : stats.registered_bytes == 0);
     // What it takes besides is small: a model of these sizes is, too.
     REQUIRE_SAY(stats.device_bytes_peak >= plan.device_peak_bytes &&
                     stats.device_bytes_peak <= plan.device_peak_bytes + 4096,
                 stats.device_bytes_peak << " bytes, planned " << plan.device_peak_bytes);
   });
 }
+
+void memory(const fsdp::Communicator& comm) { memory_of(comm, false); }
+
+void registered_memory(const fsdp::Communicator& comm) { memory_of(comm, true); }
 
 void errors(const fsdp::Communicator& comm) {
   same_on_both(comm, [](Trial& trial) {
@@ -465,6 +472,7 @@ int main(int argc, char** argv) {
       {"checkpoints", checkpoints},
       {"streams and threads", streams},
       {"memory as planned", memory},
+      {"memory that NCCL knows", registered_memory},
       {"errors", errors},
   };
   return main_with_scratch(argc, argv, as_they_run(parts, ranks),
