@@ -48,6 +48,10 @@ static void configs(void) {
   expect(&cuda, FSDP_ERR_INVALID_ARGUMENT, "alloc and free");
   cuda = good, cuda.allocator_user_data = &something;
   expect(&cuda, FSDP_ERR_INVALID_ARGUMENT, "allocator_user_data is set");
+  cuda = good, cuda.registered_buffers = 3;
+  expect(&cuda, FSDP_ERR_INVALID_ARGUMENT, "fsdp_cuda_config_t.registered_buffers cannot be 3");
+  cuda = good, cuda.registered_buffers = FSDP_REGISTERED_BUFFERS_ALWAYS;
+  expect(&cuda, FSDP_ERR_UNSUPPORTED, "/nonexistent/libcuda.so.1");
 }
 
 /* A parameter on a GPU and an engine on the CPU. */

@@ -132,7 +132,7 @@ FIELD(fsdp_engine_config_t, sync_module_states, 48);
 FIELD(fsdp_engine_config_t, cpu_offload, 52);
 FIELD(fsdp_engine_config_t, cuda, 56);
 
-SIZE(fsdp_cuda_config_t, 72);
+SIZE(fsdp_cuda_config_t, 80);
 FIELD(fsdp_cuda_config_t, struct_size, 0);
 FIELD(fsdp_cuda_config_t, device, 8);
 FIELD(fsdp_cuda_config_t, prefetch, 12);
@@ -143,8 +143,9 @@ FIELD(fsdp_cuda_config_t, nccl_unique_id, 40);
 FIELD(fsdp_cuda_config_t, alloc, 48);
 FIELD(fsdp_cuda_config_t, free, 56);
 FIELD(fsdp_cuda_config_t, allocator_user_data, 64);
+FIELD(fsdp_cuda_config_t, registered_buffers, 72);
 
-SIZE(fsdp_cuda_stats_t, 64);
+SIZE(fsdp_cuda_stats_t, 72);
 FIELD(fsdp_cuda_stats_t, struct_size, 0);
 FIELD(fsdp_cuda_stats_t, pool_bytes, 8);
 FIELD(fsdp_cuda_stats_t, pool_buffers, 16);
@@ -154,6 +155,7 @@ FIELD(fsdp_cuda_stats_t, device_bytes, 32);
 FIELD(fsdp_cuda_stats_t, device_bytes_peak, 40);
 FIELD(fsdp_cuda_stats_t, evictions, 48);
 FIELD(fsdp_cuda_stats_t, overflows, 56);
+FIELD(fsdp_cuda_stats_t, registered_bytes, 64);
 
 SIZE(fsdp_sgd_config_t, 48);
 FIELD(fsdp_sgd_config_t, struct_size, 0);
@@ -323,6 +325,9 @@ VALUE(FSDP_SHARD_GRAD_OP, 1);
 VALUE(FSDP_ORDER_CHECK_ERROR, 0);
 VALUE(FSDP_ORDER_CHECK_WARN, 1);
 VALUE(FSDP_ORDER_CHECK_OFF, 2);
+VALUE(FSDP_REGISTERED_BUFFERS_AUTO, 0);
+VALUE(FSDP_REGISTERED_BUFFERS_NEVER, 1);
+VALUE(FSDP_REGISTERED_BUFFERS_ALWAYS, 2);
 VALUE(FSDP_LARGEST_RANK, -1);
 VALUE(FSDP_UNIT_SHARDED, 0);
 VALUE(FSDP_UNIT_UNSHARDED, 1);

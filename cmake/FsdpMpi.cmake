@@ -3,9 +3,12 @@
 # MPI is what find_package(MPI) finds, or Debian's Open MPI as scripts/setup.sh has unpacked it (FSDP_THIRD_PARTY_ROOT).
 #   FSDP_WITH_MPI   AUTO (where it is found), ON, OFF
 # Result: FSDP_MPI_MISSING (why there is none, or ""), FSDP_MPIRUN, FSDP_MPI_ENVIRONMENT, and the target fsdp::mpi.
+# Some tests run on Debian's MPICH besides, installed or unpacked: FSDP_MPICH_MISSING, FSDP_MPICH_MPIRUN,
+# FSDP_MPICH_ENVIRONMENT, and the target fsdp_mpich, which is bindings/mpi compiled with that.
 #
 #   fsdp_add_mpi_test(NAME feature_x_mpi_w2 RANKS 2 SOURCES x.c | TARGET y | COMMAND z... [ARGS ...] [TIMEOUT 60] [ENVIRONMENT ...])
-#     As fsdp_add_test, labelled mpi; skipped, with the reason, where there is no MPI. C sources get FSDP_TEST_MPI.
+#     As fsdp_add_test, labelled mpi; skipped, with the reason, where there is no MPI. C sources get FSDP_TEST_MPI. With MPICH
+#     it runs on that.
 
 set(FSDP_WITH_MPI AUTO CACHE STRING "Build bindings/mpi and what needs it: ON, OFF, or AUTO (when MPI is found)")
 set_property(CACHE FSDP_WITH_MPI PROPERTY STRINGS AUTO ON OFF)
@@ -87,15 +90,52 @@ else()
   target_link_libraries(fsdp_mpi PUBLIC fsdp::fsdp MPI::MPI_C Threads::Threads)
 endif()
 
+set(FSDP_MPICH_MISSING "")
+set(FSDP_MPICH_ENVIRONMENT "")
+if(FSDP_WITH_MPI STREQUAL "OFF")
+  set(FSDP_MPICH_MISSING "FSDP_WITH_MPI is OFF")
+else()
+  set(_root "${FSDP_THIRD_PARTY_ROOT}")
+  file(GLOB _headers "${_root}/usr/include/*/mpich/mpi.h" "/usr/include/*/mpich/mpi.h")
+  file(GLOB _libraries "${_root}/usr/lib/*/libmpich.so.12" "/usr/lib/*/libmpich.so.12")
+  find_program(FSDP_MPICH_MPIRUN NAMES mpiexec.hydra HINTS "${_root}/usr/bin" DOC "Starts programs of MPICH")
+  if(_headers AND _libraries AND FSDP_MPICH_MPIRUN)
+    list(GET _headers 0 _header)
+    list(GET _libraries 0 _library)
+    get_filename_component(_include "${_header}" DIRECTORY)
+    get_filename_component(_libdir "${_library}" DIRECTORY)
+    add_library(fsdp_mpich STATIC EXCLUDE_FROM_ALL "${PROJECT_SOURCE_DIR}/bindings/mpi/src/fsdp_mpi.c")
+    set_target_properties(fsdp_mpich PROPERTIES C_STANDARD 11 POSITION_INDEPENDENT_CODE ON)
+    target_include_directories(fsdp_mpich PUBLIC "${PROJECT_SOURCE_DIR}/bindings/mpi/include")
+    target_include_directories(fsdp_mpich SYSTEM PUBLIC "${_include}")
+    target_link_libraries(fsdp_mpich PUBLIC fsdp::fsdp "${_library}" Threads::Threads)
+    if(_root AND _library MATCHES "^${_root}/")
+      target_link_options(fsdp_mpich PUBLIC "LINKER:-rpath-link,${_libdir}")
+      set(FSDP_MPICH_ENVIRONMENT "LD_LIBRARY_PATH=${_libdir}")
+    endif()
+  else()
+    set(FSDP_MPICH_MISSING "no MPICH with its headers was found (Debian: libmpich-dev and mpich)")
+  endif()
+endif()
+
 # Containers run as root, have fewer cores than ranks, and may not read each other's memory.
 list(APPEND FSDP_MPI_ENVIRONMENT "OMPI_ALLOW_RUN_AS_ROOT=1" "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
   "OMPI_MCA_rmaps_base_oversubscribe=1" "OMPI_MCA_mpi_yield_when_idle=1" "OMPI_MCA_btl_vader_single_copy_mechanism=none"
   "OMPI_MCA_btl_base_warn_component_unused=0")
 
 function(fsdp_add_mpi_test)
-  cmake_parse_arguments(PARSE_ARGV 0 M "TORCH" "NAME;TARGET;RANKS;TIMEOUT" "SOURCES;ARGS;COMMAND;ENVIRONMENT")
-  if(FSDP_MPI_MISSING)
-    fsdp_add_test(NAME ${M_NAME} LABELS mpi COMMAND "${CMAKE_COMMAND}" -E echo "skipped: ${FSDP_MPI_MISSING}")
+  cmake_parse_arguments(PARSE_ARGV 0 M "MPICH" "NAME;TARGET;RANKS;TIMEOUT" "SOURCES;ARGS;COMMAND;ENVIRONMENT")
+  if(M_MPICH)
+    set(_mpi MPICH)
+    set(_binding fsdp_mpich)
+    set(_mpirun "${FSDP_MPICH_MPIRUN}")
+  else()
+    set(_mpi MPI)
+    set(_binding fsdp::mpi)
+    set(_mpirun "${FSDP_MPIRUN}")
+  endif()
+  if(FSDP_${_mpi}_MISSING)
+    fsdp_add_test(NAME ${M_NAME} LABELS mpi COMMAND "${CMAKE_COMMAND}" -E echo "skipped: ${FSDP_${_mpi}_MISSING}")
     set_tests_properties(${M_NAME} PROPERTIES SKIP_REGULAR_EXPRESSION "^skipped: ")
     return()
   endif()
@@ -107,14 +147,14 @@ function(fsdp_add_mpi_test)
     add_executable(${M_TARGET} ${M_SOURCES})
     set_target_properties(${M_TARGET} PROPERTIES C_STANDARD 11)
     target_compile_definitions(${M_TARGET} PRIVATE FSDP_TEST_MPI)
-    target_link_libraries(${M_TARGET} PRIVATE fsdp::mpi fsdp_build_flags m)
+    target_link_libraries(${M_TARGET} PRIVATE ${_binding} fsdp_build_flags m)
   endif()
   if(M_COMMAND)
     set(_command ${M_COMMAND})
   else()
-    set(_command "${FSDP_MPIRUN}" -n ${M_RANKS} "$<TARGET_FILE:${M_TARGET}>" ${M_ARGS})
+    set(_command "${_mpirun}" -n ${M_RANKS} "$<TARGET_FILE:${M_TARGET}>" ${M_ARGS})
   endif()
-  fsdp_add_test(NAME ${M_NAME} TIMEOUT ${M_TIMEOUT} LABELS mpi ENVIRONMENT ${FSDP_MPI_ENVIRONMENT} ${M_ENVIRONMENT}
+  fsdp_add_test(NAME ${M_NAME} TIMEOUT ${M_TIMEOUT} LABELS mpi ENVIRONMENT ${FSDP_${_mpi}_ENVIRONMENT} ${M_ENVIRONMENT}
     COMMAND ${_command})
   set_tests_properties(${M_NAME} PROPERTIES PROCESSORS 2)
 endfunction()

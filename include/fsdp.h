@@ -32,7 +32,7 @@
 #define FSDP_ENGINE_CONFIG_INIT \
   { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL, \
     { 0, 0, 0 }, 0, 0, 0, NULL }
-#define FSDP_CUDA_CONFIG_INIT { sizeof(fsdp_cuda_config_t), 0, 1, 0, NULL, 0, NULL, NULL, NULL, NULL }
+#define FSDP_CUDA_CONFIG_INIT { sizeof(fsdp_cuda_config_t), 0, 1, 0, NULL, 0, NULL, NULL, NULL, NULL, FSDP_REGISTERED_BUFFERS_AUTO }
 #define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
 #define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
 #define FSDP_FULL_PARAMS_CONFIG_INIT { sizeof(fsdp_full_params_config_t), 0, 0, 0 }
@@ -92,6 +92,21 @@
  * Bytes of fsdp_cuda_config_t.nccl_unique_id.
  */
 #define FSDP_NCCL_UNIQUE_ID_BYTES 128
+
+/**
+ * fsdp_cuda_config_t.registered_buffers: where NCCL's version can register memory and no allocator is lent.
+ */
+#define FSDP_REGISTERED_BUFFERS_AUTO 0
+
+/**
+ * fsdp_cuda_config_t.registered_buffers: none.
+ */
+#define FSDP_REGISTERED_BUFFERS_NEVER 1
+
+/**
+ * fsdp_cuda_config_t.registered_buffers: with a lent allocator, too; where NCCL's version cannot, the engine is not made.
+ */
+#define FSDP_REGISTERED_BUFFERS_ALWAYS 2
 
 /**
  * fsdp_engine_config_t.strategy: a unit is unsharded only while it computes, in forward and in backward (ZeRO-3).
@@ -724,6 +739,10 @@ typedef struct {
    * Times that unit buffers, and gradient slots, were taken beyond the pool.
    */
   uint64_t overflows;
+  /**
+   * Bytes of the pool and the fixed slots that are registered with NCCL, what aligns them included: all of them, or 0.
+   */
+  uint64_t registered_bytes;
 } fsdp_cuda_stats_t;
 
 /**
@@ -837,6 +856,15 @@ typedef struct {
    * Passed to alloc and free; used until the engine and its optimizers are destroyed.
    */
   void *allocator_user_data;
+  /**
+   * Whether the fixed unit buffers and gradient slots of several ranks are memory of NCCL's own (ncclMemAlloc) that is
+   * registered with its communicators, so that NCCL copies nothing in between: FSDP_REGISTERED_BUFFERS_AUTO, _NEVER or
+   * _ALWAYS, the same on every rank. As windows where the version has them (2.27), else as buffers (2.19); before that
+   * AUTO registers nothing, and ALWAYS is FSDP_ERR_UNSUPPORTED. A registration that NCCL refuses is an error of every rank, and
+   * no engine is made. What is taken beyond the pool is not registered. NCCL rounds the memory up to pieces of 2 MiB or more,
+   * which is not counted; fsdp_engine_destroy waits for the GPU before it is freed.
+   */
+  int32_t registered_buffers;
 } fsdp_cuda_config_t;
 
 /**

@@ -9,7 +9,8 @@
 #                          that was chosen is written to $BUILD/torch.dir.
 # debian $BUILD/debian     what scripts/requirements/debian.txt names, unpacked by scripts/fetch_debian.sh, and
 #                          $BUILD/text/english.txt, the demo's training text, made of it
-# mpi    $BUILD/debian     Open MPI, as scripts/requirements/mpi.txt lists it, unless an mpicc that works is there. Without
+# mpi    $BUILD/debian     Open MPI, as scripts/requirements/mpi.txt lists it, unless an mpicc that works is there; and MPICH
+#                          (mpich.txt). Without
 #                          it the tests labelled mpi say so and are skipped: that is no error.
 #
 # BUILD (default: build) and PYTHON (default: python3) come from the environment. A part is done when its stamp
@@ -159,17 +160,21 @@ setup_debian() {
     "$PYTHON" "$root/scripts/prepare_text.py" "$BUILD/debian/root" "$BUILD/text/english.txt"
 }
 
-# Debian's Open MPI, unpacked and not installed; its absence is no error.
+# Debian's Open MPI and MPICH, unpacked and not installed; their absence is no error.
 setup_mpi() {
+    echo '#include <mpi.h>' | mpicc -E - >/dev/null 2>&1 || unpack_mpi mpi "Open MPI" "tests labelled mpi"
+    unpack_mpi mpich MPICH "tests on MPICH"
+}
+
+# unpack_mpi NAME WHAT TESTS: what requirements/NAME.txt lists, for these tests.
+unpack_mpi() {
     local packages
-    if echo '#include <mpi.h>' | mpicc -E - >/dev/null 2>&1 || [ -f "$BUILD/mpi.missing" ]; then
-        return
-    fi
-    mapfile -t packages < <(sed 's/#.*//' "$requirements/mpi.txt" | tr -s '[:space:]' '\n' | sed '/^$/d')
-    if ! "$root/scripts/fetch_debian.sh" "$BUILD/debian" "${packages[@]}" >"$BUILD/logs/mpi.log" 2>&1; then
-        say "mpi: no Open MPI could be unpacked, so the tests labelled mpi will be skipped (details: $BUILD/logs/mpi.log;" \
-            "remove $BUILD/mpi.missing to try again)"
-        touch "$BUILD/mpi.missing"
+    [ ! -f "$BUILD/$1.missing" ] || return 0
+    mapfile -t packages < <(sed 's/#.*//' "$requirements/$1.txt" | tr -s '[:space:]' '\n' | sed '/^$/d')
+    if ! "$root/scripts/fetch_debian.sh" "$BUILD/debian" "${packages[@]}" >"$BUILD/logs/$1.log" 2>&1; then
+        say "$1: no $2 could be unpacked, so the $3 will be skipped (details: $BUILD/logs/$1.log;" \
+            "remove $BUILD/$1.missing to try again)"
+        touch "$BUILD/$1.missing"
     fi
 }
 

@@ -68,6 +68,23 @@ impl OrderCheck {
     pub const ALL: [OrderCheck; 3] = [OrderCheck::Error, OrderCheck::Warn, OrderCheck::Off];
 }
 
+/// Whether a GPU's fixed unit buffers and gradient slots are memory of NCCL's own that its communicators know. One rank
+/// has nothing to register.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Registration {
+    /// Where NCCL's version can do that and no allocator of the host's has the device memory.
+    #[default]
+    Auto = 0,
+    Never = 1,
+    /// Beside an allocator of the host's, too; an error where NCCL's version cannot.
+    Always = 2,
+}
+
+impl Registration {
+    pub const ALL: [Registration; 3] = [Registration::Auto, Registration::Never, Registration::Always];
+}
+
 /// Options of [`crate::engine::Engine::new`]; must be the same on every rank.
 #[derive(Clone)]
 pub struct EngineConfig {
@@ -113,6 +130,7 @@ pub struct CudaConfig {
     pub unique_id: Option<[u8; UniqueId::BYTES]>,
     /// Where device memory comes from; None: the driver's pool.
     pub allocator: Option<Arc<dyn DeviceAllocator>>,
+    pub registration: Registration,
 }
 
 impl Default for CudaConfig {
@@ -125,6 +143,7 @@ impl Default for CudaConfig {
             timeout: Duration::from_secs(600),
             unique_id: None,
             allocator: None,
+            registration: Registration::Auto,
         }
     }
 }
@@ -168,7 +187,11 @@ impl CudaConfig {
     /// What of it decides which collectives there are, and when.
     fn agreed(&self) -> String {
         let id = if self.unique_id.is_some() { "a" } else { "no" };
-        let (prefetch, most) = (self.prefetch, self.max_units_in_flight);
-        format!("set, with prefetch {prefetch}, max_units_in_flight {most} and {id} nccl_unique_id")
+        let lent = if self.allocator.is_some() { "an" } else { "no" };
+        let (prefetch, most, registration) = (self.prefetch, self.max_units_in_flight, self.registration);
+        format!(
+            "set, with prefetch {prefetch}, max_units_in_flight {most}, {id} nccl_unique_id, {lent} allocator and \
+             registration {registration:?}"
+        )
     }
 }

@@ -15,14 +15,17 @@ use common::{ranks, Folder};
 use engine::{same, Case, Place, Trainer};
 use fsdp::checkpoint::Contents;
 use fsdp::comm::{single, Communicator};
-use fsdp::config::{CudaConfig, EngineConfig, Strategy};
+use fsdp::config::{CudaConfig, EngineConfig, Registration, Strategy};
+use fsdp::device::cuda::{Context, DeviceAllocator, DeviceMemory, Source, Stream};
 use fsdp::dtype::DType;
 use fsdp::engine::{Engine, FullOptions, FullParams};
 use fsdp::forecast::{Forecast, Request};
 use fsdp::optim::{AdamWOptions, Rule, SgdOptions};
 use fsdp::scaler::{GradScaler, ScalerState};
 use nccl::Fake;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex};
 
 fn fake() -> Fake {
     let fake = Fake::new();
@@ -154,7 +157,9 @@ fn memory_is_the_plans() {
             assert_eq!((cuda.overflows, cuda.evictions), (0, 0), "{cuda:?}");
             assert_eq!(cuda.pool_buffers, 4, "three nested units and one ahead");
             // What aligns the optimizer's states comes on top: at most 64 bytes each.
-            let most = plan.device_peak_bytes + if cpu_offload { 0 } else { 9 * 2 * 64 + 3 * 4 * 64 };
+            let states = if cpu_offload { 0 } else { 9 * 2 * 64 + 3 * 4 * 64 };
+            // So do places of what is registered.
+            let most = plan.device_peak_bytes + states + if world > 1 { 8 * 255 } else { 0 };
             assert!((plan.device_peak_bytes..=most).contains(&cuda.device_bytes), "{cuda:?} {plan:?}");
             assert!(cuda.device_bytes_peak >= cuda.device_bytes);
             assert_eq!(stats.offloaded_bytes, plan.offloaded_bytes);
@@ -164,6 +169,68 @@ fn memory_is_the_plans() {
         });
         assert_eq!(fake.device_bytes(), before, "all of it was given back");
     }
+}
+
+/// A host's allocator; it has what is lent.
+#[derive(Default)]
+struct Lender(Mutex<HashMap<u64, DeviceMemory>>);
+
+impl DeviceAllocator for Lender {
+    fn alloc(&self, bytes: usize, stream: *mut c_void) -> Option<u64> {
+        // SAFETY: a stream of the engine's.
+        let stream = unsafe { Stream::borrowed(&Context::new(0).unwrap(), stream) };
+        let memory = DeviceMemory::new(&Source::Pool, &stream, bytes, "a lender").ok()?;
+        let address = memory.address();
+        self.0.lock().unwrap().insert(address, memory);
+        Some(address)
+    }
+
+    fn free(&self, address: u64, _: usize, _: *mut c_void) {
+        self.0.lock().unwrap().remove(&address).unwrap();
+    }
+}
+
+#[test]
+fn collectives_use_what_is_registered() {
+    let fake = fake();
+    let own = |registration| CudaConfig { registration, ..CudaConfig::default() };
+    for (registration, lends, registered) in [
+        (Registration::Auto, false, true),
+        (Registration::Never, false, false),
+        (Registration::Auto, true, false),
+        (Registration::Always, true, true),
+    ] {
+        let lender = Arc::new(Lender::default());
+        let allocator = lends.then(|| lender.clone() as Arc<dyn DeviceAllocator>);
+        let cuda = Some(CudaConfig { allocator, ..own(registration) });
+        let config = EngineConfig { param_dtype: Some(DType::BF16), cuda, ..EngineConfig::default() };
+        let case = Case { order: true, ..Case::new(config, adamw()) };
+        let before = (fake.count("inside"), fake.count("outside"));
+        let (world, steps) = (3, 3);
+        equal(&[world], &case, "registered", |t| {
+            let Ok(cuda) = t.engine.cuda_stats() else { return };
+            // Every place is aligned to 256 bytes.
+            let (fixed, places) = (cuda.pool_bytes + cuda.slot_bytes, 255 * (cuda.pool_buffers as u64 + 4));
+            let expected = if registered { fixed..=fixed + places } else { 0..=0 };
+            assert!(expected.contains(&cuda.registered_bytes), "{cuda:?}");
+            assert!(cuda.device_bytes > cuda.registered_bytes, "{cuda:?}");
+            assert_eq!(t.engine.stats().unwrap().gradients.reduce_scatters, 4 * steps, "{cuda:?}");
+            assert_eq!(cuda.overflows, 0);
+        });
+        // Four units: gathered once or twice, in two types one of them, and reduced once, on each rank.
+        let (inside, outside) = (fake.count("inside") - before.0, fake.count("outside") - before.1);
+        let (used, others) = if registered { (inside, outside) } else { (outside, inside) };
+        assert!(used >= (world as u64 * steps * (7 + 4)) as i32, "{inside} inside, {outside} outside");
+        assert_eq!((others, lender.0.lock().unwrap().len()), (0, 0), "{registration:?}");
+    }
+    // Beyond the pool nothing is registered.
+    let before = fake.count("outside");
+    let config = EngineConfig { gradient_slots: 1, cuda: Some(own(Registration::Auto)), ..EngineConfig::default() };
+    equal(&[2], &Case { micro: 2, sync: false, ..Case::new(config, adamw()) }, "one slot", |_| ());
+    assert!(fake.count("outside") > before);
+    let strict = ["destroy, with registrations", "free of what is registered, or is not NCCL's"];
+    assert!(!fake.log().iter().any(|line| strict.contains(&line.as_str())));
+    assert_eq!((fake.count("alive"), fake.count("pieces")), (0, 0));
 }
 
 #[test]

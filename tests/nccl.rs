@@ -11,16 +11,19 @@ mod ranks;
 #[path = "nccl/step.rs"]
 mod step;
 
-use fsdp::comm::nccl::{Nccl, NcclComm, NcclQueues, Part, Reduction, Registered, RegisteredMemory, UniqueId, What};
-use fsdp::comm::{Check, Kind};
+use fsdp::comm::nccl::{FixedMemory, Nccl, NcclComm, NcclPair, NcclQueues, Part, Reduction, UniqueId, What};
+use fsdp::comm::{single, Check, Communicator, Kind};
+use fsdp::config::Registration;
 use fsdp::device::cuda::{Context, Priority, Source, Stream};
 use fsdp::dtype::DType;
 use fsdp::error::{Error, Status};
+use fsdp::log;
+use fsdp::pipeline::Limits;
 use libloading::Library;
 use nccl::{build, config, Fake, Rank, LONG, SHORT};
 use ranks::ranks;
-use std::ffi::c_int;
-use std::sync::Arc;
+use std::ffi::{c_char, c_int, CStr};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 fn contains(e: &Error, words: &[&str]) {
@@ -231,38 +234,110 @@ fn an_abort_ends_a_wait_of_another_thread() {
     assert_eq!(fake.count("alive"), 0);
 }
 
+/// Unit buffers of 1000 and 512 bytes and a gradient slot of 100, with a pair of communicators of this library.
+fn fixed(
+    nccl: &'static Nccl,
+    wanted: Registration,
+    lent: bool,
+    control: &dyn Communicator,
+) -> Result<Option<FixedMemory>, Error> {
+    let (context, rank, world) = (Context::new(0).unwrap(), control.rank(), control.world_size());
+    let id = UniqueId::new(nccl).unwrap();
+    let gather = NcclComm::new(nccl, &context, &id, config(rank, world, LONG)).unwrap();
+    let reduce = gather.split(0, rank as i32, rank, world).unwrap();
+    let (unit_buffers, gradient_slots) = (vec![1000, 512], vec![100]);
+    let limits = Limits { unit_buffers, gradient_slots, in_flight: usize::MAX, spare_slots: true, ahead: 1 };
+    FixedMemory::new(nccl, wanted, lent, &NcclPair { gather, reduce }, &limits, control)
+}
+
+/// An NCCL without some of its functions, and what it was asked for.
+fn lacking(name: &str, option: &str) -> (&'static Nccl, Library) {
+    let file = build(name, &[option]);
+    // SAFETY: no initializers beyond the languages'.
+    let library = unsafe { Library::new(&file) }.unwrap();
+    let nccl = Nccl::open(Nccl::SEARCH.load_from(Some(file.into())).unwrap()).unwrap();
+    (Box::leak(Box::new(nccl)), library)
+}
+
+const TAKEN: [&str; 2] = ["memory 1536", "memory 256"];
+
 #[test]
-fn buffers_are_registered_where_the_version_can() {
+fn fixed_memory_is_registered_and_forgotten_before_it_goes() {
     let fake = Fake::new();
-    let rank = Rank::new(0, 2);
-    let memory = rank.put(&[0.; 4]);
-    // SAFETY: the memory outlives the registration.
-    let buffer = unsafe { Registered::buffer(&rank.comm, memory.address(), 16) }.unwrap();
+    let single = single::init();
     fake.tell("slow", 2);
-    let own = Arc::new(RegisteredMemory::new(Nccl::get().unwrap(), rank.comm.context(), 4096).unwrap());
-    assert_eq!((own.bytes(), own.address() != 0), (4096, true));
-    let window = Registered::window(&rank.comm, &own).unwrap();
-    assert_eq!(fake.log()[1..], ["register 16", "window 4096"]);
-    assert_eq!(fake.count("registered"), 3);
-    drop((buffer, window, own));
-    assert_eq!(fake.count("registered"), 0);
+    drop(fixed(Nccl::get().unwrap(), Registration::Auto, false, &*single).unwrap().unwrap());
+    // The communicators go when nothing of them is left.
+    let end = ["close window", "finalize", "destroy", "free"];
+    let want = [&TAKEN[..], &["window 1536", "window 256"], &end, &end].concat();
+    assert_eq!(fake.log()[2..], want);
+    assert_eq!((fake.count("alive"), fake.count("pieces")), (0, 0));
+    // Memory is somebody else's, or nothing is wanted.
+    for (wanted, lent) in [(Registration::Auto, true), (Registration::Never, false), (Registration::Never, true)] {
+        assert!(fixed(Nccl::get().unwrap(), wanted, lent, &*single).unwrap().is_none());
+    }
+    assert_eq!(fake.log().iter().filter(|line| line.starts_with("memory")).count(), 2);
+    assert!(fixed(Nccl::get().unwrap(), Registration::Always, true, &*single).unwrap().is_some());
+    assert_eq!((fake.count("alive"), fake.count("pieces")), (0, 0));
 }
 
 #[test]
-fn a_version_without_windows_says_so() {
-    let fake = Fake::new();
-    let file = build("libfake-nccl-old", &["-DWITHOUT_WINDOWS"]);
-    let old = Nccl::open(Nccl::SEARCH.load_from(Some(file.clone().into())).unwrap()).unwrap();
-    let old: &'static Nccl = Box::leak(Box::new(old));
-    let context = Context::new(0).unwrap();
-    let comm = NcclComm::new(old, &context, &UniqueId::new(old).unwrap(), config(0, 1, LONG)).unwrap();
-    let memory = Arc::new(RegisteredMemory::new(old, &context, 64).unwrap());
-    let e = Registered::window(&comm, &memory).err().unwrap();
+fn versions_register_what_they_can() {
+    let _fake = Fake::new();
+    let single = single::init();
+    let (no_windows, library) = lacking("libfake-nccl-no-windows", "-DWITHOUT_WINDOWS");
+    drop(fixed(no_windows, Registration::Auto, false, &*single).unwrap().unwrap());
+    // SAFETY: as fake_nccl.c declares it.
+    let log = unsafe { library.get::<extern "C" fn() -> *const c_char>(b"fake_nccl_log\0").unwrap()() };
+    // SAFETY: a text that ends with NUL.
+    let log: Vec<&str> = unsafe { CStr::from_ptr(log) }.to_str().unwrap().lines().collect();
+    let end = ["deregister", "finalize", "destroy", "free"];
+    assert_eq!(log[2..], [&TAKEN[..], &["register 1536", "register 256"], &end, &end].concat());
+
+    let (old, _library) = lacking("libfake-nccl-old", "-DWITHOUT_REGISTRATION");
+    assert!(fixed(old, Registration::Auto, false, &*single).unwrap().is_none());
+    let e = fixed(old, Registration::Always, false, &*single).err().unwrap();
     assert_eq!(e.status, Status::Unsupported);
-    contains(&e, &["NCCL 2.27.3 has no windows", "ncclCommWindowRegister", file.to_str().unwrap()]);
-    // Nothing is broken by that.
-    assert!(comm.poll().unwrap());
-    drop(fake);
+    contains(&e, &["unit buffers cannot be registered", "NCCL 2.27.3", old.path(), "ncclMemAlloc"]);
+
+    let errors = ranks(2, |control| {
+        let nccl = if control.rank() == 0 { Nccl::get().unwrap() } else { no_windows };
+        fixed(nccl, Registration::Auto, false, &*control).err().unwrap()
+    });
+    let words = ["different versions of NCCL", "rank 0 has one with windows", "rank 1 has one that registers buffers"];
+    errors.iter().for_each(|e| contains(e, &words));
+}
+
+#[test]
+fn a_registration_that_fails_is_an_error_of_all_ranks() {
+    let fake = Fake::new();
+    for (function, words) in [
+        ("ncclMemAlloc", "1536 bytes of NCCL's memory for the unit buffers: internal error"),
+        (
+            "ncclCommWindowRegister",
+            "the unit buffers could not be registered: rank 0 of 2: the registration of 1536 bytes",
+        ),
+    ] {
+        fake.fail(function, 3);
+        let errors =
+            ranks(2, |control| fixed(Nccl::get().unwrap(), Registration::Auto, false, &*control).err().unwrap());
+        for e in errors {
+            contains(&e, &["rank 0: ", words]);
+        }
+        assert_eq!((fake.count("alive"), fake.count("pieces")), (0, 0), "{function}");
+        fake.fail("", 0);
+    }
+    // What NCCL does not forget is freed with its communicator all the same.
+    let warnings = Arc::new(Mutex::new(Vec::new()));
+    let heard = warnings.clone();
+    log::set_callback(Some(Arc::new(move |_, text: &str| heard.lock().unwrap().push(text.to_string()))));
+    let fixed = fixed(Nccl::get().unwrap(), Registration::Auto, false, &*single::init()).unwrap();
+    fake.fail("ncclCommWindowDeregister", 3);
+    drop(fixed);
+    log::set_callback(None);
+    assert_eq!((fake.count("alive"), fake.count("pieces")), (0, 0));
+    let warnings = warnings.lock().unwrap();
+    assert!(warnings[0].contains("forgetting 1536 registered bytes: internal error"), "{warnings:?}");
 }
 
 #[test]

@@ -74,6 +74,38 @@ const NET: &str = r#"{ "class": "Net", "modules": {
     "head": { "parameters": { "bias": [6] }, "tied": { "weight": "embed.weight" } } } }"#;
 
 #[test]
+fn gpus_are_planned_with_their_pools() {
+    let folder = Folder::new("gpus");
+    let net = folder.write("net.json", NET);
+    let on_gpu = |more: &[&str]| planned(&[&["-n", "2", "--wrap", "Block", "--device", "cuda", &net], more].concat());
+    let figures = |p: &Value| {
+        ["pool_bytes", "gradient_slot_bytes", "device_peak_bytes", "offloaded_bytes"].map(|n| p[n].as_u64().unwrap())
+    };
+    // The root and a block, 160 bytes each, and one ahead; two nest, so three slots. Shards are 80 bytes, aligned to 64.
+    let (pool, slots, shards) = (3 * 160, 3 * 160, 2 * 3 * 128);
+    let p = on_gpu(&[]);
+    assert_eq!(figures(&p), [pool, slots, pool + slots + shards + 8 * 60, 0]);
+    assert_eq!((&p["device"], &p["host_peak_bytes"]), (&json!("cuda"), &json!(0)));
+    assert_eq!(figures(&on_gpu(&["--prefetch", "0"]))[0], 2 * 160);
+    assert_eq!(figures(&on_gpu(&["--max-units-in-flight", "1", "--gradient-slots", "1"]))[..2], [160, 160]);
+    assert_eq!(figures(&on_gpu(&["--param-dtype", "bfloat16"]))[..2], [3 * 80, slots]);
+    assert_eq!(figures(&on_gpu(&["--reduce-dtype", "bfloat16"]))[..2], [pool, 3 * 240]);
+    let p = on_gpu(&["--cpu-offload"]);
+    assert_eq!(figures(&p), [pool, slots, pool + slots, 3 * 128]);
+    // Both ranks' shards, and the optimizer's state of 94 trained elements.
+    assert_eq!(p["host_peak_bytes"], 2 * shards + 8 * 94);
+    let (code, table, _) = plan(&["-n", "2", "--wrap", "Block", "--device", "cuda", &net]);
+    assert_eq!(code, 0);
+    assert!(table.contains("peak on its GPU") && !table.contains("shm"), "{table}");
+    assert_eq!(planned(&["-n", "2", "--cpu-offload", &net])["device_peak_bytes"], 0);
+    for option in ["--prefetch", "--max-units-in-flight"] {
+        refused(1, "are for --device cuda", &["-n", "2", option, "1", &net]);
+    }
+    refused(2, "invalid value 'tpu'", &["-n", "2", "--device", "tpu", &net]);
+    refused(2, "invalid value '0'", &["-n", "2", "--device", "cuda", "--max-units-in-flight", "0", &net]);
+}
+
+#[test]
 fn a_description_is_planned_as_it_is_wrapped() {
     let folder = Folder::new("description");
     let net = folder.write("net.json", NET);

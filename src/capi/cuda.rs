@@ -4,7 +4,7 @@ use super::engine::with;
 use super::handle::fsdp_engine_t;
 use super::model::UserData;
 use super::status::{boundary, fsdp_status_t, read_sized, write_sized, Sized_};
-use crate::config::CudaConfig;
+use crate::config::{CudaConfig, Registration};
 use crate::device::cuda::DeviceAllocator;
 use crate::error::{err, Result};
 use std::ffi::c_void;
@@ -13,6 +13,13 @@ use std::time::Duration;
 
 /// Bytes of fsdp_cuda_config_t.nccl_unique_id.
 pub const FSDP_NCCL_UNIQUE_ID_BYTES: usize = 128;
+
+/// fsdp_cuda_config_t.registered_buffers: where NCCL's version can register memory and no allocator is lent.
+pub const FSDP_REGISTERED_BUFFERS_AUTO: i32 = 0;
+/// fsdp_cuda_config_t.registered_buffers: none.
+pub const FSDP_REGISTERED_BUFFERS_NEVER: i32 = 1;
+/// fsdp_cuda_config_t.registered_buffers: with a lent allocator, too; where NCCL's version cannot, the engine is not made.
+pub const FSDP_REGISTERED_BUFFERS_ALWAYS: i32 = 2;
 
 /// An engine on a GPU: what fsdp_engine_config_t.cuda points to. Initialize with FSDP_CUDA_CONFIG_INIT, then set what
 /// differs.
@@ -65,6 +72,13 @@ pub struct fsdp_cuda_config_t {
         Option<unsafe extern "C" fn(user_data: *mut c_void, memory: *mut c_void, bytes: usize, stream: *mut c_void)>,
     /// Passed to alloc and free; used until the engine and its optimizers are destroyed.
     pub allocator_user_data: *mut c_void,
+    /// Whether the fixed unit buffers and gradient slots of several ranks are memory of NCCL's own (ncclMemAlloc) that is
+    /// registered with its communicators, so that NCCL copies nothing in between: FSDP_REGISTERED_BUFFERS_AUTO, _NEVER or
+    /// _ALWAYS, the same on every rank. As windows where the version has them (2.27), else as buffers (2.19); before that
+    /// AUTO registers nothing, and ALWAYS is FSDP_ERR_UNSUPPORTED. A registration that NCCL refuses is an error of every rank, and
+    /// no engine is made. What is taken beyond the pool is not registered. NCCL rounds the memory up to pieces of 2 MiB or more,
+    /// which is not counted; fsdp_engine_destroy waits for the GPU before it is freed.
+    pub registered_buffers: i32,
 }
 
 // SAFETY: repr(C), begins with its size, plain data.
@@ -95,6 +109,8 @@ pub struct fsdp_cuda_stats_t {
     pub evictions: u64,
     /// Times that unit buffers, and gradient slots, were taken beyond the pool.
     pub overflows: u64,
+    /// Bytes of the pool and the fixed slots that are registered with NCCL, what aligns them included: all of them, or 0.
+    pub registered_bytes: u64,
 }
 
 // SAFETY: repr(C), begins with its size, plain data.
@@ -153,6 +169,7 @@ pub unsafe extern "C" fn fsdp_engine_cuda_stats(
             device_bytes_peak: s.device_bytes_peak,
             evictions: s.evictions,
             overflows: s.overflows,
+            registered_bytes: s.registered_bytes,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(out, stats) }
@@ -187,6 +204,9 @@ pub(super) unsafe fn cuda_config(config: *const fsdp_cuda_config_t) -> Result<Op
         }
         _ => return Err(err!(InvalidArgument, "{of}.alloc and free: one is NULL and the other is not")),
     };
+    let registration = Registration::ALL.into_iter().find(|r| *r as i32 == c.registered_buffers);
+    let registration = registration
+        .ok_or_else(|| err!(InvalidArgument, "{of}.registered_buffers cannot be {}", c.registered_buffers))?;
     let id = (!c.nccl_unique_id.is_null()).then(|| {
         // SAFETY: the caller's promise.
         unsafe { *c.nccl_unique_id.cast::<[u8; FSDP_NCCL_UNIQUE_ID_BYTES]>() }
@@ -199,6 +219,7 @@ pub(super) unsafe fn cuda_config(config: *const fsdp_cuda_config_t) -> Result<Op
         timeout,
         unique_id: id,
         allocator,
+        registration,
     }))
 }
 

@@ -7,7 +7,9 @@
 
 use super::{Engine, State};
 use crate::agree;
-use crate::comm::nccl::{Comms, Nccl, NcclComm, NcclConfig, NcclPair, NcclQueues, Shards, UniqueId, UnitShards};
+use crate::comm::nccl::{
+    Comms, FixedMemory, Nccl, NcclComm, NcclConfig, NcclPair, NcclQueues, Shards, UniqueId, UnitShards,
+};
 use crate::comm::{Check, Communicator, Kind};
 use crate::config::{CudaConfig, EngineConfig, Strategy};
 use crate::device::cuda::kernels::Kernels;
@@ -58,6 +60,8 @@ pub struct CudaStats {
     pub device_bytes_peak: u64,
     pub evictions: u64,
     pub overflows: u64,
+    /// Of the pool and the slots: those that NCCL's communicators know.
+    pub registered_bytes: u64,
 }
 
 /// The GPU that `config` asks for; None: the CPU. Collective: what one rank lacks is the error of all.
@@ -143,16 +147,18 @@ impl Opened {
         let control = if world > 1 { comm.split(0, rank as i32)? } else { comm.clone() };
         let names: Vec<_> = (0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect();
         let first_unit = control.name_units(&names);
-        let nccl = match self.nccl {
-            None => None,
+        let units = UnitBytes::of(plan);
+        let limits = Limits::of_engine(&units, config);
+        let (nccl, fixed) = match self.nccl {
+            None => (None, None),
             Some(nccl) => {
                 let joined = self.join(nccl, &cuda, comm.as_ref());
                 agree::on_result(joined.as_ref().map(|_| 0).map_err(Error::clone), comm.as_ref())?;
-                Some(joined?)
+                let (pair, lent) = (joined?, cuda.allocator.is_some());
+                let fixed = FixedMemory::new(nccl, cuda.registration, lent, &pair, &limits, comm.as_ref())?;
+                (Some(pair), fixed)
             }
         };
-        let units = UnitBytes::of(plan);
-        let limits = Limits::of_engine(&units, config);
         let made = Pipeline::new(units.clone(), &limits).and_then(|pipeline| {
             let of_unit = |u: &crate::plan::UnitPlan| UnitShards {
                 masters: stores[u.store].master_at(u.grad_offset, 0) as u64,
@@ -160,7 +166,7 @@ impl Opened {
             };
             let places: Vec<UnitShards> = plan.units.iter().map(of_unit).collect();
             let shards = Shards { units: &places, on_host: config.cpu_offload };
-            let comms = Comms { control, first_unit, host: comm.clone(), nccl };
+            let comms = Comms { control, first_unit, host: comm.clone(), nccl, fixed };
             // SAFETY: the engine keeps the stores as long as the queues; it writes masters and gradient shards as they ask.
             let queues = unsafe { NcclQueues::new(plan, &limits, &shards, &self.kernels, &self.compute, comms) }?;
             Ok(SharedQueues::new(pipeline, queues))
@@ -310,7 +316,8 @@ impl Engine {
     pub fn cuda_stats(&self) -> Result<CudaStats> {
         let gpu = self.gpu.as_ref().ok_or_else(|| err!(Unsupported, "the engine computes on the CPU"))?;
         let _one_at_a_time = self.lock()?;
-        let (counts, usage) = (gpu.queues.lock().pipeline.counts(), gpu.compute.usage());
+        let (plane, usage) = (gpu.queues.lock(), gpu.compute.usage());
+        let counts = plane.pipeline.counts();
         Ok(CudaStats {
             pool_bytes: gpu.pool_bytes(),
             pool_buffers: gpu.limits.unit_buffers.len(),
@@ -320,6 +327,7 @@ impl Engine {
             device_bytes_peak: usage.peak,
             evictions: counts.evictions,
             overflows: counts.overflows,
+            registered_bytes: plane.queues.registered_bytes() as u64,
         })
     }
 

@@ -20,8 +20,9 @@ pub const LONG: Duration = Duration::from_secs(60);
 /// The library, made once for every version of its source and these options.
 pub fn build(name: &str, options: &[&str]) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/nccl/fake_nccl.c");
-    let meeting = std::fs::read_to_string(source.with_file_name("meeting.h")).unwrap();
-    let all = std::fs::read_to_string(&source).unwrap() + &meeting + &options.concat();
+    let parts = ["fake_nccl.c", "meeting.h", "memory.h"];
+    let text = parts.map(|file| std::fs::read_to_string(source.with_file_name(file)).unwrap());
+    let all = text.concat() + &options.concat();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let library = folder.join(format!("{name}-{:016x}.so", xxhash_rust::xxh3::xxh3_64(all.as_bytes())));
     if library.exists() {

@@ -13,8 +13,9 @@
 #include <string.h>
 
 #include "meeting.h"
+#include "memory.h"
 
-enum { kSuccess = 0, kInternal = 3, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7 };
+enum { kSuccess = 0, kUnhandledCuda = 1, kInternal = 3, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7 };
 
 struct comm {
   int alive, rank, world, polls, finalized;
@@ -40,7 +41,7 @@ struct config {
 static char lines[1 << 20];
 static char failing[64], last_error[128];
 static int fail_code;
-static atomic_int slow_polls, async_code, alive, registered, meets;
+static atomic_int slow_polls, async_code, alive, meets;
 static _Thread_local int grouped;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -61,6 +62,7 @@ static void note(const char *format, ...) {
 void fake_nccl_reset(void) {
   lines[0] = failing[0] = last_error[0] = 0;
   fail_code = slow_polls = async_code = meets = 0;
+  collectives_inside = collectives_outside = 0;
 }
 
 /* Ranks of communicators that are made from here on are threads of this process that meet (1). */
@@ -84,9 +86,15 @@ void fake_nccl_async(int code) {
   snprintf(last_error, sizeof last_error, "peer 1 has gone");
 }
 
-/* Communicators, and registrations and pieces of memory, that there are. */
+/* Communicators that there are, pieces of memory, and collectives so far by where they were. */
 int fake_nccl_alive(void) { return alive; }
-int fake_nccl_registered(void) { return registered; }
+int fake_nccl_inside(void) { return collectives_inside; }
+int fake_nccl_outside(void) { return collectives_outside; }
+int fake_nccl_pieces(void) {
+  int count = 0;
+  for (const struct piece *p = pieces; p; p = p->next) count++;
+  return count;
+}
 
 /* ---- NCCL ---- */
 
@@ -168,6 +176,7 @@ int ncclCommGetAsyncError(struct comm *comm, int *code) {
 int ncclCommAbort(struct comm *comm) {
   if (!comm || !comm->alive) return kInvalidArgument;
   note("abort");
+  known_pieces(comm, 1);
   comm->alive = 0;
   alive--;
   return kSuccess;
@@ -182,7 +191,7 @@ int ncclCommFinalize(struct comm *comm) {
 
 int ncclCommDestroy(struct comm *comm) {
   if (!comm->alive || !comm->finalized || comm->polls) return kInvalidArgument;
-  note("destroy");
+  note(known_pieces(comm, 0) ? "destroy, with registrations" : "destroy");
   comm->alive = 0;
   alive--;
   return kSuccess;
@@ -207,6 +216,9 @@ static size_t size_of(int dtype) {
   return sizes[dtype];
 }
 
+/* What ranks compare of a collective: as many bytes, at the same place of what is registered. */
+static size_t shape(size_t bytes, int64_t offset) { return bytes ^ (size_t)(offset + 1) << 32; }
+
 /* Every rank has these floats. */
 static void combine(const struct comm *comm, float *to, const float *from, size_t count, int op) {
   for (size_t i = 0; i < count; i++) {
@@ -222,7 +234,9 @@ int ncclAllGather(const char *from, char *to, size_t count, int dtype, struct co
   size_t bytes = count * size_of(dtype);
   if (from != to + (size_t)comm->rank * bytes || !stream) return kInvalidArgument;
   note("all_gather %zu of type %d", count, dtype);
-  if (comm->meeting && !come(comm->meeting, comm->rank, from, bytes)) return kInternal;
+  int64_t offset;
+  if (!place_collective(comm, to, bytes * (size_t)comm->world, &offset)) return kInvalidUsage;
+  if (comm->meeting && !come(comm->meeting, comm->rank, from, shape(bytes, offset))) return kInternal;
   for (int r = 0; r < comm->world; r++) {
     const char *theirs = comm->meeting ? comm->meeting->from[r] : from;
     if (r != comm->rank) memcpy(to + (size_t)r * bytes, theirs, bytes);
@@ -235,10 +249,12 @@ int ncclReduceScatter(const char *from, char *to, size_t count, int dtype, int o
   BEGIN(comm);
   if (to != from + (size_t)comm->rank * count * size_of(dtype) || !stream || op > 4 + comm->ops) return kInvalidArgument;
   note("reduce_scatter %zu of type %d by %d", count, dtype, op);
+  const size_t bytes = count * size_of(dtype);
+  int64_t offset;
+  if (!place_collective(comm, from, bytes * (size_t)comm->world, &offset)) return kInvalidUsage;
   if (comm->meeting) {
-    const size_t bytes = count * size_of(dtype);
     /* A rank writes its own range of its own memory, which nobody else reads. */
-    if (!come(comm->meeting, comm->rank, from, bytes)) return kInternal;
+    if (!come(comm->meeting, comm->rank, from, shape(bytes, offset))) return kInternal;
     if (!mean_of_all(comm->meeting, comm->rank, to, count, dtype, op == 4)) return kInvalidArgument;
     return come(comm->meeting, comm->rank, NULL, 0) ? work(comm) : kInternal;
   }
@@ -293,46 +309,49 @@ int ncclRedOpDestroy(int op, struct comm *comm) {
   return kSuccess;
 }
 
+#ifndef WITHOUT_REGISTRATION
 int ncclMemAlloc(void **data, size_t size) {
   BEGIN(NULL);
-  *data = calloc(1, size);
-  registered++;
-  return kSuccess;
+  *data = new_piece(size);
+  note("memory %zu", size);
+  return *data ? kSuccess : kUnhandledCuda;
 }
 
 int ncclMemFree(void *data) {
-  free(data);
-  registered--;
-  return kSuccess;
+  const int good = free_piece(data);
+  note(good ? "free" : "free of what is registered, or is not NCCL's");
+  return good ? kSuccess : kInvalidArgument;
 }
 
 int ncclCommRegister(struct comm *comm, void *data, size_t size, void **handle) {
   BEGIN(comm);
+  if (!know_piece(data, size, comm)) return kInvalidArgument;
   note("register %zu", size);
-  registered++;
   *handle = data;
   return kSuccess;
 }
 
 int ncclCommDeregister(struct comm *comm, void *handle) {
   BEGIN(comm);
-  registered--;
-  return handle ? kSuccess : kInvalidArgument;
+  note("deregister");
+  return know_piece(handle, 0, NULL) ? kSuccess : kInvalidArgument;
 }
 
 #ifndef WITHOUT_WINDOWS
 int ncclCommWindowRegister(struct comm *comm, void *data, size_t size, void **handle, int flags) {
   BEGIN(comm);
-  if (flags != 1) return kInvalidArgument;
+  if (flags != 1 || !know_piece(data, size, comm)) return kInvalidArgument;
   note("window %zu", size);
-  registered++;
   *handle = data;
+  struct meeting *m = comm->meeting;
+  if (m && !(come(m, comm->rank, data, size) && come(m, comm->rank, NULL, 0))) return kInternal;
   return work(comm);
 }
 
 int ncclCommWindowDeregister(struct comm *comm, void *handle) {
   BEGIN(comm);
-  registered--;
-  return handle ? kSuccess : kInvalidArgument;
+  note("close window");
+  return know_piece(handle, 0, NULL) ? work(comm) : kInvalidArgument;
 }
+#endif
 #endif

@@ -94,7 +94,7 @@ impl Trainer {
         let names: Vec<_> = (0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect();
         let first_unit = control.name_units(&names);
         let host = control.clone();
-        let comms = Comms { control, first_unit, host, nccl: Some(NcclPair { gather, reduce }) };
+        let comms = Comms { control, first_unit, host, nccl: Some(NcclPair { gather, reduce }), fixed: None };
         let memory = Compute::new(&compute, source).unwrap();
         let places = Shards { units: &places, on_host: false };
         // SAFETY: the shards are kept with the queues, and written as they ask for.

@@ -8,7 +8,10 @@
 //                          NCCL that FSDP_NCCL_LIBRARY names
 #include "cuda_trial.hpp"
 
+#include <array>
+#include <atomic>
 #include <cmath>
+#include <optional>
 
 namespace {
 
@@ -356,6 +359,37 @@ void checkpoints(const fsdp::Communicator& comm) {
   });
 }
 
+/// Of each GPU: how many times gradients were copied together.
+std::array<std::atomic<int>, 16> copied_together;
+
+/// The gradients of a unit are copied into its slot together, those that come again are added.
+void gradients_together(const fsdp::Communicator& comm) {
+  static const auto counting = at::addGlobalCallback(
+      at::RecordFunctionCallback([](const at::RecordFunction& function) {
+        if (std::string(function.name()) == "aten::_foreach_copy_") {
+          const at::Device device = function.inputs()[0].toTensorVector().at(0).device();
+          if (!device.is_cpu()) ++copied_together.at(device.index());
+        }
+        return std::unique_ptr<at::ObserverContext>();
+      }).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
+  (void)counting;
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    std::vector<int> counts;
+    for (int step = 0; step < 3; ++step) {
+      std::optional<fsdp::detail::NoSync> no_sync;
+      if (step == 1) no_sync.emplace(model.no_sync());
+      const int before = trial.device.is_cpu() ? 0 : copied_together.at(trial.device.index()).load();
+      trial.loss(model, step).backward();
+      if (trial.device.is_cpu()) continue;
+      counts.push_back(copied_together.at(trial.device.index()) - before);
+    }
+    trial.record.add_model("in the end", model);
+    // The root, one of whose parameters gets none, and two blocks.
+    if (!trial.device.is_cpu()) REQUIRE((counts == std::vector<int>{3, 3, 0}));
+  });
+}
+
 // ---- streams, memory, errors ----
 
 /// Training on other streams and threads than the model was made on.
@@ -386,15 +420,16 @@ void streams(const fsdp::Communicator& comm) {
   });
 }
 
-/// What the engine takes on the device is what the plan says.
-void memory(const fsdp::Communicator& comm) {
-  same_on_both(comm, [](Trial& trial) {
+/// What the engine takes on the device is what the plan says, whoever's memory it is.
+void memory_of(const fsdp::Communicator& comm, bool registered) {
+  same_on_both(comm, [registered](Trial& trial) {
     trial.record.add("nothing", 0.0);
     if (trial.device.is_cpu()) return;
     Net net = trial.net();
     fsdp::ShardOptions options = trial.options();
     options.mixed_precision.param_dtype = at::kBFloat16;
     options.mixed_precision.reduce_dtype = at::kFloat;
+    options.registered_buffers = registered;
     const auto ranks = static_cast<std::uint32_t>(trial.comm.world_size());
     const fsdp::Plan plan = fsdp::plan(*net, options, ranks, /*optimizer_bytes_per_element=*/8);
     Model model = fsdp::fully_shard(net, options);
@@ -406,12 +441,18 @@ void memory(const fsdp::Communicator& comm) {
     }
     const fsdp::CudaStats stats = model.engine().cuda_stats();
     REQUIRE(stats.pool_bytes == plan.pool_bytes && stats.overflows == 0);
+    const bool known = stats.registered_bytes >= stats.pool_bytes + stats.slot_bytes;
+    REQUIRE(registered && ranks > 1 ? known : stats.registered_bytes == 0);
     // What it takes besides is small: a model of these sizes is, too.
     REQUIRE_SAY(stats.device_bytes_peak >= plan.device_peak_bytes &&
                     stats.device_bytes_peak <= plan.device_peak_bytes + 4096,
                 stats.device_bytes_peak << " bytes, planned " << plan.device_peak_bytes);
   });
 }
+
+void memory(const fsdp::Communicator& comm) { memory_of(comm, false); }
+
+void registered_memory(const fsdp::Communicator& comm) { memory_of(comm, true); }
 
 void errors(const fsdp::Communicator& comm) {
   same_on_both(comm, [](Trial& trial) {
@@ -463,8 +504,10 @@ int main(int argc, char** argv) {
       {"whole parameters", whole_parameters},
       {"CPU offload", cpu_offload},
       {"checkpoints", checkpoints},
+      {"gradients of a unit together", gradients_together},
       {"streams and threads", streams},
       {"memory as planned", memory},
+      {"memory that NCCL knows", registered_memory},
       {"errors", errors},
   };
   return main_with_scratch(argc, argv, as_they_run(parts, ranks),

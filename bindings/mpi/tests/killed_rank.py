@@ -14,17 +14,23 @@ MPIRUN, *PROGRAM = sys.argv[1:]
 
 
 def ranks_of(launcher):
-    """The process ids of the launcher's children that run the program."""
-    found = []
+    """The process ids of the launcher's descendants that run the program: MPICH has a process between."""
+    found, parents = [], {}
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
             name = os.readlink(stat.parent / "exe")
         except OSError:
             continue
-        if int(fields[1]) == launcher and name == os.path.realpath(PROGRAM[0]):
-            found.append(int(stat.parent.name))
-    return found
+        pid = int(stat.parent.name)
+        parents[pid] = int(fields[1])
+        if name == os.path.realpath(PROGRAM[0]):
+            found.append(pid)
+
+    def is_descendant(pid):
+        return pid == launcher or pid in parents and is_descendant(parents[pid])
+
+    return [pid for pid in found if is_descendant(pid)]
 
 
 with subprocess.Popen([MPIRUN, "-n", "2", *PROGRAM], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 //! `fsdp plan`: what a model will take and move when it is sharded, from its description alone.
 
-use fsdp::config::{EngineConfig, Strategy};
+use fsdp::config::{CudaConfig, EngineConfig, Strategy};
 use fsdp::dtype::DType;
 use fsdp::forecast::{Forecast, Request};
 use fsdp::module::ModuleTree;
@@ -43,6 +43,22 @@ pub struct PlanArgs {
     /// Gradient buffers per rank; default: one more than units nest.
     #[arg(long, value_name = "N", default_value = "0", hide_default_value = true)]
     gradient_slots: u32,
+
+    /// Where ranks compute: cpu, or cuda, each on a GPU of its own.
+    #[arg(long, value_name = "cpu|cuda", default_value = "cpu", value_parser = ["cpu", "cuda"])]
+    device: String,
+
+    /// On GPUs: units gathered ahead of their use, where training gives an order; default: 1.
+    #[arg(long, value_name = "N")]
+    prefetch: Option<u32>,
+
+    /// On GPUs: unit buffers at most; default: as many as units nest, and those for units ahead.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_units_in_flight: Option<u32>,
+
+    /// Shards, gradient shards and optimizer state lie in host memory.
+    #[arg(long)]
+    cpu_offload: bool,
 
     /// Make every module of this class a unit (descriptions in JSON that give classes). May be repeated.
     #[arg(long, value_name = "CLASS")]
@@ -135,12 +151,23 @@ fn described(args: &PlanArgs) -> Result<Described, String> {
 
 fn forecast(args: &PlanArgs, tree: &ModuleTree) -> Result<Forecast, String> {
     let dtype = |name: &String| DType::ALL.into_iter().find(|d| d.name() == name);
+    let cuda = match (args.device.as_str(), args.prefetch, args.max_units_in_flight) {
+        ("cuda", prefetch, most) => {
+            let default = CudaConfig::default();
+            let prefetch = prefetch.map_or(default.prefetch, |n| n as usize);
+            Some(CudaConfig { prefetch, max_units_in_flight: most.unwrap_or(0) as usize, ..default })
+        }
+        (_, None, None) => None,
+        _ => return Err("--prefetch and --max-units-in-flight are for --device cuda".to_string()),
+    };
     let config = EngineConfig {
         gradient_slots: args.gradient_slots,
         strategy: args.strategy,
         shard_size: args.shard_size,
         reduce_dtype: dtype(&args.reduce_dtype).ok_or("unknown type")?,
         param_dtype: dtype(&args.param_dtype),
+        cpu_offload: args.cpu_offload,
+        cuda,
         ..EngineConfig::default()
     };
     let request = Request {

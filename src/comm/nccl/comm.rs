@@ -239,7 +239,7 @@ impl NcclComm {
         f(self.nccl, self.working()?.raw)
     }
 
-    /// As `with`, for a call that all ranks make and that may be at work when it returns.
+    /// As `with`, for a call that may be at work when it returns, waiting for other ranks, say. A failure of it aborts.
     pub(super) fn with_all(
         &self,
         what: &What,

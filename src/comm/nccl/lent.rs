@@ -1,6 +1,7 @@
 //! What queues are made with: communicators, shards, and which means go where.
 
 use super::comm::NcclComm;
+use super::register::FixedMemory;
 use crate::comm::Communicator;
 use cudarc::driver::sys::CUdeviceptr;
 use std::sync::Arc;
@@ -37,6 +38,8 @@ pub struct Comms {
     pub host: Arc<dyn Communicator>,
     /// None for one rank.
     pub nccl: Option<NcclPair>,
+    /// Fixed unit buffers and slots, if they are registered with those; else they are device memory as all else.
+    pub fixed: Option<FixedMemory>,
 }
 
 /// The shards that queues work on.

@@ -2,8 +2,8 @@
 //!
 //! `library` finds it, `id` is how ranks meet, `comm` is a communicator: collectives on streams, in place in the unit
 //! buffer or gradient slot, never blocking the host without a deadline. `watch` follows what runs on the GPU: an error
-//! or a deadline aborts the communicator and names the unit, the rank and the collective. `register` lends NCCL a
-//! buffer for zero-copy where its version can do that. `queues` is a pipeline's device: streams, memory, two
+//! or a deadline aborts the communicator and names the unit, the rank and the collective. `register` is memory of
+//! NCCL's own that its communicators know, where its version can do that. `queues` is a pipeline's device: streams, memory, two
 //! communicators, and a third on the host that compares what ranks launch.
 //!
 //! A communicator's collectives run in order; an engine takes one for all-gathers and one for reduce-scatters
@@ -23,6 +23,6 @@ pub use id::UniqueId;
 pub use lent::{Comms, Mean, NcclPair, Shards, UnitShards};
 pub use library::Nccl;
 pub use queues::NcclQueues;
-pub use register::{Registered, RegisteredMemory};
+pub use register::FixedMemory;
 pub use types::{Part, Reduction};
 pub use watch::What;

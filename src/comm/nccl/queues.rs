@@ -11,6 +11,7 @@
 //! breaks the others, on every rank that polls. One rank has nothing to move, and needs no NCCL.
 
 use super::lent::{Comms, Mean, NcclPair, Shards};
+use super::register::FixedMemory;
 use super::types::{Part, Reduction};
 use super::watch::What;
 use crate::comm::{Check, Communicator, Kind, Tag};
@@ -42,6 +43,22 @@ struct Unit {
     gathers: u64,
 }
 
+/// A unit buffer's or slot's memory.
+enum Place {
+    Taken(ComputeMemory),
+    /// In [`FixedMemory`].
+    Registered(CUdeviceptr),
+}
+
+impl Place {
+    fn address(&self) -> CUdeviceptr {
+        match self {
+            Place::Taken(memory) => memory.address(),
+            Place::Registered(address) => *address,
+        }
+    }
+}
+
 /// See the module's text.
 pub struct NcclQueues {
     context: Arc<Context>,
@@ -53,8 +70,10 @@ pub struct NcclQueues {
     events: HashMap<Event, GpuEvent>,
     units: Vec<Unit>,
     /// By place; those beyond the fixed ones have memory while they are used.
-    buffers: Vec<Option<ComputeMemory>>,
-    slots: Vec<Option<ComputeMemory>>,
+    buffers: Vec<Option<Place>>,
+    slots: Vec<Option<Place>>,
+    /// What the fixed ones are in, if that is not the source's memory.
+    fixed: Option<FixedMemory>,
     on_host: bool,
     control: Arc<dyn Communicator>,
     /// Broken with the others.
@@ -65,7 +84,7 @@ pub struct NcclQueues {
 }
 
 impl NcclQueues {
-    /// Takes the memory that `limits` says for work on `compute`. `comms` are of the plan's ranks. Local. Until
+    /// Takes the memory that `limits` says for work on `compute`, unless `comms` bring it. They are of the plan's ranks. Local. Until
     /// [`NcclQueues::set_gathering`] says otherwise every all-gather waits for all ranks to announce it.
     ///
     /// # Safety
@@ -91,10 +110,13 @@ impl NcclQueues {
         let context = compute.context();
         let stream = || Stream::new(&context, Priority::Highest);
         let (gather_stream, reduce_stream) = (stream()?, stream()?);
-        let memory = |sizes: &[usize], what: &str| -> Result<Vec<Option<ComputeMemory>>> {
-            let fixed = sizes.iter().map(|bytes| compute.take(*bytes, what).map(Some));
+        let memory = |sizes: &[usize], registered: Option<&[CUdeviceptr]>, what: &str| {
+            let fixed: Vec<Place> = match registered {
+                Some(places) => places.iter().map(|address| Place::Registered(*address)).collect(),
+                None => sizes.iter().map(|b| compute.take(*b, what).map(Place::Taken)).collect::<Result<_>>()?,
+            };
             // Then a place for each unit.
-            fixed.chain(plan.units.iter().map(|_| Ok(None))).collect()
+            Ok(fixed.into_iter().map(Some).chain(plan.units.iter().map(|_| None)).collect())
         };
         let units = plan.units.iter().zip(shards.units).enumerate().map(|(u, (unit, shards))| Unit {
             gather: What::of_unit(Kind::AllGather, unit.label()),
@@ -134,11 +156,13 @@ impl NcclQueues {
             reduce_stream,
             events: HashMap::new(),
             units: units.collect(),
-            buffers: memory(&limits.unit_buffers, "a unit buffer")?,
-            slots: memory(&limits.gradient_slots, "a gradient slot")?,
+            buffers: memory(&limits.unit_buffers, comms.fixed.as_ref().map(|f| &f.buffers[..]), "a unit buffer")?,
+            slots: memory(&limits.gradient_slots, comms.fixed.as_ref().map(|f| &f.slots[..]), "a gradient slot")?,
+            fixed: comms.fixed,
             on_host: shards.on_host,
             context,
         };
+        compute.count(queues.registered_bytes(), 0);
         // The other queues begin after the memory is there.
         queues.record(Event::ShardsWritten, Queue::Compute)?;
         queues.wait(Queue::Gather, Event::ShardsWritten)?;
@@ -154,12 +178,12 @@ impl NcclQueues {
 
     /// Where unit buffer `buffer` begins.
     pub fn buffer(&self, buffer: usize) -> CUdeviceptr {
-        self.buffers[buffer].as_ref().map_or(0, ComputeMemory::address)
+        self.buffers[buffer].as_ref().map_or(0, Place::address)
     }
 
     /// The layout's floats in gradient slot `slot`.
     pub fn in_slot(&self, slot: usize) -> CUdeviceptr {
-        self.slots[slot].as_ref().map_or(0, ComputeMemory::address)
+        self.slots[slot].as_ref().map_or(0, Place::address)
     }
 
     /// Zeroes ranges of floats of a slot, on compute.
@@ -182,6 +206,11 @@ impl NcclQueues {
     /// What all-gathers are called from here on, and how they are compared: the same on every rank. Local.
     pub fn set_gathering(&mut self, kind: Kind, check: Check) {
         self.gathering = (kind, check);
+    }
+
+    /// Bytes of unit buffers and slots that NCCL's communicators know.
+    pub fn registered_bytes(&self) -> usize {
+        self.fixed.as_ref().map_or(0, |fixed| fixed.bytes)
     }
 
     /// All-gathers of a unit so far.
@@ -264,7 +293,7 @@ impl NcclQueues {
         }
     }
 
-    fn place(&mut self, place: Beyond) -> &mut Option<ComputeMemory> {
+    fn place(&mut self, place: Beyond) -> &mut Option<Place> {
         match place {
             Beyond::Buffer(buffer) => &mut self.buffers[buffer],
             Beyond::Slot(slot) => &mut self.slots[slot],
@@ -352,7 +381,7 @@ impl Queues for NcclQueues {
             Beyond::Buffer(_) => "a unit buffer beyond the pool",
             Beyond::Slot(_) => "a gradient slot beyond the fixed ones",
         };
-        *self.place(place) = Some(self.compute.take(bytes, what)?);
+        *self.place(place) = Some(Place::Taken(self.compute.take(bytes, what)?));
         Ok(())
     }
 
@@ -365,5 +394,14 @@ impl Queues for NcclQueues {
 impl Drop for NcclQueues {
     fn drop(&mut self) {
         self.lead_to_compute();
+        if self.fixed.is_none() {
+            return;
+        }
+        self.compute.count(0, self.registered_bytes());
+        // NCCL's memory is freed at once, not in the order of a stream. What NCCL does not finish it aborts.
+        let _ = self.finish();
+        for stream in [&self.gather_stream, &self.reduce_stream, &self.compute.stream()] {
+            let _ = stream.synchronize();
+        }
     }
 }

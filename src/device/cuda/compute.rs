@@ -72,10 +72,15 @@ impl Compute {
     pub fn take(self: &Arc<Self>, bytes: usize, what: &str) -> Result<ComputeMemory> {
         let stream = self.stream();
         let memory = DeviceMemory::new(&self.source, &stream, bytes, what)?;
-        let mut usage = lock(&self.usage);
-        usage.now += bytes as u64;
-        usage.peak = usage.peak.max(usage.now);
+        self.count(bytes, 0);
         Ok(ComputeMemory { memory, stream, compute: self.clone() })
+    }
+
+    /// So many bytes of device memory were taken, and so many given back.
+    pub fn count(&self, taken: usize, given_back: usize) {
+        let mut usage = lock(&self.usage);
+        usage.now = usage.now + taken as u64 - given_back as u64;
+        usage.peak = usage.peak.max(usage.now);
     }
 
     /// What is taken now, and was at most.
@@ -110,6 +115,6 @@ impl Drop for ComputeMemory {
             // A device that fails now frees it all the same.
             let _ = self.compute.left.record(&now).and_then(|()| self.stream.wait(&self.compute.left));
         }
-        lock(&self.compute.usage).now -= self.memory.bytes() as u64;
+        self.compute.count(0, self.memory.bytes());
     }
 }

@@ -38,6 +38,8 @@ pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
         "world_size": f.world_size,
         "strategy": strategy_name(args.strategy),
         "shard_size": args.shard_size,
+        "device": args.device,
+        "cpu_offload": args.cpu_offload,
         "reduce_dtype": args.reduce_dtype,
         "param_dtype": args.param_dtype,
         "optimizer_bytes_per_element": args.optimizer,
@@ -54,6 +56,9 @@ pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
         "compute_buffer_bytes": f.compute_buffer_bytes,
         "all_gather_bytes_moved": f.cast_bytes,
         "unsharded_peak_bytes": f.unsharded_peak_bytes,
+        "pool_bytes": f.pool_bytes,
+        "device_peak_bytes": f.device_peak_bytes,
+        "offloaded_bytes": f.offloaded_bytes,
         "rank_peak_bytes": f.rank_peak_bytes,
         "host_peak_bytes": f.host_peak_bytes,
         "all_gather": traffic(&f.all_gather),
@@ -88,13 +93,28 @@ pub fn table(args: &PlanArgs, f: &Forecast, model: &Described, took: Duration) -
     let whose = if args.rank.is_some() { "" } else { ", the one with the most" };
     line("", String::new(), "");
     line(&format!("rank {}{whose}", f.rank), String::new(), "");
+    let on_gpu = args.device == "cuda";
     line("  parameter shards", bytes(f.param_shard_bytes), &format!("{} of it padding", bytes(f.shard_padding_bytes)));
     line("  gradient shards", bytes(f.grad_shard_bytes), "");
     line("  optimizer state", bytes(f.optimizer_bytes), &format!("{} bytes per element", args.optimizer));
     line("  gradient slots", bytes(f.gradient_slot_bytes), "for units' full gradients");
-    line("  peak", bytes(f.rank_peak_bytes), "all of these");
-    line("  unsharded at once", bytes(f.unsharded_peak_bytes), "more where bytes move; on shm it is there already");
-    if f.world_size <= MAX_WORLD {
+    if on_gpu {
+        line("  unit buffers", bytes(f.pool_bytes), "the fixed pool that units are gathered into");
+        let rest = if args.cpu_offload { "pool and slots; the rest is in host memory" } else { "all of these" };
+        line("  peak on its GPU", bytes(f.device_peak_bytes), &format!("{rest}; activations come on top"));
+    } else {
+        let offloaded = if args.cpu_offload { ", and a second copy of the shards" } else { "" };
+        line("  peak", bytes(f.rank_peak_bytes), &format!("all of these{offloaded}"));
+    }
+    let where_bytes_move = match on_gpu {
+        true => "most, along a path of nested units",
+        false => "more where bytes move; on shm it is there already",
+    };
+    line("  unsharded at once", bytes(f.unsharded_peak_bytes), where_bytes_move);
+    if on_gpu && args.cpu_offload {
+        line("  all ranks' host memory", bytes(f.host_peak_bytes), "where they are on one host");
+    }
+    if !on_gpu && f.world_size <= MAX_WORLD {
         line("", String::new(), "");
         line("one host with all ranks (shm)", String::new(), "");
         line("  unit buffers", bytes(f.unit_buffer_bytes), "the shards of all ranks, once");
@@ -110,9 +130,9 @@ pub fn table(args: &PlanArgs, f: &Forecast, model: &Described, took: Duration) -
     for (name, t) in kinds.into_iter().filter(|(name, t)| *name != "all-reduces" || t.collectives > 0) {
         line(&format!("  {name}"), t.collectives.to_string(), &format!("of {} in all", bytes(t.bytes)));
         line(
-            "    sent where bytes move",
+            if on_gpu { "    sent" } else { "    sent where bytes move" },
             bytes(t.sent_bytes),
-            &format!("in {} messages; nothing on shm", t.sent_messages),
+            &format!("in {} messages{}", t.sent_messages, if on_gpu { "" } else { "; nothing on shm" }),
         );
     }
     if args.units {

@@ -198,7 +198,10 @@ class ModelState final : public UnitHost,
         [token = std::make_shared<BackwardToken>(weak_from_this())] { token->finish(); });
     backward_open_ = true;
     if (!writes->reading()) take_over_requires_grad();
-    for (const auto& unit : units) unit->expected = unit->arrived = 0;
+    for (const auto& unit : units) {
+      unit->expected = unit->arrived = 0;
+      unit->pending.drop();
+    }
     for (std::size_t i = 0; i < params.size(); ++i) {
       ParamState& param = params[i];
       param.arrived = false;
@@ -217,17 +220,20 @@ class ModelState final : public UnitHost,
     ParamState& param = params[index];
     // A backward that needs no parameter's value still takes part in an iteration.
     if (!writes->reading()) activate(*param.unit);
+    UnitStorage& unit = *param.unit;
     const auto [region, accumulate] = engine().param_grad(index);
-    if (accumulate || !param.placed.arrives_in_place(gradient)) {
+    if (!writes->device().is_cpu()) {
+      copy_on_gpu(region, accumulate, param, gradient);
+    } else if (accumulate || !param.placed.arrives_in_place(gradient)) {
       param.placed.move_out();
       store_gradient(region, accumulate, param, gradient);
     }
-    UnitStorage& unit = *param.unit;
     if (!param.arrived) {
       param.arrived = true;
       ++unit.arrived;
     }
     if (unit.arrived == unit.expected) {
+      copy_pending(unit);
       engine().reduce(unit.index);
       for (std::uint32_t id : unit.param_ids) params[id].arrived = false;
       unit.arrived = 0;
@@ -403,6 +409,29 @@ class ModelState final : public UnitHost,
     }
   }
 
+  /// Keeps a gradient for the others of its unit, or copies it.
+  void copy_on_gpu(const fsdp_tensor_t& region, bool accumulate, const ParamState& param,
+                   const at::Tensor& gradient) {
+    UnitStorage& unit = *param.unit;
+    const bool waits = !accumulate && gradient.numel() > 0 && !is_sharded(gradient);
+    if (!waits || !unit.pending.fits(gradient)) copy_pending(unit);
+    if (!waits || !unit.pending.fits(gradient)) {
+      engine();  // comes here again
+      store_gradient(region, accumulate, param, gradient);
+      return;
+    }
+    char* data = static_cast<char*>(region.data) + region.byte_offset;
+    unit.pending.add(tensor_at(data, param.leaf.sizes(), at::kFloat, param.leaf.device()), gradient);
+  }
+
+  /// Copies the gradients of `unit` that wait, on the stream that they were computed on.
+  void copy_pending(UnitStorage& unit) {
+    if (unit.pending.empty()) return;
+    const c10::StreamGuard there(unit.pending.stream());
+    engine();  // goes there, too, so that its work comes before and after
+    unit.pending.copy();
+  }
+
   void empty_places() {
     for (ParamState& param : params) param.placed.move_out();
   }
@@ -411,6 +440,7 @@ class ModelState final : public UnitHost,
     backward_open_ = false;
     failed_ = true;  // until everything below has succeeded
     empty_places();
+    for (const auto& unit : units) copy_pending(*unit);
     reshard_all(false);
     engine().finish_backward();
     iteration_open_ = !is_last_backward;
@@ -440,6 +470,7 @@ class ModelState final : public UnitHost,
     if (!backward_open_) return;
     backward_open_ = false;
     failed_ = true;
+    for (const auto& unit : units) unit->pending.drop();
     try {
       empty_places();
       reshard_all(false);

@@ -112,6 +112,10 @@ struct ShardOptions {
   /// what the deepest path of nested units needs, and those for units ahead; where that is too few,
   /// memory is taken and given back as units come and go.
   std::uint32_t max_units_in_flight = 0;
+  /// On GPUs with several ranks: the fixed unit buffers and gradient slots are memory of NCCL's own,
+  /// not of LibTorch's allocator, and registered with NCCL, which then copies nothing in between. An
+  /// error where NCCL's version cannot do that; see fsdp_cuda_config_t.registered_buffers.
+  bool registered_buffers = false;
   /// The order in which units are unsharded: each one's all-gather is issued when the one before it
   /// is unsharded. A trace of the same module, from trace_forward, the same on every rank.
   std::optional<ExecutionTrace> prefetch_order = {};
@@ -162,6 +166,8 @@ inline fsdp_cuda_config_t gpu_config(at::Device device, const ShardOptions& opti
   fsdp_cuda_config_t config = cuda_config(device.index());
   config.prefetch = units_ahead(options);
   config.max_units_in_flight = options.max_units_in_flight;
+  config.registered_buffers = options.registered_buffers ? FSDP_REGISTERED_BUFFERS_ALWAYS
+                                                         : FSDP_REGISTERED_BUFFERS_NEVER;
   config.compute_stream = current_stream(device);
   config.alloc = [](void* memory, std::size_t bytes, void*) {
     return static_cast<LentMemory*>(memory)->take(bytes);

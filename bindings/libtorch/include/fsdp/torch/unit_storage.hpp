@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "fsdp/torch/grad_placement.hpp"
+#include "fsdp/torch/pending_gradients.hpp"
 #include "fsdp/torch/shard_leaf.hpp"
 #include "fsdp/torch/tensors.hpp"
 
@@ -219,6 +220,7 @@ class UnitStorage final : public StorageTag {
   std::uint32_t expected = 0;    ///< gradients that complete the unit in this backward
   std::uint32_t arrived = 0;     ///< parameters with a gradient since the last reduction
   std::vector<std::uint32_t> param_ids;
+  PendingGradients pending;  ///< on a GPU: those that are not in the slot yet
 
   static constexpr const char* kReplaced =
       "the model was re-wrapped by another fsdp::fully_shard: use the newer handle";
