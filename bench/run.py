@@ -105,7 +105,7 @@ def measure_overhead(bench):
 
 def measure_setup(bench):
     bench.found["setup"], bench.found["setup_speeds"] = setup_speed.measure(
-        bench.programs, bench.scratch, bench.logs, bench.say, *((4, 1) if bench.quick else (16, 5)))
+        bench.programs, bench.scratch, bench.logs, bench.say, *((4, 2) if bench.quick else (16, 5)))
 
 
 MEASURE = {"steps": measure_steps, "memory": measure_memory, "collectives": measure_collectives,
