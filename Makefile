@@ -11,6 +11,7 @@ DEMO_OUT ?= $(BUILD)/demo
 DEMO_ARGS ?=
 QUICK ?=
 ONLY ?=
+WORKLOADS ?=
 # A Python with PyTorch, installed by the targets that need one unless it is given.
 TORCH_PYTHON ?= $(BUILD)/pytorch/bin/python
 export BUILD PYTHON JOBS
@@ -43,12 +44,12 @@ demo: build ## Train a small GPT on real text, sharded over 2 ranks, a few minut
 test: build ## Run every check and every test
 	@scripts/test.sh
 
-bench: configure $(if $(filter $(BUILD)/%,$(TORCH_PYTHON)),$(BUILD)/pytorch/installed) ## Measure beside PyTorch's FSDP (QUICK=1: a short form; ONLY=steps,...; downloads 2.5 GB once)
+bench: configure $(if $(filter $(BUILD)/%,$(TORCH_PYTHON)),$(BUILD)/pytorch/installed) ## Measure beside PyTorch's FSDP (QUICK=1: a short form; ONLY=steps,... WORKLOADS=...; downloads 2.5 GB once)
 	@scripts/fetch_debian.sh $(BUILD)/debian libopenmpi-dev || echo "make: going on without Open MPI's headers" >&2
 	@cmake $(BUILD) >>$(BUILD)/logs/configure.log 2>&1
 	@cmake --build $(BUILD) -j $(JOBS) --target fsdp_bench
 	@$(BUILD)/venv/bin/python -B bench/run.py --build $(BUILD) --torch-python $(TORCH_PYTHON) \
-		$(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+		$(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(WORKLOADS),--workloads $(WORKLOADS))
 
 gpu-test: ## Run what needs a GPU, CUDA's compiler or NCCL; skips what this machine lacks, and says so
 	@TORCH_PYTHON=$(TORCH_PYTHON) scripts/gpu_test.sh

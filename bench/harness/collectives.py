@@ -53,7 +53,7 @@ def open_mpi(program):
     return [mpirun, *as_root, "-n", str(WORLD_SIZE), program], ""
 
 
-def measure(programs, torch_python, peers, logs, say, rounds, repetitions):
+def measure(programs, torch_python, peers, logs, say, rounds, repetitions, starter=ranks.start):
     """(rows, speeds, {system: why it has none})."""
     logs = logs / "collectives"
     logs.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def measure(programs, torch_python, peers, logs, say, rounds, repetitions):
     for turn in range(rounds):
         for i in range(len(commands)):
             name, command, processes = commands[(i + turn) % len(commands)]
-            with ranks.System(name, [*command, str(repetitions)], processes, logs) as system:
+            with ranks.System(name, [*command, str(repetitions)], processes, logs, starter) as system:
                 taken[turn].update(times_of(system.answers(DEADLINE_S)))
     rows = rows_of(taken)
     rows.sort(key=lambda row: (row["collective"], row["dtype"], row["bytes"]))

@@ -4,17 +4,21 @@ once; its largest value while they step, and what their libraries take by themse
 from . import ranks, workloads
 
 START_S, STEP_S = 180, 60
-# Steps that are watched. State is complete after the first.
+# Steps that are watched. State is complete after the first; PyTorch's heaps grow until the fourth.
 STEPS = 4
 
 
+def pss_of(rollup):
+    """Bytes of a process's proportional set size, from the lines of its smaps_rollup. What it shares with the fork server
+    that started it (harness/forks.py), of which it has a copy as soon as it writes, counts as if it had it alone, as a
+    process has that was started in another way."""
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in rollup if line.rstrip().endswith(" kB")}
+    return (kilobytes["Pss"] - kilobytes["Pss_Anon"] + kilobytes["Anonymous"]) * 1024
+
+
 def pss(pid):
-    """Bytes of a process's proportional set size."""
     with open(f"/proc/{pid}/smaps_rollup") as file:
-        for line in file:
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/{pid}/smaps_rollup has no line Pss")
+        return pss_of(file)
 
 
 class Peak:
@@ -28,19 +32,19 @@ class Peak:
         self.bytes = max(self.bytes, sum(map(pss, self._pids)))
 
 
-def peak_of(name, command, world_size, logs, steps=STEPS):
+def peak_of(name, command, world_size, logs, starter):
     """(largest PSS of all ranks while they step, what "stats" says) of a system that runs alone."""
-    with ranks.System(name, command, world_size, logs) as system:
+    with ranks.System(name, command, world_size, logs, starter) as system:
         system.answers(START_S)
         peak = Peak(system)
-        system.steps(steps, steps * STEP_S, idle=peak.sample)
+        system.steps(STEPS, STEPS * STEP_S, idle=peak.sample)
         peak.sample()
         return peak.bytes, system.ask("stats", STEP_S)
 
 
-def libraries_of(name, command, world_size, logs):
+def libraries_of(name, command, world_size, logs, starter):
     """PSS of as many processes that have loaded the same libraries and do nothing."""
-    with ranks.System(name, [*command, "--load-only"], world_size, logs) as system:
+    with ranks.System(name, [*command, "--load-only"], world_size, logs, starter) as system:
         system.answers(START_S)
         peak = Peak(system)
         peak.sample()
@@ -51,12 +55,12 @@ def activations(workload, program, data, logs):
     """What forward and backward need besides parameters and gradients, summed over the ranks: the peak of as many processes
     of the program of bench/step that compute unsharded and have no optimizer, less their libraries and both."""
     command = [*program, "--system", "plain", *workload.arguments(data)]
-    peak, _ = peak_of("plain", command, workload.world_size, logs)
+    peak, _ = peak_of("plain", command, workload.world_size, logs, ranks.start)
     state = 2 * 4 * workloads.parameter_count(workload.model) * workload.world_size
-    return peak - libraries_of("plain", program, workload.world_size, logs) - state
+    return peak - libraries_of("plain", program, workload.world_size, logs, ranks.start) - state
 
 
-def measure(workload, commands, programs, data, logs, say, plan_bytes):
+def measure(workload, commands, programs, data, logs, say, plan_bytes, starter=ranks.start):
     """Rows of a workload: for each system its peak, and its libraries'. `programs` has each system's program without
     arguments. `plan_bytes`: what the plan says that the host holds."""
     rows, known = [], {}
@@ -64,10 +68,10 @@ def measure(workload, commands, programs, data, logs, say, plan_bytes):
     folder.mkdir(parents=True, exist_ok=True)
     needed = activations(workload, programs["bound"], data, folder)
     for name, command in commands.items():
-        peak, stats = peak_of(name, command, workload.world_size, folder)
+        peak, stats = peak_of(name, command, workload.world_size, folder, starter)
         kind = tuple(map(str, programs[name]))
         if kind not in known:
-            known[kind] = libraries_of(name, programs[name], workload.world_size, folder)
+            known[kind] = libraries_of(name, programs[name], workload.world_size, folder, starter)
         row = {"workload": workload.name, "system": name, "world_size": workload.world_size,
                "host_peak_pss_bytes": peak, "libraries_pss_bytes": known[kind], "own_bytes": peak - known[kind]}
         if name in workloads.OURS:

@@ -4,7 +4,6 @@ A rank is a program that prints one JSON object a line and reads commands on its
 
     {"ready": true}       everything is loaded and sharded
     steps N               {"step_s": [N seconds], "loss": [N losses]}
-    reload                parameters and optimizer state as at the start; {"reloaded": true}
     stats                 counters of the system, where it has them
     quit, or the end of the input
 """
@@ -37,19 +36,20 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(command, log, environment=None):
-    """Starts one process that dies with this one, pipes to its input and output, its errors in the file `log`."""
+def start(command, log, environment=None, **more):
+    """Starts one process that dies with this one, pipes to its input and output, its errors in the file `log`. `more`
+    goes to subprocess.Popen."""
     with open(log, "wb") as errors:
         return subprocess.Popen(
             [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})},
-            preexec_fn=_die_with_parent)
+            preexec_fn=_die_with_parent, **more)
 
 
 class System:
-    """`world_size` processes of `command`. Use as a context manager: leaving it ends them."""
+    """`world_size` processes of `command`, each started by `starter`. Use as a context manager: leaving it ends them."""
 
-    def __init__(self, name, command, world_size, logs):
+    def __init__(self, name, command, world_size, logs, starter=start):
         self.name, self.processes, self.logs = name, [], []
         self._received = [b""] * world_size
         port = free_port()
@@ -57,11 +57,11 @@ class System:
             for rank in range(world_size):
                 log = logs / f"{name}.{rank}.log"
                 self.logs.append(log)
-                self.processes.append(start(command, log, {
+                self.processes.append(starter(command, log, {
                     "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
                     "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                     "GLOO_SOCKET_IFNAME": "lo"}))
-        except OSError as error:
+        except (OSError, Failed) as error:
             self.kill()
             raise Failed(f"{name}: cannot start {command[0]}: {error}") from error
 
@@ -112,19 +112,28 @@ class System:
             self._fail(rank, f"printed {line[:200]!r}, which is no JSON object")
         return answer
 
-    def ask(self, command, seconds, idle=None):
-        """Gives a command to every rank and returns their answers."""
+    def tell(self, command):
+        """Gives a command to every rank."""
         for rank, process in enumerate(self.processes):
             try:
                 process.stdin.write(command.encode() + b"\n")
                 process.stdin.flush()
             except OSError:
                 self._fail(rank, f"is gone, exit status {process.poll()}")
+
+    def ask(self, command, seconds, idle=None):
+        """Gives a command to every rank and returns their answers."""
+        self.tell(command)
         return self.answers(seconds, idle)
 
     def steps(self, count, seconds, idle=None):
         """(seconds, loss) of each of `count` steps: the means over the ranks."""
-        answers = self.ask(f"steps {count}", seconds, idle)
+        self.tell(f"steps {count}")
+        return self.taken(count, seconds, idle)
+
+    def taken(self, count, seconds, idle=None):
+        """What `steps` returns, of steps that all have been told to take."""
+        answers = self.answers(seconds, idle)
         for rank, answer in enumerate(answers):
             if len(answer.get("step_s", [])) != count or len(answer.get("loss", [])) != count:
                 self._fail(rank, f"answered {str(answer)[:200]} when asked for {count} steps")

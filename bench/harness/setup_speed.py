@@ -24,11 +24,12 @@ def rows_of(answers):
     return rows, speeds
 
 
-def measure(programs, scratch, logs, say, repetitions):
+def measure(programs, scratch, logs, say, units, repetitions):
+    """On a model of so many units of 64 MiB."""
     logs, folder = logs / "setup", scratch / "setup"
     logs.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [programs / "fsdp_bench_setup", folder, str(repetitions)]
+    command = [programs / "fsdp_bench_setup", folder, str(units), str(repetitions)]
     with ranks.System("setup", command, WORLD_SIZE, logs) as system:
         rows, speeds = rows_of(system.answers(DEADLINE_S))
     for row in rows:

@@ -1,5 +1,5 @@
-"""Step times of all systems of a workload, in turns: all are started, must agree on the losses, and then take their steps
-round by round while the others sleep, so that what the machine does besides meets all of them."""
+"""Step times of all systems of a workload, in turns: all are started, and take their steps round by round while the others
+sleep, so that what the machine does besides meets all of them. They must agree on the losses before a time counts."""
 
 import contextlib
 import statistics
@@ -9,26 +9,27 @@ from . import ranks, ratios, workloads
 
 # How far a loss, averaged over the ranks, may be from the reference's: sums of gradients have other orders.
 TOLERANCE = 1e-4
+# How many losses are compared, at most: differences of rounding grow with the steps.
+COMPARED = 11
+# Steps that come first and are not timed: memory is met for the first time, and what is made lazily is made. Systems start
+# and take them all at once.
+WARM_UP = 1
 # Share of a processor that a process may use while it waits for its turn.
 IDLE = 0.01
 START_S, STEP_S = 180, 30
 
 
-def agree(workload, running, count):
-    """Takes `count` steps with every system and compares the losses; the reference is PyTorch's DDP. The bound does not
-    communicate: it only takes the steps. Returns the reference's losses."""
-    losses = {}
-    for name in sorted(running, key=lambda name: name != "torch_ddp"):
-        curve = running[name].steps(count, count * STEP_S)[1]
-        if name != "bound":
-            losses[name] = curve
-    different = ratios.first_difference(losses, TOLERANCE)
+def agree(workload, curves):
+    """Compares the losses of the systems (lists as long as each other); the reference is PyTorch's DDP. The bound does not
+    communicate, so that its losses are its own. Returns the reference's losses."""
+    compared = {name: curves[name][:COMPARED] for name in sorted(curves, key=lambda name: name != "torch_ddp") if name != "bound"}
+    different = ratios.first_difference(compared, TOLERANCE)
     if different:
         system, step, got, reference, want = different
         raise ranks.Failed(
             f"{workload.name}: {system} does not compute what {reference} does: in step {step} its loss is {got!r}, "
             f"not {want!r} (within {TOLERANCE:g})")
-    return next(iter(losses.values()))
+    return next(iter(compared.values()))
 
 
 class IdleCheck:
@@ -59,33 +60,45 @@ class IdleCheck:
         return shares[name]
 
 
-def take(workload, running, rounds, per_round):
-    """Step times by system, a list of rounds of `per_round` each; and the largest share of a processor used idly."""
+def warm_up(running):
+    """Waits until all systems are ready and have taken the first steps. Their losses by system."""
+    for system in running.values():
+        system.tell(f"steps {WARM_UP}")
+    for system in running.values():
+        system.answers(START_S)
+    return {name: system.taken(WARM_UP, START_S)[1] for name, system in running.items()}
+
+
+def take(workload, running, curves, rounds, per_round):
+    """Step times by system, a list of rounds of `per_round` each; the losses that all agree on; and the largest share of
+    a processor used idly. `curves` has the losses of the steps before, and gets these."""
     names, times = list(running), {name: [] for name in running}
+    agree(workload, curves)
     idle = IdleCheck(running)
     for turn in range(rounds):
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
             with idle.turn(name):
-                times[name].append(running[name].steps(per_round, per_round * STEP_S)[0])
-    return times, idle.finish(workload)
+                seconds, losses = running[name].steps(per_round, per_round * STEP_S)
+            times[name].append(seconds)
+            curves[name] += losses
+        agreed = agree(workload, curves)
+    return times, agreed, idle.finish(workload)
 
 
-def measure(workload, commands, logs, say, *, compared, rounds, per_round):
-    """Rows and ratios of a workload. `commands` has the command line of each system, `compared` is how many steps the
-    systems must agree on. Raises ranks.Failed."""
+def measure(workload, commands, logs, say, *, rounds, per_round, starter=ranks.start):
+    """Rows and ratios of a workload. `commands` has the command line of each system. Raises ranks.Failed."""
+    began = time.monotonic()
     with contextlib.ExitStack() as stack:
         running = {}
         for name, command in commands.items():
             running[name] = stack.enter_context(
-                ranks.System(name, command, workload.world_size, logs / workload.name))
-        for system in running.values():
-            system.answers(START_S)
-        curve = agree(workload, running, compared)
-        say(f"{workload.name}: all systems compute the same; loss {curve[0]:.5g}, after {compared - 1} steps {curve[-1]:.5g}")
-        for system in running.values():
-            system.ask("reload", START_S)
-        times, idle = take(workload, running, rounds, per_round)
+                ranks.System(name, command, workload.world_size, logs / workload.name, starter))
+        curves = warm_up(running)
+        started = time.monotonic()
+        times, curve, idle = take(workload, running, curves, rounds, per_round)
+        say(f"{workload.name}: all systems compute the same; loss {curve[0]:.5g}, after {len(curve) - 1} steps {curve[-1]:.5g} "
+            f"(started in {started - began:.1f} s, measured in {time.monotonic() - started:.1f} s)")
     rows = []
     for name in commands:
         counted = [seconds for turn in times[name] for seconds in turn]

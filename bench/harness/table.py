@@ -68,7 +68,7 @@ def overheads(rows):
 
 
 def setup(rows):
-    return grid(["1 GiB, 2 ranks", "GB/s"], [[row["setup"], f"{row['gb_per_s']:.2f}"] for row in rows])
+    return grid([f"{rows[0]['bytes'] >> 20} MiB, 2 ranks", "GB/s"], [[row["setup"], f"{row['gb_per_s']:.2f}"] for row in rows])
 
 
 def targets(rows):

@@ -38,6 +38,15 @@ WORKLOADS = (
 )
 
 
+def chosen(names, quick):
+    """The workloads of these names; where there are none, all, or in the short form those of two ranks (four ranks of six
+    systems take long). Raises ValueError."""
+    unknown = set(names) - {workload.name for workload in WORKLOADS}
+    if unknown:
+        raise ValueError(f"no such workload: {', '.join(sorted(unknown))} ({', '.join(w.name for w in WORKLOADS)} are expected)")
+    return tuple(w for w in WORKLOADS if (w.name in names if names else w.world_size <= 2 or not quick))
+
+
 def parameter_shapes(model):
     """(name, shape) of each parameter, in the order of registration."""
     if model == "tiny200":

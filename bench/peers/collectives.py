@@ -51,4 +51,5 @@ def main(large):
     print(json.dumps({"rows": rows}), flush=True)
 
 
-main(int(sys.argv[1]))
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -14,8 +14,8 @@ import sys
 import time
 
 import torch
+import torch._dynamo  # optimizers import it when they are made: it is one of the libraries
 import torch.distributed
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import inputs
 import sharding
@@ -31,9 +31,8 @@ class Trainer:
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         module, self.inputs = inputs.make(
             arguments.workload, arguments.data, self.rank, arguments.batch, arguments.tokens)
-        self.folder = arguments.data
-        self.shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        module.load_state_dict(inputs.full_state(self.folder, self.shapes))
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        module.load_state_dict(inputs.full_state(arguments.data, shapes))
         self.model = sharding.SYSTEMS[arguments.system](module, self.world_size)
         chosen = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}[arguments.adamw]
         self.optimizer = torch.optim.AdamW(
@@ -54,15 +53,6 @@ class Trainer:
     def steps(self, count):
         done = [self.step() for _ in range(count)]
         say(step_s=[seconds for seconds, _ in done], loss=[loss for _, loss in done])
-
-    def reload(self):
-        initial = inputs.full_state(self.folder, self.shapes)
-        set_model_state_dict(self.model, initial, options=StateDictOptions(full_state_dict=True))
-        self.optimizer.state.clear()
-        self.optimizer.zero_grad()
-        self.step_number = 0
-        torch.distributed.barrier()
-        say(reloaded=True)
 
     def stats(self):
         """Bytes of this rank's parameters, gradients and optimizer state."""
@@ -88,7 +78,7 @@ def serve(trainer):
         command, *argument = line.split()
         if command == "quit":
             break
-        {"steps": trainer.steps, "reload": trainer.reload, "stats": trainer.stats}[command](*map(int, argument))
+        {"steps": trainer.steps, "stats": trainer.stats}[command](*map(int, argument))
 
 
 def main():

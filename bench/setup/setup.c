@@ -1,7 +1,7 @@
-/* What comes before and between steps, on a model of 1 GiB of float32 in 16 units, one rank: sharding it from nothing, saving
+/* What comes before and between steps, on a model of units of 64 MiB of float32, one rank: sharding it from nothing, saving
  * and loading a checkpoint, each beside the plain thing with as many bytes.
  *
- *   setup FOLDER REPETITIONS   prints {"rows": [{"setup", "bytes", "times"}]}; FOLDER exists and is left as it was
+ *   setup FOLDER UNITS REPETITIONS   prints {"rows": [{"setup", "bytes", "times"}]}; FOLDER exists and is left as it was
  *
  * Names: shard_from_meta: an engine on a model without storage, whose initializer writes each element once; fill_and_copy: a
  * buffer of a unit's size is filled as often, and this rank's part copied out. checkpoint_save and checkpoint_load: of the
@@ -16,8 +16,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { UNITS = 16, MOST_REPETITIONS = 100, CHUNK = 8 << 20 };
+enum { MOST_UNITS = 256, MOST_REPETITIONS = 100, CHUNK = 8 << 20 };
 static const int64_t unit_numel = 1 << 24;
+static uint32_t units = 0;
 
 typedef enum { SHARD, COPY, SAVE, WRITE, LOAD, READ, KINDS } kind_t;
 static const char *const names[KINDS] = {"shard_from_meta", "fill_and_copy",   "checkpoint_save",
@@ -37,7 +38,7 @@ static fsdp_engine_t *sharded(const job_t *job) {
   fsdp_model_t *model = NULL;
   fsdp_engine_t *engine = NULL;
   CHECK_OK(fsdp_model_create("Root", &model));
-  for (uint32_t i = 0; i < UNITS; i++) {
+  for (uint32_t i = 0; i < units; i++) {
     char name[16];
     uint32_t module = 0, param = 0;
     snprintf(name, sizeof name, "layer%u", (unsigned)i);
@@ -60,9 +61,9 @@ static fsdp_shard_t shard_of(const fsdp_engine_t *engine, uint32_t param) {
 /* Fills a unit's bytes and copies this rank's out, once per unit. */
 static void fill_and_copy(const job_t *job) {
   const size_t part = (size_t)(unit_numel / job->world);
-  float *out = (float *)malloc(UNITS * part * sizeof(float));
+  float *out = (float *)malloc(units * part * sizeof(float));
   CHECK(out != NULL);
-  for (uint32_t unit = 0; unit < UNITS; unit++) {
+  for (uint32_t unit = 0; unit < units; unit++) {
     float *whole = (float *)malloc((size_t)unit_numel * sizeof(float));
     CHECK(whole != NULL);
     fsdp_tensor_t tensor = tensor_f32(whole, 0, NULL);
@@ -70,7 +71,7 @@ static void fill_and_copy(const job_t *job) {
     memcpy(out + unit * part, whole + (size_t)job->rank * part, part * sizeof(float));
     free(whole);
   }
-  CHECK(out[UNITS * part - 1] == UNITS);
+  CHECK(out[units * part - 1] == (float)units);
   free(out);
 }
 
@@ -78,7 +79,7 @@ static void fill_and_copy(const job_t *job) {
 static void plain_file(const fsdp_engine_t *engine, const char *path, int writing) {
   const int file = open(path, writing ? O_WRONLY | O_CREAT | O_EXCL : O_RDONLY, 0600);
   CHECK(file >= 0);
-  for (uint32_t param = 0; param < UNITS; param++) {
+  for (uint32_t param = 0; param < units; param++) {
     const fsdp_shard_t shard = shard_of(engine, param);
     char *at = (char *)shard.data, *end = at + shard.numel * (int64_t)sizeof(float);
     while (at < end) {
@@ -145,7 +146,7 @@ static void repetition(const job_t *job, const char *folder, int i) {
     }
   }
 #undef TIMED
-  for (uint32_t param = 0; param < UNITS; param++) {
+  for (uint32_t param = 0; param < units; param++) {
     const fsdp_shard_t shard = shard_of(engine, param);
     CHECK(shard.data[0] == param + 1 && shard.data[shard.numel - 1] == param + 1);
   }
@@ -159,15 +160,17 @@ static void repetition(const job_t *job, const char *folder, int i) {
 }
 
 int main(int argc, char **argv) {
-  CHECK(argc == 3);
-  const int count = atoi(argv[2]);
+  CHECK(argc == 4);
+  const int wanted = atoi(argv[2]), count = atoi(argv[3]);
+  CHECK(wanted >= 1 && wanted <= MOST_UNITS);
+  units = (uint32_t)wanted;
   CHECK(count >= 1 && count <= MOST_REPETITIONS);
   const job_t job = join_job();
   for (int i = 0; i < count; i++) repetition(&job, argv[1], i);
   printf("{\"rows\": [");
   for (int kind = 0; kind < KINDS; kind++) {
     printf("%s{\"setup\": \"%s\", \"bytes\": %lld, \"times\": [", kind == 0 ? "" : ", ", names[kind],
-           (long long)(UNITS * unit_numel * 4));
+           (long long)units * unit_numel * 4);
     for (int i = 0; i < count; i++) printf("%s%.6f", i == 0 ? "" : ", ", times[kind][i]);
     printf("]}");
   }

@@ -64,10 +64,6 @@ int serve(System<Work>& system, const Work& work) {
       say("{\"step_s\": " + json_list(seconds) + ", \"loss\": " + json_list(losses) +
           ", \"forward_s\": " + json_list(forward) + ", \"backward_s\": " + json_list(backward) +
           ", \"optimizer_s\": " + json_list(optimizer) + "}");
-    } else if (command == "reload") {
-      system.reload();
-      step = 0;
-      say("{\"reloaded\": true}");
     } else if (command == "stats") {
       say(system.stats());
     } else if (command == "quit") {

@@ -18,8 +18,6 @@ class Plain final : public System<Work> {
     return loss.template item<double>();
   }
 
-  void reload() override { module_->zero_grad(); }
-
   std::string stats() override { return "{}"; }
 
  private:

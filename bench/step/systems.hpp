@@ -47,8 +47,6 @@ class System {
   virtual double step(const typename Work::Batch& batch) = 0;
   /// Of the last step.
   const Phases& phases() const { return phases_; }
-  /// Parameters and optimizer as at the start.
-  virtual void reload() = 0;
   /// A line of JSON.
   virtual std::string stats() = 0;
 
@@ -60,9 +58,18 @@ class System {
 template <class Work>
 class Sharded final : public System<Work> {
  public:
-  Sharded(const Arguments& args, const Work& work)
-      : args_(args), work_(work), model_(make(args)) {
-    make_optimizer();
+  Sharded(const Arguments& args, const Work& work) : work_(work), model_(make(args)) {
+    if (args.system != "fsdp_shm_fused") {
+      adamw_ = std::make_unique<torch::optim::AdamW>(model_.parameters(), adamw_options());
+      return;
+    }
+    fsdp::AdamWConfig config;
+    config.lr = 1e-3;
+    config.beta1 = 0.9;
+    config.beta2 = 0.95;
+    config.eps = 1e-8;
+    config.weight_decay = 0.1;
+    fused_ = std::make_unique<fsdp::FusedOptimizer>(model_.adamw(config));
   }
 
   double step(const typename Work::Batch& batch) override {
@@ -77,17 +84,6 @@ class Sharded final : public System<Work> {
           if (fused_) fused_->step();
           else adamw_->step();
         });
-  }
-
-  void reload() override {
-    fused_.reset();
-    adamw_.reset();
-    typename Work::Module module;
-    load_parameters(*module, args_.data);
-    fsdp::StateDict values;
-    for (const auto& item : module->named_parameters()) values.insert(item.key(), item.value());
-    model_.load_full_state_dict(values);
-    make_optimizer();
   }
 
   std::string stats() override {
@@ -123,21 +119,6 @@ class Sharded final : public System<Work> {
     return bytes;
   }
 
-  void make_optimizer() {
-    if (args_.system == "fsdp_shm_fused") {
-      fsdp::AdamWConfig config;
-      config.lr = 1e-3;
-      config.beta1 = 0.9;
-      config.beta2 = 0.95;
-      config.eps = 1e-8;
-      config.weight_decay = 0.1;
-      fused_ = std::make_unique<fsdp::FusedOptimizer>(model_.adamw(config));
-    } else {
-      adamw_ = std::make_unique<torch::optim::AdamW>(model_.parameters(), adamw_options());
-    }
-  }
-
-  const Arguments& args_;
   const Work& work_;
   Model model_;
   std::unique_ptr<torch::optim::AdamW> adamw_;
@@ -148,7 +129,14 @@ class Sharded final : public System<Work> {
 template <class Work>
 class Bound final : public System<Work> {
  public:
-  Bound(const Arguments& args, const Work& work) : args_(args), work_(work) { reload(); }
+  Bound(const Arguments& args, const Work& work) : args_(args), work_(work) {
+    load_parameters(*module_, args_.data);
+    all_ = module_->parameters();
+    for (const auto& param : all_) {
+      shards_.push_back(shard_of(param.detach().view({-1})).set_requires_grad(true));
+    }
+    adamw_ = std::make_unique<torch::optim::AdamW>(shards_, adamw_options());
+  }
 
   double step(const typename Work::Batch& batch) override {
     return timed_step(
@@ -166,18 +154,6 @@ class Bound final : public System<Work> {
         });
   }
 
-  void reload() override {
-    adamw_.reset();
-    module_ = typename Work::Module();
-    load_parameters(*module_, args_.data);
-    all_ = module_->parameters();
-    shards_.clear();
-    for (const auto& param : all_) {
-      shards_.push_back(shard_of(param.detach().view({-1})).set_requires_grad(true));
-    }
-    adamw_ = std::make_unique<torch::optim::AdamW>(shards_, adamw_options());
-  }
-
   std::string stats() override { return "{}"; }
 
  private:
@@ -189,7 +165,7 @@ class Bound final : public System<Work> {
 
   const Arguments& args_;
   const Work& work_;
-  typename Work::Module module_{nullptr};
+  typename Work::Module module_;
   std::vector<torch::Tensor> all_, shards_;
   std::unique_ptr<torch::optim::AdamW> adamw_;
 };

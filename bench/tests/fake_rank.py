@@ -1,6 +1,6 @@
 """A rank that computes nothing, for test_harness.py. usage: fake_rank.py BEHAVIOUR
 
-good      speaks the protocol; steps of 1 ms with the losses 1, 1/2, 1/3, ...
+good      speaks the protocol, and says what RANK is when asked for stats; steps of 1 ms with the losses 1, 1/2, 1/3, ...
 other     as good, with the third loss a little different
 nan       as good, with a third loss that is not a number
 spins     as good, but waits for commands with a busy thread
@@ -12,6 +12,7 @@ stays     does not end when its input does
 """
 
 import json
+import os
 import sys
 import threading
 import time
@@ -49,8 +50,7 @@ for line in sys.stdin:
         if behaviour == "short":
             losses.pop()
         say(step_s=[0.001] * len(losses), loss=losses)
-    elif command == "reload":
-        done = 0
-        say(reloaded=True)
+    elif command == "stats":
+        say(rank=os.environ["RANK"])
 if behaviour == "stays":
     time.sleep(600)

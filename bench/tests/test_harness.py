@@ -6,6 +6,7 @@ usage: test_harness.py
 import json
 import math
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ import unittest
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from harness import collectives, memory, overhead, plan, ranks, ratios, setup_speed, steps, table, targets, workloads
+from harness import collectives, forks, memory, overhead, plan, ranks, ratios, setup_speed, steps, table, targets, workloads
 
 FAKE = [sys.executable, "-B", HERE / "fake_rank.py"]
 FAKE_WORKLOAD = workloads.Workload("fake_w2", "fake", 2, 1, 1)
@@ -70,6 +71,14 @@ class Models(unittest.TestCase):
         shapes = plan.description("gpt33m")["parameters"]
         self.assertEqual(list(shapes)[:4], ["tok.weight", "pos.weight", "blocks.0.norm1.weight", "blocks.0.norm1.bias"])
 
+    def test_chosen(self):
+        names = lambda *arguments: [workload.name for workload in workloads.chosen(*arguments)]
+        self.assertEqual(names((), False), ["gpt33m_2x128_w2", "gpt33m_1x16_w2", "gpt33m_1x64_w4", "tiny200_w2"])
+        self.assertEqual(names((), True), ["gpt33m_2x128_w2", "gpt33m_1x16_w2", "tiny200_w2"])
+        self.assertEqual(names(("tiny200_w2", "gpt33m_1x64_w4"), True), ["gpt33m_1x64_w4", "tiny200_w2"])
+        with self.assertRaisesRegex(ValueError, "no such workload: gpt4"):
+            workloads.chosen(("gpt4", "tiny200_w2"), False)
+
     def test_inputs(self):
         try:
             from harness import data
@@ -112,6 +121,13 @@ class Reports(unittest.TestCase):
                          ["1.23 s", "123 ms", "12.3 ms", "12.3 us", "1000 us", "0.5 us"])
 
 
+class Memory(unittest.TestCase):
+    def test_what_is_inherited_counts_as_ones_own(self):
+        rollup = ["00400000-7fff0000 ---p 00000000 00:00 0    [rollup]\n", "Rss:   900 kB\n", "Pss:   500 kB\n",
+                  "Pss_Anon:  100 kB\n", "Pss_File:  380 kB\n", "Pss_Shmem:  20 kB\n", "Anonymous:  300 kB\n"]
+        self.assertEqual(memory.pss_of(rollup), 700 * 1024)
+
+
 class Processes(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory()
@@ -121,13 +137,13 @@ class Processes(unittest.TestCase):
     def tearDown(self):
         self.folder.cleanup()
 
-    def system(self, behaviour):
-        return ranks.System(behaviour, [*FAKE, behaviour], 2, self.logs)
+    def system(self, behaviour, starter=ranks.start):
+        return ranks.System(behaviour, [*FAKE, behaviour], 2, self.logs, starter)
 
     def measure(self, **behaviours):
         said = []
         commands = {name: [*FAKE, behaviour] for name, behaviour in behaviours.items()}
-        return steps.measure(FAKE_WORKLOAD, commands, self.logs, said.append, compared=4, rounds=2, per_round=3)
+        return steps.measure(FAKE_WORKLOAD, commands, self.logs, said.append, rounds=2, per_round=3)
 
     def failure(self, call, *words):
         """`call` fails with a message that has the words, and soon."""
@@ -142,8 +158,8 @@ class Processes(unittest.TestCase):
         with self.system("good") as system:
             system.answers(20)
             self.assertEqual(system.steps(2, 20), ([0.001, 0.001], [1, 0.5]))
-            system.ask("reload", 20)
-            self.assertEqual(system.steps(1, 20)[1], [1])
+            self.assertEqual(system.steps(1, 20)[1], [1 / 3])
+            self.assertEqual([answer["rank"] for answer in system.ask("stats", 20)], ["0", "1"])
             pids = [p.pid for p in system.processes]
             self.assertGreater(memory.pss(pids[0]), 100_000)
         for process in system.processes:
@@ -153,7 +169,7 @@ class Processes(unittest.TestCase):
         rows, compare, check = self.measure(torch_ddp="good", fsdp_shm="good", bound="nan")
         self.assertEqual([row["steps"] for row in rows], [6, 6, 6])
         self.assertEqual({c["over"] for c in compare}, {"bound", "torch_ddp"})
-        self.assertEqual(check["losses"], [1, 0.5, 1 / 3, 0.25])
+        self.assertEqual(check["losses"], [1 / n for n in range(1, 8)])
         json.dumps([rows, compare, check])
 
     def test_other_losses_are_a_failure(self):
@@ -188,7 +204,7 @@ class Processes(unittest.TestCase):
 
     def test_wrong_answers(self):
         self.failure(lambda: self.measure(torch_ddp="prattles"), "no JSON", "hello")
-        self.failure(lambda: self.measure(torch_ddp="short"), "asked for 4 steps")
+        self.failure(lambda: self.measure(torch_ddp="short"), "asked for 1 steps")
 
     def test_who_does_not_end_is_ended(self):
         def call():
@@ -201,6 +217,71 @@ class Processes(unittest.TestCase):
 
         self.failure(call, "has not ended")
         self.assertTrue(all(process.returncode is not None for process in self.left))
+
+    def server(self, *modules):
+        server = forks.ForkServer(sys.executable, modules, self.logs / "forkserver.log")
+        self.addCleanup(server.close)
+        return server
+
+    def test_forked_ranks(self):
+        server = self.server("json")
+        with self.system("good", server.start) as system:
+            system.answers(20)
+            self.assertEqual(system.steps(2, 20), ([0.001, 0.001], [1, 0.5]))
+            self.assertEqual([answer["rank"] for answer in system.ask("stats", 20)], ["0", "1"])
+            for process in system.processes:
+                self.assertIsInstance(process, forks.Forked)
+                self.assertGreater(memory.pss(process.pid), 100_000)
+            self.assertGreaterEqual(system.cpu_seconds(), 0)
+        self.assertEqual([process.returncode for process in system.processes], [0, 0])
+        with ranks.System("sleep", ["/bin/sh", "-c", "echo '{}'; read line; exit 0"], 1, self.logs, server.start) as system:
+            self.assertEqual(system.answers(20), [{}])
+            self.assertIsInstance(system.processes[0], subprocess.Popen)
+
+    def test_forked_ranks_that_misbehave(self):
+        server = self.server()
+
+        def dies():
+            with self.system("dies", server.start) as system:
+                system.answers(20)
+                system.steps(1, 20)
+
+        self.failure(dies, "dies, rank", "status 3", "the reason")
+        for behaviour in ("stays", "hangs"):
+            with self.assertRaises(ranks.Failed):
+                with self.system(behaviour, server.start) as system:
+                    system.answers(0.5)
+                    system.quit(0.3)
+            self.assertTrue(all(process.returncode is not None for process in system.processes))
+
+        def no_program():
+            with ranks.System("none", [sys.executable, "-B", self.logs / "none.py"], 1, self.logs, server.start) as system:
+                system.answers(20)
+
+        self.failure(no_program, "status 1", "none.py")
+
+    def test_a_fork_server_that_is_not_there(self):
+        log = self.logs / "forkserver.log"
+        self.failure(lambda: forks.ForkServer(sys.executable, ["no_such_module"], log), "has ended", "no_such_module")
+        self.failure(lambda: forks.ForkServer("/nonexistent/python", [], log), "cannot start /nonexistent/python")
+        server = forks.ForkServer(sys.executable, [], log)
+        server.close()
+        self.failure(lambda: self.system("good", server.start), "good: cannot start")
+
+    def test_forked_ranks_die_with_the_harness(self):
+        program = (f"import os, pathlib, sys; sys.path.insert(0, {str(HERE.parent)!r})\n"
+                   f"from harness import forks, ranks\nlogs = pathlib.Path({str(self.logs)!r})\n"
+                   f"server = forks.ForkServer(sys.executable, (), logs / 'forkserver.log')\n"
+                   f"command = [sys.executable, '-B', {str(HERE / 'fake_rank.py')!r}, 'stays']\n"
+                   "system = ranks.System('stays', command, 2, logs, server.start)\n"
+                   "print(*(process.pid for process in system.processes), flush=True)\nos._exit(0)\n")
+        done = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True, timeout=60)
+        pids = done.stdout.split()
+        self.assertEqual(len(pids), 2, done.stderr)
+        deadline = time.monotonic() + 20
+        while any(pathlib.Path(f"/proc/{pid}/exe").exists() for pid in pids):
+            self.assertLess(time.monotonic(), deadline, "ranks are left")
+            time.sleep(0.05)
 
     def test_a_program_that_is_not_there(self):
         self.failure(lambda: ranks.System("none", ["/nonexistent/program"], 2, self.logs), "none", "/nonexistent/program")
