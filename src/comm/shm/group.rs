@@ -7,7 +7,7 @@ use super::socket;
 use crate::comm::UnitName;
 use crate::error::{err, Error, Result, Status};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -23,9 +23,9 @@ pub struct Group {
     /// A socket and the process id of every other rank; the socket's end is the process's end.
     peers: Vec<Option<(OwnedFd, u32)>>,
     names: Mutex<Vec<UnitName>>,
-    /// How long waits spin, in nanoseconds, and the most that may become.
-    pub spin_ns: AtomicU32,
-    pub spin_max_ns: u32,
+    /// How long waits spin before they sleep: about as long as a sleep and its wake take, unless the awaited rank may need
+    /// this one's core.
+    pub spin: Duration,
 }
 
 impl Group {
@@ -33,10 +33,9 @@ impl Group {
         let world = mesh.peers.len();
         let control = Control::map(mesh.control.as_fd(), world)?;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let spin_max_ns = if world <= cores { 20_000 } else { 500 };
+        let spin = if world <= cores { Duration::from_micros(50) } else { Duration::from_nanos(500) };
         let names = Mutex::new(Vec::new());
-        let spin_ns = AtomicU32::new(spin_max_ns);
-        Ok(Group { rank, world, timeout, control, peers: mesh.peers, names, spin_ns, spin_max_ns })
+        Ok(Group { rank, world, timeout, control, peers: mesh.peers, names, spin })
     }
 
     pub fn me(&self) -> &RankArea {

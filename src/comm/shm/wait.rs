@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 /// Longest sleep between two looks at the other processes.
 pub const SLICE: Duration = Duration::from_millis(50);
-const SPIN_MIN_NS: u32 = 200;
 
 /// Sleeps while `*word == expected`, at most `limit`. Returns early on a wake, a signal, or another value.
 fn futex_wait(word: &AtomicU32, expected: u32, limit: Duration) {
@@ -72,20 +71,17 @@ impl Group {
         self.sleep(wait, peer, now + self.timeout, patience.map(|p| now + p))
     }
 
-    /// Spins for a time that grows while spinning pays and shrinks while it does not.
+    /// Whether it is ready before it is better to sleep.
     fn spin(&self, ready: impl Fn() -> bool) -> bool {
-        let budget = self.spin_ns.load(Ordering::Relaxed);
         let start = Instant::now();
         loop {
             for _ in 0..16 {
                 if ready() {
-                    self.spin_ns.store((budget * 2).min(self.spin_max_ns), Ordering::Relaxed);
                     return true;
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed().as_nanos() >= budget as u128 {
-                self.spin_ns.store((budget / 2).max(SPIN_MIN_NS), Ordering::Relaxed);
+            if start.elapsed() >= self.spin {
                 return false;
             }
         }
