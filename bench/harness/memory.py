@@ -53,11 +53,11 @@ def libraries_of(name, command, world_size, logs, starter):
 
 def activations(workload, program, data, logs):
     """What forward and backward need besides parameters and gradients, summed over the ranks: the peak of as many processes
-    of the program of bench/step that compute unsharded and have no optimizer, less their libraries and both."""
+    of the program of bench/step that compute unsharded and free each gradient at once, less libraries and parameters."""
     command = [*program, "--system", "plain", *workload.arguments(data)]
     peak, _ = peak_of("plain", command, workload.world_size, logs, ranks.start)
-    state = 2 * 4 * workloads.parameter_count(workload.model) * workload.world_size
-    return peak - libraries_of("plain", program, workload.world_size, logs, ranks.start) - state
+    params = 4 * workloads.parameter_count(workload.model) * workload.world_size
+    return peak - libraries_of("plain", program, workload.world_size, logs, ranks.start) - params
 
 
 def measure(workload, commands, programs, data, logs, say, plan_bytes, starter=ranks.start):
