@@ -158,7 +158,7 @@ impl Engine {
         let slots = config.gradient_slots as usize;
         let (gpu, reducer): (_, Box<dyn Reducer>) = match opened {
             Some(opened) => {
-                let (gpu, slots) = opened.start(&plan, config, &comm, &stores)?;
+                let (gpu, slots) = opened.start(&plan, config, &mesh, &stores)?;
                 (Some(gpu), Box::new(slots))
             }
             None => (None, Box::new(HostSlots::new(comm.clone(), &plan, first_unit, &stores, slots)?)),

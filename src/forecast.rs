@@ -104,7 +104,8 @@ pub struct UnitForecast {
     pub all_gather: Traffic,
     /// Once, if any of its parameters is trained; in elements of the reduce dtype. Within a shard group.
     pub reduce_scatter: Traffic,
-    /// Of this rank's pieces of its trained parameters, over the replicas: once, in float32, after the reduce-scatter.
+    /// Of this rank's pieces of its trained parameters, over the replicas: once, in float32, after the reduce-scatter. On a
+    /// GPU of its whole shard, if any is trained.
     pub all_reduce: Traffic,
 }
 
@@ -298,9 +299,9 @@ fn unit_forecast(plan: &Plan, unit: UnitId, rank: usize, replicas: usize, config
     let gathers = 1 + u64::from(unit != Plan::ROOT_UNIT && config.strategy.reshards_after_forward());
     let reductions = u64::from(u.params.iter().any(|p| plan.params[*p as usize].requires_grad));
     let reduced = (u.layout.len * u.reduce_dtype.size()) as u64;
-    let gathered = match &config.cuda {
-        Some(_) => UnitBytes::of_unit(plan, unit).buffer,
-        None => u.gathered_bytes(&plan.params),
+    let (gathered, averaged) = match &config.cuda {
+        Some(_) => (UnitBytes::of_unit(plan, unit).buffer, reductions * u.shard_bytes() as u64),
+        None => (u.gathered_bytes(&plan.params), averaged),
     };
     UnitForecast {
         name: u.name.clone(),

@@ -69,6 +69,19 @@ impl Mesh {
         self.replicate.as_ref().map_or(0, |r| r.rank())
     }
 
+    /// How messages call this rank's shard group, if there are several of several ranks.
+    pub fn shard_place(&self) -> Option<String> {
+        let first = self.replica() * self.shard.world_size();
+        let several = self.replicate.is_some() && self.shard.world_size() > 1;
+        several.then(|| format!("in the shard group that begins at rank {first}"))
+    }
+
+    /// How messages call this rank's replicas, if they are not all ranks.
+    pub fn replicas_place(&self) -> Option<String> {
+        let some = self.replicate.as_ref().is_some_and(|replicate| !Arc::ptr_eq(replicate, &self.world));
+        some.then(|| format!("among the replicas of rank {}", self.shard.rank()))
+    }
+
     /// Passes on a result of a collective. The error of one communicator breaks the others too, so that no rank waits for
     /// one that has failed elsewhere; and it says whose ranks its numbers are.
     pub fn spread<T>(&self, result: Result<T>) -> Result<T> {
@@ -77,15 +90,17 @@ impl Mesh {
             if !breaks(&e) {
                 return e;
             }
-            let e = match self.shard.async_error() {
-                Some(_) if self.shard.world_size() > 1 => {
-                    let first = self.replica() * self.shard.world_size();
-                    e.context(format_args!("in the shard group that begins at rank {first}"))
-                }
-                _ if !Arc::ptr_eq(replicate, &self.world) => {
-                    e.context(format_args!("among the replicas of rank {}", self.shard.rank()))
-                }
-                _ => e,
+            // What came by way of an abort was named where it happened.
+            let is_of =
+                |comm: &dyn Communicator| comm.async_error().is_some_and(|own| e.message.contains(&own.message));
+            let place = match is_of(self.shard.as_ref()) {
+                true => self.shard_place(),
+                false if is_of(replicate.as_ref()) => self.replicas_place(),
+                false => None,
+            };
+            let e = match place {
+                Some(place) => e.context(place),
+                None => e,
             };
             self.comms().iter().for_each(|comm| comm.abort(&e.message));
             e

@@ -16,7 +16,7 @@ mod nccl;
 use common::ranks;
 use engine::{same, Case, Place, Trainer};
 use fsdp::comm::{single, Check, Communicator, Kind, Tag, UnitName};
-use fsdp::config::{CudaConfig, EngineConfig, Strategy};
+use fsdp::config::{CudaConfig, EngineConfig};
 use fsdp::device::cuda::{DeviceMemory, Source};
 use fsdp::dtype::DType;
 use fsdp::engine::{Engine, ReshardAfterForward};
@@ -53,8 +53,7 @@ fn what_a_gpu_cannot_do_is_refused_by_name() {
         assert_eq!(e.status, Status::Unsupported, "{e}");
         assert!(e.message.contains(words), "{words} is not in: {e}");
     };
-    let hybrid = EngineConfig { strategy: Strategy::HybridShard, shard_size: 1, ..EngineConfig::default() };
-    refused(make(single::init(), hybrid).map(drop), "strategy HYBRID_SHARD has replicas");
+
     let absent =
         EngineConfig { cuda: Some(CudaConfig { device: 7, ..CudaConfig::default() }), ..EngineConfig::default() };
     refused(make(single::init(), absent.clone()).map(drop), "there is no GPU 7: this process sees 1");

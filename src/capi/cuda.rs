@@ -36,10 +36,12 @@ pub const FSDP_REGISTERED_BUFFERS_ALWAYS: i32 = 2;
 /// fsdp_engine_gather) lie where the engine's shards do; full parameters, whole tensors of checkpoints and initializers'
 /// tensors are in host memory.
 ///
-/// Refused on a GPU (FSDP_ERR_UNSUPPORTED): strategies with replicas (hybrid; FSDP_NO_SHARD with several ranks),
-/// fsdp_engine_set_reshard_after_forward over a number of ranks, communication hooks, and models that another engine
-/// has sharded before. With several ranks units are unsharded and reduced in the same order on every rank, whatever
-/// order_check says, and 16-bit gradients are summed by NCCL in that type.
+/// Refused on a GPU (FSDP_ERR_UNSUPPORTED): fsdp_engine_set_reshard_after_forward over a number of ranks, communication hooks,
+/// and models that another engine has sharded before. With several ranks units are unsharded and reduced in the same order on
+/// every rank (reduced: of every shard group), whatever order_check says, and 16-bit gradients are summed by NCCL in that type.
+/// With replicas (hybrid strategies, FSDP_NO_SHARD) each reduce-scatter of a backward that averages over them is followed by an
+/// all-reduce of the shard, in float32; fsdp_engine_set_is_last_backward and fsdp_engine_set_requires_all_reduce are called before
+/// the backward that they are for, the same on every rank.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fsdp_cuda_config_t {
@@ -72,7 +74,7 @@ pub struct fsdp_cuda_config_t {
         Option<unsafe extern "C" fn(user_data: *mut c_void, memory: *mut c_void, bytes: usize, stream: *mut c_void)>,
     /// Passed to alloc and free; used until the engine and its optimizers are destroyed.
     pub allocator_user_data: *mut c_void,
-    /// Whether the fixed unit buffers and gradient slots of several ranks are memory of NCCL's own (ncclMemAlloc) that is
+    /// Whether the fixed unit buffers and gradient slots of shard groups of several ranks are memory of NCCL's own (ncclMemAlloc) that is
     /// registered with its communicators, so that NCCL copies nothing in between: FSDP_REGISTERED_BUFFERS_AUTO, _NEVER or
     /// _ALWAYS, the same on every rank. As windows where the version has them (2.27), else as buffers (2.19); before that
     /// AUTO registers nothing, and ALWAYS is FSDP_ERR_UNSUPPORTED. A registration that NCCL refuses is an error of every rank, and

@@ -100,7 +100,7 @@ pub struct fsdp_plan_t {
     pub reduce_scatter_sent_bytes: u64,
     /// In so many messages, around a ring: world_size - 1 per reduce-scatter.
     pub reduce_scatter_messages: u64,
-    /// All-reduces of a step, over the replicas of a hybrid or unsharded engine, of float32 means.
+    /// All-reduces of a step, over the replicas of a hybrid or unsharded engine, of float32 means; on a GPU of whole shards.
     pub all_reduces: u64,
     /// Bytes of the gradients that each rank gives to them.
     pub all_reduce_bytes: u64,

@@ -36,14 +36,21 @@ impl Engine {
 
     /// Whether backwards from here on end the iteration: see the module's text. The same on every rank. Local.
     pub fn set_is_last_backward(&self, last: bool) -> Result<()> {
-        self.lock()?.accumulation.is_last_backward = last;
-        Ok(())
+        self.accumulate(|a| a.is_last_backward = last)
     }
 
     /// Whether backwards from here on average their gradients over replicas, or only within their shard group, for a later
     /// one to average the sum. The same on every rank. Local.
     pub fn set_requires_all_reduce(&self, required: bool) -> Result<()> {
-        self.lock()?.accumulation.requires_all_reduce = required;
+        self.accumulate(|a| a.requires_all_reduce = required)
+    }
+
+    fn accumulate(&self, change: impl FnOnce(&mut Accumulation)) -> Result<()> {
+        let mut state = self.lock()?;
+        change(&mut state.accumulation);
+        let Accumulation { is_last_backward, requires_all_reduce, .. } = state.accumulation;
+        // A GPU averages over replicas as it reduces.
+        self.gpu.iter().for_each(|gpu| gpu.set_averaging(is_last_backward && requires_all_reduce));
         Ok(())
     }
 }

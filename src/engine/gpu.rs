@@ -2,22 +2,23 @@
 //!
 //! The engine's own communicator is on the host: it agrees on models and phases, and carries what is small. Unit buffers and
 //! gradients are a [`Pipeline`]'s matter, on the streams and NCCL communicators of [`NcclQueues`]; a second communicator on
-//! the host, split off the first, compares what is launched there. Masters, gradient shards and optimizer state lie on the
+//! the host, split off the first, compares what is launched there, and a third one what is launched over replicas. Masters, gradient shards and optimizer state lie on the
 //! GPU, or in pinned host memory.
 
-use super::{Engine, State};
+use super::{Engine, ReplicaCounters, State};
 use crate::agree;
 use crate::comm::nccl::{
-    Comms, FixedMemory, Nccl, NcclComm, NcclConfig, NcclPair, NcclQueues, Shards, UniqueId, UnitShards,
+    Comms, FixedMemory, Nccl, NcclComm, NcclConfig, NcclPair, NcclQueues, Plane, Replicas, Shards, UniqueId, UnitShards,
 };
 use crate::comm::{Check, Communicator, Kind};
-use crate::config::{CudaConfig, EngineConfig, Strategy};
+use crate::config::{CudaConfig, EngineConfig};
 use crate::device::cuda::kernels::Kernels;
 use crate::device::cuda::{Compute, Context, Cuda, Source, Stream};
 use crate::device::Home;
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
 use crate::gradients::queued::{QueuedSlots, SharedQueues};
+use crate::mesh::Mesh;
 use crate::module::{ModuleTree, ParamId};
 use crate::pipeline::{compute_dtypes, Limits, Pipeline, UnitBytes};
 use crate::plan::{Plan, UnitId};
@@ -70,22 +71,13 @@ pub(super) fn open(tree: &ModuleTree, config: &EngineConfig, world: &dyn Communi
         None => refuse_device_memory(tree, None)
             .and_then(|()| refuse_adopted(tree, |model| model.stores.iter().any(|s| !s.in_arena())))
             .map(|()| None),
-        Some(cuda) => open_here(tree, config, cuda, world.world_size()).map(Some),
+        Some(cuda) => open_here(tree, cuda, world.world_size()).map(Some),
     };
     agree::on_result(opened.as_ref().map(|_| 0).map_err(Error::clone), world)?;
     opened
 }
 
-fn open_here(tree: &ModuleTree, config: &EngineConfig, cuda: &CudaConfig, world: usize) -> Result<Opened> {
-    let replicas = match config.strategy {
-        Strategy::HybridShard | Strategy::HybridShardGradOp => true,
-        Strategy::NoShard => world > 1,
-        Strategy::FullShard | Strategy::ShardGradOp => false,
-    };
-    if replicas {
-        let name = config.strategy.name();
-        return Err(err!(Unsupported, "strategy {name} has replicas, which engines on a GPU cannot have yet"));
-    }
+fn open_here(tree: &ModuleTree, cuda: &CudaConfig, world: usize) -> Result<Opened> {
     refuse_adopted(tree, |_| true)?;
     refuse_device_memory(tree, Some(cuda.device))?;
     let context = Context::new(cuda.device)?;
@@ -134,29 +126,37 @@ fn refuse_device_memory(tree: &ModuleTree, gpu: Option<usize>) -> Result<()> {
 }
 
 impl Opened {
-    /// Makes communicators and memory. Collective over `comm`, the engine's; `stores` are the plan's.
+    /// Makes communicators and memory. Collective over the mesh; `stores` are the plan's.
     pub fn start(
         self,
         plan: &Plan,
         config: &EngineConfig,
-        comm: &Arc<dyn Communicator>,
+        mesh: &Arc<Mesh>,
         stores: &[Arc<ShardStore>],
     ) -> Result<(Gpu, QueuedSlots)> {
         let cuda = config.cuda.clone().unwrap_or_default();
-        let (rank, world) = (comm.rank(), comm.world_size());
-        let control = if world > 1 { comm.split(0, rank as i32)? } else { comm.clone() };
+        let world = mesh.world.as_ref();
         let names: Vec<_> = (0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect();
-        let first_unit = control.name_units(&names);
+        let plane = |host: &Arc<dyn Communicator>, place| -> Result<Plane> {
+            let several = host.world_size() > 1;
+            let control = if several { host.split(0, host.rank() as i32)? } else { host.clone() };
+            Ok(Plane { first_unit: control.name_units(&names), control, host: host.clone(), place })
+        };
+        let group = plane(&mesh.shard, mesh.shard_place())?;
+        let replicas = mesh.replicate.as_ref().map(|r| plane(r, mesh.replicas_place())).transpose()?;
         let units = UnitBytes::of(plan);
         let limits = Limits::of_engine(&units, config);
-        let (nccl, fixed) = match self.nccl {
-            None => (None, None),
+        let (pair, replicas, fixed) = match self.nccl {
+            None => (None, None, None),
             Some(nccl) => {
-                let joined = self.join(nccl, &cuda, comm.as_ref());
-                agree::on_result(joined.as_ref().map(|_| 0).map_err(Error::clone), comm.as_ref())?;
-                let (pair, lent) = (joined?, cuda.allocator.is_some());
-                let fixed = FixedMemory::new(nccl, cuda.registration, lent, &pair, &limits, comm.as_ref())?;
-                (Some(pair), fixed)
+                let joined = self.join(nccl, &cuda, mesh);
+                agree::on_result(joined.as_ref().map(|_| 0).map_err(Error::clone), world)?;
+                let ((pair, over), lent) = (joined?, cuda.allocator.is_some());
+                let fixed = match &pair {
+                    Some(pair) => FixedMemory::new(nccl, cuda.registration, lent, pair, &limits, world)?,
+                    None => None,
+                };
+                (pair, replicas.zip(over).map(|(plane, nccl)| Replicas { plane, nccl }), fixed)
             }
         };
         let made = Pipeline::new(units.clone(), &limits).and_then(|pipeline| {
@@ -166,35 +166,52 @@ impl Opened {
             };
             let places: Vec<UnitShards> = plan.units.iter().map(of_unit).collect();
             let shards = Shards { units: &places, on_host: config.cpu_offload };
-            let comms = Comms { control, first_unit, host: comm.clone(), nccl, fixed };
+            let comms = Comms { plane: group, nccl: pair, fixed, replicas };
             // SAFETY: the engine keeps the stores as long as the queues; it writes masters and gradient shards as they ask.
             let queues = unsafe { NcclQueues::new(plan, &limits, &shards, &self.kernels, &self.compute, comms) }?;
             Ok(SharedQueues::new(pipeline, queues))
         });
-        agree::on_result(made.as_ref().map(|_| 0).map_err(Error::clone), comm.as_ref())?;
+        agree::on_result(made.as_ref().map(|_| 0).map_err(Error::clone), world)?;
         let queues = made?;
-        let slots = QueuedSlots::new(plan, queues.clone(), comm.clone(), stores, config.cpu_offload);
+        let slots = QueuedSlots::new(plan, queues.clone(), mesh.clone(), stores, config.cpu_offload);
         let (ordinal, compute, prefetch) = (self.ordinal, self.compute, cuda.prefetch);
         Ok((Gpu { ordinal, compute, queues, prefetch, units, limits }, slots))
     }
 
-    /// NCCL's communicators, by an id that the host gave or rank 0 makes. Collective over `comm`.
-    fn join(&self, nccl: &'static Nccl, cuda: &CudaConfig, comm: &dyn Communicator) -> Result<NcclPair> {
-        let (rank, world_size) = (comm.rank(), comm.world_size());
+    /// NCCL's communicators, of the shard group and of the replicas, by an id that the host gave or rank 0 makes. Collective
+    /// over the mesh.
+    fn join(
+        &self,
+        nccl: &'static Nccl,
+        cuda: &CudaConfig,
+        mesh: &Mesh,
+    ) -> Result<(Option<NcclPair>, Option<Arc<NcclComm>>)> {
+        let world = mesh.world.as_ref();
         let id = match cuda.unique_id {
             Some(id) => UniqueId::from_bytes(&id)?,
             None => {
-                let made = if rank == 0 { UniqueId::new(nccl).map(|id| id.to_bytes()) } else { Ok([0; 128]) };
-                agree::on_result(made.as_ref().map(|_| 0).map_err(Error::clone), comm)?;
+                let made = if world.rank() == 0 { UniqueId::new(nccl).map(|id| id.to_bytes()) } else { Ok([0; 128]) };
+                agree::on_result(made.as_ref().map(|_| 0).map_err(Error::clone), world)?;
                 let mut id = made?;
-                comm.broadcast(&mut id, DType::U8, 0)?;
+                world.broadcast(&mut id, DType::U8, 0)?;
                 UniqueId::from_bytes(&id)?
             }
         };
-        let config = NcclConfig { rank, world_size, timeout: cuda.timeout };
-        let gather = NcclComm::new(nccl, &self.compute.context(), &id, config)?;
-        let reduce = gather.split(0, rank as i32, rank, world_size)?;
-        Ok(NcclPair { gather, reduce })
+        let config = NcclConfig { rank: world.rank(), world_size: world.world_size(), timeout: cuda.timeout };
+        let all = NcclComm::new(nccl, &self.compute.context(), &id, config)?;
+        // As the mesh has made the host's: the ranks of a color, in their order.
+        let part =
+            |color: usize, of: &dyn Communicator| all.split(color as u32, of.rank() as i32, of.rank(), of.world_size());
+        let (shard, row) = (mesh.shard.as_ref(), mesh.replica());
+        let Some(replicate) = &mesh.replicate else {
+            let reduce = part(0, shard)?;
+            return Ok((Some(NcclPair { gather: all, reduce }), None));
+        };
+        if shard.world_size() == 1 {
+            return Ok((None, Some(all)));
+        }
+        let pair = NcclPair { gather: part(row, shard)?, reduce: part(row, shard)? };
+        Ok((Some(pair), Some(part(shard.rank(), replicate.as_ref())?)))
     }
 }
 
@@ -213,6 +230,17 @@ impl Gpu {
     pub fn unit_buffer(&self, unit: UnitId) -> *mut u8 {
         let plane = self.queues.lock();
         plane.pipeline.buffer(unit).map_or(std::ptr::null_mut(), |b| plane.queues.buffer(b) as *mut u8)
+    }
+
+    /// Whether reductions from here on are averaged over the replicas.
+    pub fn set_averaging(&self, averaging: bool) {
+        self.queues.lock().averaging = averaging;
+    }
+
+    /// All-reduces over the replicas so far.
+    pub fn averages(&self) -> ReplicaCounters {
+        let (all_reduces, all_reduce_bytes) = self.queues.lock().queues.averages();
+        ReplicaCounters { all_reduces, all_reduce_bytes }
     }
 
     /// Lets the buffers of resharded units go.

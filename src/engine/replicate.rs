@@ -3,6 +3,9 @@
 //! Once per iteration, after the reductions within the shard groups: one all-reduce per unit of the pieces that have a
 //! new mean in any group, in float32, summed in the order of the groups. What a shard held from earlier iterations is equal
 //! in all groups and is averaged with it, which changes nothing but, for group counts that are no power of two, its rounding.
+//!
+//! On a GPU the same happens unit by unit, behind each reduction (`src/comm/nccl/queues.rs`), one all-reduce of the whole shard;
+//! what is left of it is done by the end of the backward (`src/gradients/queued.rs`).
 
 use super::values::as_bytes;
 use super::{Engine, State};
@@ -24,6 +27,10 @@ impl Engine {
     pub(super) fn average_over_replicas(&self, state: &mut State) -> Result<()> {
         let Some(replicate) = &self.model.mesh.replicate else { return Ok(()) };
         let reduced = state.gradients.take_reduced(self.plan());
+        if let Some(gpu) = &self.gpu {
+            state.replicas = gpu.averages();
+            return Ok(());
+        }
         // A parameter may have been used in one group only: it counts as zero in the others.
         let mut reduced: Vec<u8> = reduced.into_iter().map(u8::from).collect();
         replicate.all_reduce(&mut reduced, DType::U8, ReduceOp::Max)?;

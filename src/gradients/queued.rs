@@ -4,11 +4,15 @@
 //! known at the end of the backward, when ranks exchange it on the host, together with which units each has reduced: a rank
 //! that has reduced fewer takes part in the rest with zeros. A reduction that comes before that writes means for all of a
 //! unit's parameters; they count once some rank has had a gradient.
+//!
+//! Where shard groups have replicas, each reduction of a backward that averages over them does so at once. The end of it is then
+//! agreed on by all ranks: a unit that another group alone has reduced, or that an earlier backward has reduced within the
+//! groups only, is reduced once more, with zeros, so that what its gradient shards hold is averaged.
 
 use super::{Place, Reducer};
 use crate::comm::nccl::{Mean, NcclQueues};
-use crate::comm::Communicator;
 use crate::error::{err, Error, Result, Status};
+use crate::mesh::Mesh;
 use crate::pipeline::Pipeline;
 use crate::plan::{ParamPlan, Plan, UnitId};
 use crate::shards::ShardStore;
@@ -19,6 +23,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Queued {
     pub pipeline: Pipeline,
     pub queues: NcclQueues,
+    /// Reductions from here on are averaged over the replicas, if there are some.
+    pub averaging: bool,
     /// What has broken them.
     failed: Option<Error>,
 }
@@ -29,7 +35,7 @@ pub struct SharedQueues(Arc<Mutex<Queued>>);
 
 impl SharedQueues {
     pub fn new(pipeline: Pipeline, queues: NcclQueues) -> SharedQueues {
-        SharedQueues(Arc::new(Mutex::new(Queued { pipeline, queues, failed: None })))
+        SharedQueues(Arc::new(Mutex::new(Queued { pipeline, queues, averaging: true, failed: None })))
     }
 
     pub fn lock(&self) -> MutexGuard<'_, Queued> {
@@ -39,7 +45,7 @@ impl SharedQueues {
     /// Runs `f`, unless something has failed before. A failure of the device, of NCCL or of another rank breaks all
     /// communicators.
     pub fn run<T>(&self, f: impl FnOnce(&mut Pipeline, &mut NcclQueues) -> Result<T>) -> Result<T> {
-        let Queued { pipeline, queues, failed } = &mut *self.lock();
+        let Queued { pipeline, queues, failed, .. } = &mut *self.lock();
         if let Some(e) = failed {
             return Err(e.clone());
         }
@@ -50,22 +56,45 @@ impl SharedQueues {
         })
     }
 
+    /// Whether a reduction that is started now is averaged over replicas.
+    fn averages(&self) -> bool {
+        let queued = self.lock();
+        queued.averaging && queued.queues.has_replicas()
+    }
+
     /// Looks for failures without waiting.
     pub fn poll(&self) -> Result<()> {
         self.run(|_, queues| queues.poll().map(drop))
     }
 }
 
+/// A reduction of this rank's.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Launched {
+    unit: UnitId,
+    /// Over the replicas, too.
+    averaged: bool,
+}
+
+impl Launched {
+    fn to_word(self) -> u32 {
+        self.unit << 1 | u32::from(self.averaged)
+    }
+
+    fn of_word(word: u32) -> Launched {
+        Launched { unit: word >> 1, averaged: word & 1 == 1 }
+    }
+}
+
 /// See the module's text.
 pub struct QueuedSlots {
     shared: SharedQueues,
-    /// The engine's own communicator.
-    comm: Arc<dyn Communicator>,
+    mesh: Arc<Mesh>,
     stores: Vec<Arc<ShardStore>>,
     /// Gradient shards are in host memory: the end of a backward waits for the GPU.
     on_host: bool,
-    /// The units that this rank has reduced since the last backward ended, in order.
-    launched: Vec<UnitId>,
+    /// What this rank has reduced since the last backward ended, in order.
+    launched: Vec<Launched>,
     /// Of each unit's parameters: whether this rank has had a gradient in one of those reductions.
     present: Vec<Vec<bool>>,
     /// By parameter: whether a mean counts since [`Reducer::take_reduced`].
@@ -78,13 +107,13 @@ impl QueuedSlots {
     pub fn new(
         plan: &Plan,
         shared: SharedQueues,
-        comm: Arc<dyn Communicator>,
+        mesh: Arc<Mesh>,
         stores: &[Arc<ShardStore>],
         on_host: bool,
     ) -> QueuedSlots {
         QueuedSlots {
             shared,
-            comm,
+            mesh,
             stores: plan.units.iter().map(|u| stores[u.store].clone()).collect(),
             on_host,
             launched: Vec::new(),
@@ -97,8 +126,8 @@ impl QueuedSlots {
     /// What of a unit's means goes to the gradient shards, and how: added where they hold something.
     fn means(&self, plan: &Plan, unit: UnitId) -> Vec<Mean> {
         let u = &plan.units[unit as usize];
-        let again = self.launched.contains(&unit);
-        let start = u.layout.shard(self.comm.rank()).start;
+        let again = self.launched.iter().any(|l| l.unit == unit);
+        let start = u.layout.shard(self.mesh.shard.rank()).start;
         let mean = |p: &ParamPlan| Mean {
             at: p.piece.unit_offset - start,
             len: p.piece.len,
@@ -115,7 +144,8 @@ impl QueuedSlots {
         }
     }
 
-    fn launch(&mut self, plan: &Plan, unit: UnitId, slot: usize, present: &[bool]) -> Result<()> {
+    fn launch(&mut self, plan: &Plan, what: Launched, slot: usize, present: &[bool]) -> Result<()> {
+        let Launched { unit, averaged } = what;
         let began = self.timeline.as_ref().map_or(0, |_| timeline::now());
         let layout = &plan.units[unit as usize].layout;
         let absent = present.iter().enumerate().filter(|(_, present)| !**present);
@@ -123,21 +153,35 @@ impl QueuedSlots {
         let means = self.means(plan, unit);
         self.shared.run(|pipeline, queues| {
             queues.zero(slot, &absent)?;
-            queues.set_means(unit, means);
+            queues.set_means(unit, means, averaged);
             pipeline.reduce(queues, unit)
         })?;
         self.present[unit as usize].iter_mut().zip(present).for_each(|(all, here)| *all |= here);
-        self.launched.push(unit);
+        self.launched.push(what);
         self.timeline.iter().for_each(|t| t.unit_span("reduce", unit, began));
         Ok(())
     }
 
-    /// Ranks tell each other what they have reduced and which gradients they had; then all have reduced the same.
-    fn agree(&mut self, plan: &Plan) -> Result<()> {
+    /// Takes part in a reduction with zeros.
+    fn launch_zeros(&mut self, plan: &Plan, what: Launched) -> Result<()> {
+        let place = self.acquire(plan, what.unit)?;
+        let none = vec![false; plan.units[what.unit as usize].params.len()];
+        self.launch(plan, what, place.slot, &none)
+    }
+
+    /// Ranks tell each other what they have reduced and which gradients they had; then all have reduced the same. `average`:
+    /// all ranks do, and all that was reduced since the last time is averaged over the replicas.
+    fn agree(&mut self, plan: &Plan, average: bool) -> Result<()> {
+        let comm = if average { self.mesh.world.clone() } else { self.mesh.shard.clone() };
         let mut message = (self.launched.len() as u32).to_le_bytes().to_vec();
-        self.launched.iter().for_each(|unit| message.extend(unit.to_le_bytes()));
+        self.launched.iter().for_each(|l| message.extend(l.to_word().to_le_bytes()));
+        if average {
+            for (reduced, p) in self.reduced.iter().zip(&plan.params) {
+                self.present[p.unit as usize][p.index] |= reduced;
+            }
+        }
         message.extend(self.present.iter().flatten().map(|p| u8::from(*p)));
-        let all = self.comm.exchange(&message)?;
+        let all = comm.exchange(&message)?;
         let words = |m: &[u8]| -> Vec<u32> {
             m.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes"))).collect()
         };
@@ -145,13 +189,13 @@ impl QueuedSlots {
         for (rank, message) in all.iter().enumerate() {
             let (count, rest) = message.split_at_checked(4).unwrap_or((&[0; 4], &[]));
             let (launched, present) = rest.split_at_checked(4 * words(count)[0] as usize).unwrap_or_default();
-            let launched = words(launched);
+            let launched: Vec<Launched> = words(launched).into_iter().map(Launched::of_word).collect();
             let shorter = launched.len().min(longest.len());
             if launched[..shorter] != longest[..shorter] || present.len() != plan.params.len() {
                 return Err(err!(
                     Mismatch,
                     "rank {} and rank {rank} have reduced different units in a backward, or in another order",
-                    self.comm.rank()
+                    comm.rank()
                 ));
             }
             if launched.len() > longest.len() {
@@ -159,13 +203,18 @@ impl QueuedSlots {
             }
             self.present.iter_mut().flatten().zip(present).for_each(|(all, there)| *all |= *there != 0);
         }
-        for unit in longest.split_off(self.launched.len()) {
-            if unit as usize >= plan.units.len() {
-                return Err(err!(Mismatch, "another rank has reduced unit {unit}, which does not exist here"));
+        for what in longest.split_off(self.launched.len()) {
+            if what.unit as usize >= plan.units.len() {
+                return Err(err!(Mismatch, "another rank has reduced unit {}, which does not exist here", what.unit));
             }
-            let place = self.acquire(plan, unit)?;
-            let none = vec![false; plan.units[unit as usize].params.len()];
-            self.launch(plan, unit, place.slot, &none)?;
+            self.launch_zeros(plan, what)?;
+        }
+        for unit in (0..plan.units.len() as UnitId).filter(|_| average) {
+            let last = self.launched.iter().rfind(|l| l.unit == unit);
+            let holds = self.present[unit as usize].contains(&true) && plan.units[unit as usize].bytes() > 0;
+            if holds && !last.is_some_and(|l| l.averaged) {
+                self.launch_zeros(plan, Launched { unit, averaged: true })?;
+            }
         }
         Ok(())
     }
@@ -186,7 +235,8 @@ impl Reducer for QueuedSlots {
     }
 
     fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, present: &[bool]) -> Result<()> {
-        self.launch(plan, unit, place.slot, present)
+        let averaged = self.shared.averages();
+        self.launch(plan, Launched { unit, averaged }, place.slot, present)
     }
 
     fn reduced(&mut self, unit: UnitId, present: &[bool]) {
@@ -198,9 +248,10 @@ impl Reducer for QueuedSlots {
     }
 
     fn end(&mut self, plan: &Plan) -> Result<()> {
-        if self.comm.world_size() > 1 {
+        let average = self.shared.averages();
+        if average || self.mesh.shard.world_size() > 1 {
             // A rank that fails here leaves others waiting on the GPU.
-            self.agree(plan).map_err(|e| self.shared.lock().queues.broken(e))?;
+            self.agree(plan, average).map_err(|e| self.shared.lock().queues.broken(e))?;
         }
         self.shared.run(|pipeline, queues| {
             pipeline.finish_backward(queues)?;

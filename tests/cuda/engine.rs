@@ -117,6 +117,8 @@ pub struct Case {
     pub micro: usize,
     pub sync: bool,
     pub last: bool,
+    /// Whether the first ones average over replicas.
+    pub average: bool,
     pub clip: Option<f64>,
     /// Whether an order of prefetching is given.
     pub order: bool,
@@ -128,7 +130,7 @@ impl Case {
     pub fn new(config: EngineConfig, rule: Rule) -> Case {
         // The last parameter never gets a gradient.
         let has = |_, _, param| param != 8;
-        Case { config, rule, steps: 3, micro: 1, sync: true, last: true, clip: None, order: false, has }
+        Case { config, rule, steps: 3, micro: 1, sync: true, last: true, average: true, clip: None, order: false, has }
     }
 }
 
@@ -278,6 +280,7 @@ impl Trainer {
             let is_last = micro + 1 == case.micro;
             self.engine.set_requires_gradient_sync(case.sync || is_last).unwrap();
             self.engine.set_is_last_backward(case.last || is_last).unwrap();
+            self.engine.set_requires_all_reduce(case.average || is_last).unwrap();
             self.pass(step, micro);
         }
         let norm = case.clip.map(|max| self.engine.clip_grad_norm(max, 2.0, true).unwrap());

@@ -1,5 +1,5 @@
 /* An NCCL that is this process alone: every rank has what this one has or, if it was told so, ranks are threads that
- * meet in each collective (meeting.h). It works on host memory (the fake driver's), writes down what it is asked, and can
+ * meet in each collective, or only where communicators are split (meeting.h). It works on host memory (the fake driver's), writes down what it is asked, and can
  * be told to be slow or to fail. Strict: a communicator that was destroyed, a
  * collective that is not in place, or a call while the last one is still at work is an error. */
 #ifndef _POSIX_C_SOURCE
@@ -21,9 +21,10 @@ struct comm {
   int alive, rank, world, polls, finalized;
   int ops;
   float scalar;
-  /* NULL: every rank has what this one has. */
+  /* Where the ranks meet that are threads of this process; NULL: there are none. */
   struct meeting *meeting;
-  int splits;
+  /* They do in collectives, too; else every rank has what this one has. */
+  int exchanges, splits;
 };
 
 typedef struct {
@@ -65,7 +66,8 @@ void fake_nccl_reset(void) {
   collectives_inside = collectives_outside = 0;
 }
 
-/* Ranks of communicators that are made from here on are threads of this process that meet (1). */
+/* Ranks of communicators that are made from here on are threads of this process that meet (1), or do so to split them, but have
+ * the same in collectives, which then wait for nobody (2). */
 void fake_nccl_meet(int on) { meets = on; }
 
 const char *fake_nccl_log(void) { return lines; }
@@ -150,6 +152,7 @@ int ncclCommInitRankConfig(struct comm **comm, int world, unique_id id, int rank
   note("init rank %d of %d by %s", rank, world, id.internal);
   *comm = make(rank, world);
   if (meets) (*comm)->meeting = find_meeting(id.internal, world);
+  (*comm)->exchanges = meets == 1;
   return work(*comm);
 }
 
@@ -157,12 +160,20 @@ int ncclCommSplit(struct comm *comm, int color, int key, struct comm **made, str
   BEGIN(comm);
   if (!is_config(config)) return kInvalidArgument;
   note("split color %d key %d", color, key);
-  *made = make(comm->rank, comm->world);
-  if (comm->meeting) {
-    char id[160];
-    snprintf(id, sizeof id, "%.120s/%d", comm->meeting->id, comm->splits++);
-    (*made)->meeting = find_meeting(id, comm->world);
+  if (!comm->meeting) {
+    *made = make(comm->rank, comm->world);
+    return work(comm);
   }
+  const struct part mine = {color, key};
+  int rank, world;
+  if (!come(comm->meeting, comm->rank, &mine, sizeof mine)) return kInternal;
+  place_in_part(comm->meeting, comm->rank, &rank, &world);
+  if (!come(comm->meeting, comm->rank, NULL, 0)) return kInternal;
+  char id[160];
+  snprintf(id, sizeof id, "%.120s/%d.%d", comm->meeting->id, comm->splits++, color);
+  *made = make(rank, world);
+  (*made)->meeting = find_meeting(id, world);
+  (*made)->exchanges = comm->exchanges;
   return work(comm);
 }
 
@@ -236,12 +247,13 @@ int ncclAllGather(const char *from, char *to, size_t count, int dtype, struct co
   note("all_gather %zu of type %d", count, dtype);
   int64_t offset;
   if (!place_collective(comm, to, bytes * (size_t)comm->world, &offset)) return kInvalidUsage;
-  if (comm->meeting && !come(comm->meeting, comm->rank, from, shape(bytes, offset))) return kInternal;
+  struct meeting *const m = comm->exchanges ? comm->meeting : NULL;
+  if (m && !come(m, comm->rank, from, shape(bytes, offset))) return kInternal;
   for (int r = 0; r < comm->world; r++) {
-    const char *theirs = comm->meeting ? comm->meeting->from[r] : from;
+    const char *theirs = m ? m->from[r] : from;
     if (r != comm->rank) memcpy(to + (size_t)r * bytes, theirs, bytes);
   }
-  if (comm->meeting && !come(comm->meeting, comm->rank, NULL, 0)) return kInternal;
+  if (m && !come(m, comm->rank, NULL, 0)) return kInternal;
   return work(comm);
 }
 
@@ -252,7 +264,7 @@ int ncclReduceScatter(const char *from, char *to, size_t count, int dtype, int o
   const size_t bytes = count * size_of(dtype);
   int64_t offset;
   if (!place_collective(comm, from, bytes * (size_t)comm->world, &offset)) return kInvalidUsage;
-  if (comm->meeting) {
+  if (comm->exchanges) {
     /* A rank writes its own range of its own memory, which nobody else reads. */
     if (!come(comm->meeting, comm->rank, from, shape(bytes, offset))) return kInternal;
     if (!mean_of_all(comm->meeting, comm->rank, to, count, dtype, op == 4)) return kInvalidArgument;
@@ -266,6 +278,18 @@ int ncclAllReduce(const char *from, char *to, size_t count, int dtype, int op, s
   BEGIN(comm);
   if (to != from || !stream) return kInvalidArgument;
   note("all_reduce %zu of type %d by %d", count, dtype, op);
+  if (comm->exchanges) {
+    if (op != 0 && op != 4) return kInvalidArgument;
+    const size_t bytes = count * size_of(dtype);
+    char *const result = malloc(bytes + 1);
+    int good = come(comm->meeting, comm->rank, from, bytes);
+    good = good && mean_of_all(comm->meeting, 0, result, count, dtype, op == 4);
+    /* Nobody writes before all have read. */
+    good = come(comm->meeting, comm->rank, NULL, 0) && good;
+    if (good) memcpy(to, result, bytes);
+    free(result);
+    return good ? work(comm) : kInternal;
+  }
   if (dtype == 7) combine(comm, (float *)to, (const float *)from, count, op);
   return work(comm);
 }
@@ -343,7 +367,7 @@ int ncclCommWindowRegister(struct comm *comm, void *data, size_t size, void **ha
   if (flags != 1 || !know_piece(data, size, comm)) return kInvalidArgument;
   note("window %zu", size);
   *handle = data;
-  struct meeting *m = comm->meeting;
+  struct meeting *m = comm->exchanges ? comm->meeting : NULL;
   if (m && !(come(m, comm->rank, data, size) && come(m, comm->rank, NULL, 0))) return kInternal;
   return work(comm);
 }

@@ -63,6 +63,23 @@ static int come(struct meeting *m, int rank, const void *from, size_t bytes) {
   return same;
 }
 
+/* What a rank says when a communicator is split: those of a color are one, in the order of (key, rank). */
+struct part {
+  int color, key;
+};
+
+/* Where `rank` will be among which, when all show their parts. */
+static void place_in_part(const struct meeting *m, int rank, int *place, int *world) {
+  const struct part *mine = m->from[rank];
+  *place = *world = 0;
+  for (int r = 0; r < m->world; r++) {
+    const struct part *other = m->from[r];
+    if (other->color != mine->color) continue;
+    *world += 1;
+    *place += other->key < mine->key || (other->key == mine->key && r < rank);
+  }
+}
+
 /* bfloat16 is the upper half of a float32; sums are rounded to nearest, ties to even. */
 static float from_bfloat16(uint16_t bits) {
   const uint32_t wide = (uint32_t)bits << 16;

@@ -3,7 +3,7 @@
 //! The gradient of a parameter is half of it, as it was computed with; every rank has the same shards, so that the mean
 //! is what each has.
 
-use fsdp::comm::nccl::{Comms, NcclComm, NcclPair, NcclQueues, Shards, UnitShards};
+use fsdp::comm::nccl::{Comms, NcclComm, NcclPair, NcclQueues, Plane, Shards, UnitShards};
 use fsdp::comm::{Check, Communicator, Kind};
 use fsdp::config::EngineConfig;
 use fsdp::device::cuda::kernels::{Kernels, Piece, Step};
@@ -94,7 +94,8 @@ impl Trainer {
         let names: Vec<_> = (0..plan.units.len() as UnitId).map(|u| plan.unit_name(u)).collect();
         let first_unit = control.name_units(&names);
         let host = control.clone();
-        let comms = Comms { control, first_unit, host, nccl: Some(NcclPair { gather, reduce }), fixed: None };
+        let plane = Plane { control, first_unit, host, place: None };
+        let comms = Comms { plane, nccl: Some(NcclPair { gather, reduce }), fixed: None, replicas: None };
         let memory = Compute::new(&compute, source).unwrap();
         let places = Shards { units: &places, on_host: false };
         // SAFETY: the shards are kept with the queues, and written as they ask for.

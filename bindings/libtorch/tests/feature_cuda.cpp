@@ -85,11 +85,18 @@ void evaluation(const fsdp::Communicator& comm) {
 
 void strategies(const fsdp::Communicator& comm) {
   same_on_both(comm, [](Trial& trial) {
-    for (const auto strategy : {fsdp::Strategy::full_shard, fsdp::Strategy::shard_grad_op}) {
+    using fsdp::Strategy;
+    std::vector<Strategy> all{Strategy::full_shard, Strategy::shard_grad_op, Strategy::no_shard};
+    const int ranks = trial.comm.world_size();
+    if (ranks % 2 == 0) {
+      all.insert(all.end(), {Strategy::hybrid_shard, Strategy::hybrid_shard_grad_op});
+    }
+    for (std::size_t i = 0; i < all.size(); ++i) {
       for (const bool ordered : {false, true}) {
         Net net = trial.net();
         fsdp::ShardOptions options = trial.options();
-        options.strategy = strategy;
+        options.strategy = all[i];
+        if (i >= 3) options.shard_size = ranks / 2;
         options.prefetch_units = 2;
         if (ordered) {
           const auto turn = random_turn();
@@ -100,7 +107,15 @@ void strategies(const fsdp::Communicator& comm) {
         }
         Model model = fsdp::fully_shard(net, options);
         const auto sgd = harness::sgd()(model.parameters());
-        trial.train(model, *sgd, 3);
+        trial.train(model, *sgd, 2);
+        if (i < 2) continue;
+        // Reduced within the shard groups first, then averaged together.
+        model.zero_grad();
+        model.set_requires_all_reduce(false);
+        trial.backward(model, 10);
+        model.set_requires_all_reduce(true);
+        trial.backward(model, 11);
+        trial.record.add_model("averaged together", model);
       }
     }
   });

@@ -22,24 +22,40 @@ pub struct UnitShards {
     pub grads: CUdeviceptr,
 }
 
-/// NCCL's communicators of an engine.
+/// NCCL's communicators of a shard group.
 pub struct NcclPair {
     pub gather: Arc<NcclComm>,
     pub reduce: Arc<NcclComm>,
 }
 
-/// The communicators of the same ranks that queues work with.
-pub struct Comms {
-    /// On the host; nobody else's, since its order of collectives is the queues' own.
+/// Where ranks compare on the host what they launch.
+pub struct Plane {
+    /// Nobody else's, since its order of collectives is the queues' own.
     pub control: Arc<dyn Communicator>,
-    /// The control plane's number of the plan's unit 0, of [`Communicator::name_units`].
+    /// The control communicator's number of the plan's unit 0, of [`Communicator::name_units`].
     pub first_unit: u32,
-    /// On the host, too, the engine's own: an error breaks it, and it breaks the others.
+    /// Another communicator of the same ranks, the engine's own: an error breaks it, and it breaks the others.
     pub host: Arc<dyn Communicator>,
+    /// Which ranks these are, where there are several such groups: errors begin with it.
+    pub place: Option<String>,
+}
+
+/// The ranks that hold the same shards in different shard groups.
+pub struct Replicas {
+    pub plane: Plane,
+    pub nccl: Arc<NcclComm>,
+}
+
+/// The communicators that queues work with.
+pub struct Comms {
+    /// Of the shard group, as the next two.
+    pub plane: Plane,
     /// None for one rank.
     pub nccl: Option<NcclPair>,
     /// Fixed unit buffers and slots, if they are registered with those; else they are device memory as all else.
     pub fixed: Option<FixedMemory>,
+    /// None where there is one shard group.
+    pub replicas: Option<Replicas>,
 }
 
 /// The shards that queues work on.

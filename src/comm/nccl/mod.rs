@@ -6,8 +6,8 @@
 //! NCCL's own that its communicators know, where its version can do that. `queues` is a pipeline's device: streams, memory, two
 //! communicators, and a third on the host that compares what ranks launch.
 //!
-//! A communicator's collectives run in order; an engine takes one for all-gathers and one for reduce-scatters
-//! (`NcclComm::split`).
+//! A communicator's collectives run in order; an engine takes one for all-gathers and one for reduce-scatters of its shard
+//! group, and one for its replicas (`NcclComm::split`).
 
 mod comm;
 mod id;
@@ -20,7 +20,7 @@ mod watch;
 
 pub use comm::{NcclComm, NcclConfig};
 pub use id::UniqueId;
-pub use lent::{Comms, Mean, NcclPair, Shards, UnitShards};
+pub use lent::{Comms, Mean, NcclPair, Plane, Replicas, Shards, UnitShards};
 pub use library::Nccl;
 pub use queues::NcclQueues;
 pub use register::FixedMemory;

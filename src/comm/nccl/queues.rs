@@ -6,15 +6,20 @@
 //! in the type that it is reduced in if that is another; the mean is written or added to the gradient shard, which is
 //! float32. Shards are memory of the GPU, or pinned host memory, which kernels read and write over the bus.
 //!
+//! Where shard groups have replicas, what the group's ranks have reduced is averaged over those right behind it, on the same
+//! stream: in float32, in this rank's part of the slot, to which what the gradient shard holds was added, so that sums that
+//! came together in one group only are averaged, too.
+//!
 //! A host communicator of the same ranks is the control plane: each collective is announced there before it is
 //! launched, so that ranks that launch different ones get an error that names both. The error of one communicator
 //! breaks the others, on every rank that polls. One rank has nothing to move, and needs no NCCL.
 
-use super::lent::{Comms, Mean, NcclPair, Shards};
+use super::comm::NcclComm;
+use super::lent::{Comms, Mean, NcclPair, Plane, Replicas, Shards};
 use super::register::FixedMemory;
 use super::types::{Part, Reduction};
 use super::watch::What;
-use crate::comm::{Check, Communicator, Kind, Tag};
+use crate::comm::{Check, Kind, Tag};
 use crate::device::cuda::kernels::{Kernels, Piece};
 use crate::device::cuda::{Compute, ComputeMemory, Context, Event as GpuEvent, Priority, Stream};
 use crate::dtype::DType;
@@ -30,6 +35,7 @@ use std::sync::Arc;
 struct Unit {
     gather: What,
     reduce: What,
+    average: What,
     /// This rank's masters and gradient shard: `shard_len` floats each.
     masters: CUdeviceptr,
     grads: CUdeviceptr,
@@ -38,8 +44,9 @@ struct Unit {
     len: usize,
     dtypes: Vec<DType>,
     reduce_dtype: DType,
-    /// What of the next reduction goes to the gradient shard; all of it, unless it was said.
-    means: Option<Vec<Mean>>,
+    /// What of the next reduction goes to the gradient shard, and whether it is averaged over the replicas; all of it, and
+    /// it is not, unless it was said.
+    next: Option<(Vec<Mean>, bool)>,
     gathers: u64,
 }
 
@@ -75,11 +82,10 @@ pub struct NcclQueues {
     /// What the fixed ones are in, if that is not the source's memory.
     fixed: Option<FixedMemory>,
     on_host: bool,
-    control: Arc<dyn Communicator>,
-    /// Broken with the others.
-    host: Arc<dyn Communicator>,
-    /// The control plane's number of unit 0.
-    first_unit: u32,
+    plane: Plane,
+    replicas: Option<Replicas>,
+    /// All-reduces over the replicas, and their bytes.
+    averages: (u64, u64),
     gathering: (Kind, Check),
 }
 
@@ -121,36 +127,38 @@ impl NcclQueues {
         let units = plan.units.iter().zip(shards.units).enumerate().map(|(u, (unit, shards))| Unit {
             gather: What::of_unit(Kind::AllGather, unit.label()),
             reduce: What::of_unit(Kind::ReduceScatter, unit.label()),
+            average: What::of_unit(Kind::AllReduce, unit.label()),
             masters: shards.masters,
             grads: shards.grads,
             shard_len: unit.layout.shard_len,
             len: unit.layout.len,
             dtypes: compute_dtypes(plan, u as UnitId),
             reduce_dtype: unit.reduce_dtype,
-            means: None,
+            next: None,
             gathers: 0,
         });
-        let world = (comms.control.rank(), comms.control.world_size());
-        for comm in comms.nccl.iter().flat_map(|nccl| [&nccl.gather, &nccl.reduce]) {
-            if (comm.rank(), comm.world_size()) != world {
+        let replicas = comms.replicas.iter().map(|r| (&r.nccl, &r.plane));
+        let group = comms.nccl.iter().flat_map(|nccl| [(&nccl.gather, &comms.plane), (&nccl.reduce, &comms.plane)]);
+        for (comm, plane) in group.chain(replicas) {
+            let (rank, world) = (plane.control.rank(), plane.control.world_size());
+            if (comm.rank(), comm.world_size()) != (rank, world) {
                 return Err(err!(
                     InvalidArgument,
-                    "{comm:?} is not of the control plane's ranks: rank {} of {}",
-                    world.0,
-                    world.1
+                    "{comm:?} is not of the control plane's ranks: rank {rank} of {world}"
                 ));
             }
         }
-        if comms.nccl.is_none() && world.1 > 1 {
-            return Err(err!(InvalidArgument, "{} ranks need NCCL", world.1));
+        let world = comms.plane.control.world_size();
+        if comms.nccl.is_none() && world > 1 {
+            return Err(err!(InvalidArgument, "{world} ranks need NCCL"));
         }
         let mut queues = NcclQueues {
             kernels: kernels.clone(),
             compute: compute.clone(),
             nccl: comms.nccl,
-            control: comms.control,
-            host: comms.host,
-            first_unit: comms.first_unit,
+            plane: comms.plane,
+            replicas: comms.replicas,
+            averages: (0, 0),
             gathering: (Kind::AllGather, Check::Together),
             gather_stream,
             reduce_stream,
@@ -199,8 +207,19 @@ impl NcclQueues {
     }
 
     /// What of the next reduction of `unit` goes to its gradient shard, and how; ranges of its shard that do not overlap.
-    pub fn set_means(&mut self, unit: UnitId, means: Vec<Mean>) {
-        self.units[unit as usize].means = Some(means);
+    /// `average`: over the replicas, together with what the gradient shard holds where it is added to.
+    pub fn set_means(&mut self, unit: UnitId, means: Vec<Mean>, average: bool) {
+        self.units[unit as usize].next = Some((means, average));
+    }
+
+    /// All-reduces over the replicas so far, and the bytes that this rank gave to them.
+    pub fn averages(&self) -> (u64, u64) {
+        self.averages
+    }
+
+    /// Whether there are replicas.
+    pub fn has_replicas(&self) -> bool {
+        self.replicas.is_some()
     }
 
     /// What all-gathers are called from here on, and how they are compared: the same on every rank. Local.
@@ -221,12 +240,16 @@ impl NcclQueues {
     /// Looks for failures of peers and for what hangs, without waiting; whether all collectives are done. An error has
     /// broken all communicators.
     pub fn poll(&self) -> Result<bool> {
-        let Some(nccl) = &self.nccl else { return Ok(true) };
-        if let Some(e) = self.control.async_error().or_else(|| self.host.async_error()) {
-            return Err(self.broken(e));
+        let mut done = true;
+        for plane in self.planes() {
+            if let Some(e) = plane.control.async_error().or_else(|| plane.host.async_error()) {
+                return Err(self.failed(plane, e));
+            }
         }
-        let gathered = nccl.gather.poll().map_err(|e| self.broken(e))?;
-        Ok(gathered & nccl.reduce.poll().map_err(|e| self.broken(e))?)
+        for (comm, plane) in self.comms() {
+            done &= comm.poll().map_err(|e| self.failed(plane, e))?;
+        }
+        Ok(done)
     }
 
     /// Waits until all collectives are done, with NCCL's deadline for each.
@@ -257,22 +280,55 @@ impl NcclQueues {
     /// Breaks all communicators, so that no rank waits for this one.
     pub fn broken(&self, error: Error) -> Error {
         // NCCL's kernels first: they would wait on the GPU.
-        for comm in self.nccl.iter().flat_map(|nccl| [&nccl.gather, &nccl.reduce]) {
+        for (comm, _) in self.comms() {
             comm.abort(&error.message);
         }
-        for comm in [&self.control, &self.host].into_iter().filter(|c| c.async_error().is_none()) {
+        let hosts = self.planes().flat_map(|plane| [&plane.control, &plane.host]);
+        for comm in hosts.filter(|comm| comm.async_error().is_none()) {
             comm.abort(&error.message);
         }
         error
     }
 
-    /// Says on the control plane what is launched next.
-    fn announce(&self, kind: Kind, check: Check, unit: UnitId, parts: &[Part]) -> Result<()> {
-        let bytes = parts.iter().map(|p| (p.shard_len * p.dtype.size()) as u64).sum::<u64>();
-        let bytes = bytes * self.control.world_size() as u64;
-        let dtype = parts.first().map_or(DType::F32, |p| p.dtype);
-        let tag = Tag { kind, unit: self.first_unit + unit, dtype, bytes };
-        self.control.announce(tag, check).map_err(|e| self.broken(e))
+    /// The same for an error among the ranks of `plane`, which it then names.
+    fn failed(&self, plane: &Plane, error: Error) -> Error {
+        self.broken(match &plane.place {
+            Some(place) => error.context(place),
+            None => error,
+        })
+    }
+
+    fn planes(&self) -> impl Iterator<Item = &Plane> {
+        // Of one rank nobody can differ.
+        let group = Some(&self.plane).filter(|_| self.nccl.is_some());
+        group.into_iter().chain(self.replicas.iter().map(|r| &r.plane))
+    }
+
+    /// NCCL's communicators, and where their ranks compare what they launch.
+    fn comms(&self) -> impl Iterator<Item = (&NcclComm, &Plane)> {
+        let group = self.nccl.iter().flat_map(|nccl| [&nccl.gather, &nccl.reduce]).map(|comm| (&**comm, &self.plane));
+        group.chain(self.replicas.iter().map(|r| (&*r.nccl, &r.plane)))
+    }
+
+    /// Says on the control plane what is launched next: a collective of so many elements.
+    fn announce(&self, plane: &Plane, kind: Kind, check: Check, unit: UnitId, parts: &[(DType, usize)]) -> Result<()> {
+        let bytes = parts.iter().map(|(dtype, len)| (len * dtype.size()) as u64).sum::<u64>();
+        let dtype = parts.first().map_or(DType::F32, |(dtype, _)| *dtype);
+        let tag = Tag { kind, unit: plane.first_unit + unit, dtype, bytes };
+        plane.control.announce(tag, check).map_err(|e| self.failed(plane, e))
+    }
+
+    /// Averages `len` floats at `data`, a shard of `unit`, over the replicas.
+    ///
+    /// # Safety
+    /// Nobody else uses them until the reduce queue has come past it.
+    unsafe fn average(&self, replicas: &Replicas, unit: UnitId, data: CUdeviceptr, len: usize) -> Result<()> {
+        let Replicas { plane, nccl } = replicas;
+        self.announce(plane, Kind::AllReduce, Check::Announce, unit, &[(DType::F32, len)])?;
+        let (what, stream) = (&self.units[unit as usize].average, &self.reduce_stream);
+        // SAFETY: the caller's promise.
+        let done = unsafe { nccl.all_reduce(what, data, len, DType::F32, Reduction::Mean, stream) };
+        done.map_err(|e| self.failed(plane, e))
     }
 
     /// The unit's layout in each of its types, one behind the other.
@@ -307,9 +363,10 @@ impl Queues for NcclQueues {
         let (u, stream) = (&self.units[unit as usize], &self.gather_stream);
         let parts: Vec<Part> = self.parts(unit, buffer).collect();
         let (kind, check) = self.gathering;
-        self.announce(kind, check, unit, &parts)?;
+        let moved: Vec<(DType, usize)> = parts.iter().map(|p| (p.dtype, u.len)).collect();
+        self.announce(&self.plane, kind, check, unit, &moved)?;
         for part in &parts {
-            let to = part.data + (self.control.rank() * u.shard_len * part.dtype.size()) as u64;
+            let to = part.data + (self.plane.control.rank() * u.shard_len * part.dtype.size()) as u64;
             let piece = Piece { from: u.masters, to, len: u.shard_len as u64, add: 0 };
             // SAFETY: the pipeline lets nobody else use the buffer meanwhile, and the masters are read only; both have
             // room for a shard.
@@ -322,32 +379,29 @@ impl Queues for NcclQueues {
             }
         }
         match &self.nccl {
-            // SAFETY: as above.
-            Some(nccl) => unsafe { nccl.gather.all_gather(&u.gather, &parts, stream) }.map_err(|e| self.broken(e)),
+            Some(nccl) => {
+                // SAFETY: as above.
+                let gathered = unsafe { nccl.gather.all_gather(&u.gather, &parts, stream) };
+                gathered.map_err(|e| self.failed(&self.plane, e))
+            }
             None => Ok(()),
         }
     }
 
     fn reduce_scatter(&mut self, unit: UnitId, slot: usize) -> Result<()> {
-        let means = self.units[unit as usize].means.take();
+        let next = self.units[unit as usize].next.take();
         let (u, stream) = (&self.units[unit as usize], &self.reduce_stream);
+        let (means, average) = next.unwrap_or_else(|| (vec![Mean { at: 0, len: u.shard_len, add: false }], false));
         let full = self.in_slot(slot);
         let behind = full + (u.len * DType::F32.size()) as u64;
         let data = if u.reduce_dtype == DType::F32 { full } else { behind };
         let part = Part { data, shard_len: u.shard_len, dtype: u.reduce_dtype };
         // Ranks may come to the end of a backward, and then take part, while others wait here: nobody waits.
-        self.announce(Kind::ReduceScatter, Check::Announce, unit, &[part])?;
-        let size = u.reduce_dtype.size();
-        let own = data + (self.control.rank() * u.shard_len * size) as u64;
-        let all = vec![Mean { at: 0, len: u.shard_len, add: false }];
-        let mean = |m: &Mean| Piece {
-            from: own + (m.at * size) as u64,
-            to: u.grads + (m.at * DType::F32.size()) as u64,
-            len: m.len as u64,
-            add: m.add.into(),
-        };
-        let means: Vec<Piece> = means.unwrap_or(all).iter().map(mean).collect();
-        // SAFETY: the pipeline lets nobody else use the slot meanwhile, and nobody else writes gradient shards; both
+        self.announce(&self.plane, Kind::ReduceScatter, Check::Announce, unit, &[(part.dtype, u.len)])?;
+        let first = (self.plane.control.rank() * u.shard_len) as u64;
+        let (own, own_full) = (data + first * part.dtype.size() as u64, full + first * DType::F32.size() as u64);
+        let at = |base: CUdeviceptr, m: &Mean, dtype: DType| base + (m.at * dtype.size()) as u64;
+        // SAFETY: the pipeline lets nobody else use the slot meanwhile, and nobody else touches gradient shards; both
         // have room.
         unsafe {
             if u.reduce_dtype != DType::F32 {
@@ -356,9 +410,36 @@ impl Queues for NcclQueues {
             }
             if let Some(nccl) = &self.nccl {
                 let reduced = nccl.reduce.reduce_scatter(&u.reduce, part, Reduction::Mean, stream);
-                reduced.map_err(|e| self.broken(e))?;
+                reduced.map_err(|e| self.failed(&self.plane, e))?;
             }
-            self.kernels.copy_in(stream, u.reduce_dtype, &means)
+            let Some(replicas) = self.replicas.as_ref().filter(|_| average) else {
+                let mean = |m: &Mean| {
+                    let (from, to) = (at(own, m, u.reduce_dtype), at(u.grads, m, DType::F32));
+                    Piece { from, to, len: m.len as u64, add: m.add.into() }
+                };
+                let means: Vec<Piece> = means.iter().map(mean).collect();
+                return self.kernels.copy_in(stream, u.reduce_dtype, &means);
+            };
+            if u.reduce_dtype != DType::F32 {
+                let piece = Piece { from: own, to: own_full, len: u.shard_len as u64, add: 0 };
+                self.kernels.cast(stream, u.reduce_dtype, DType::F32, &[piece])?;
+            }
+            let held = |m: &Mean| {
+                let (from, to) = (at(u.grads, m, DType::F32), at(own_full, m, DType::F32));
+                Piece { from, to, len: m.len as u64, add: 1 }
+            };
+            let held: Vec<Piece> = means.iter().filter(|m| m.add).map(held).collect();
+            self.kernels.copy_in(stream, DType::F32, &held)?;
+            self.average(replicas, unit, own_full, u.shard_len)?;
+            let mean = |m: &Mean| {
+                let (from, to) = (at(own_full, m, DType::F32), at(u.grads, m, DType::F32));
+                Piece { from, to, len: m.len as u64, add: 0 }
+            };
+            let means: Vec<Piece> = means.iter().map(mean).collect();
+            self.kernels.copy_in(stream, DType::F32, &means)?;
+            let bytes = (u.shard_len * DType::F32.size()) as u64;
+            self.averages = (self.averages.0 + 1, self.averages.1 + bytes);
+            Ok(())
         }
     }
 
