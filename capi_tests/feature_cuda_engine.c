@@ -1,9 +1,12 @@
 /* An engine on a GPU through the C interface, on a driver that is this machine's CPU (FSDP_CUDA_LIBRARY): trained beside one
  * on the CPU, with the same bits in the end; memory from the host's allocator; figures as planned. What is at a device
- * address can be read here, since that driver's memory is the host's. */
+ * address can be read here, since that driver's memory is the host's. Ranks are threads, which meet in the NCCL that
+ * FSDP_NCCL_LIBRARY names: fully sharded, in groups and unsharded. */
 #include "toy.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
+#include <unistd.h>
 
 enum { STEPS = 4 };
 
@@ -55,22 +58,45 @@ static lender_t lender_open(void) {
 typedef struct {
   toy_t toy;
   fsdp_optimizer_t *optimizer;
+  int32_t rank;
 } trainer_t;
 
-static trainer_t trainer_open(const fsdp_cuda_config_t *cuda, int cpu_offload) {
-  trainer_t t = {{NULL, NULL, NULL}, NULL};
+/* Ranks and how they share a model. */
+typedef struct {
+  int32_t world, strategy;
+  uint32_t shard_size;
+  /* Ranks that the inner units are resharded over; 0: as the strategy says. */
+  int32_t over;
+  int cpu_offload;
+} sharing_t;
+
+/* Takes `comm`. */
+static trainer_t trainer_on(fsdp_comm_t *comm, const fsdp_cuda_config_t *cuda, const sharing_t *sharing) {
+  trainer_t t = {{NULL, NULL, NULL}, NULL, 0};
   fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
   fsdp_adamw_config_t adamw = FSDP_ADAMW_CONFIG_INIT;
   const fsdp_dtype_t bfloat16 = {FSDP_DTYPE_BFLOAT, 16, 1};
   config.cuda = cuda;
-  config.cpu_offload = cpu_offload;
+  config.cpu_offload = sharing->cpu_offload;
   config.param_dtype = bfloat16;
+  config.strategy = sharing->strategy;
+  config.shard_size = sharing->shard_size;
+  t.toy.comm = comm;
   t.toy.model = toy_model();
+  CHECK_OK(fsdp_comm_rank(comm, &t.rank));
   CHECK_OK(fsdp_model_set_param_dtype(t.toy.model, TOY_BIAS, tensor_f32(NULL, 0, NULL).dtype));
-  CHECK_OK(fsdp_comm_init_single(&t.toy.comm));
   CHECK_OK(fsdp_engine_create(t.toy.model, t.toy.comm, &config, &t.toy.engine));
+  for (uint32_t unit = 1; unit < TOY_UNITS && sharing->over > 0; unit++)
+    CHECK_OK(fsdp_engine_set_reshard_after_forward(t.toy.engine, unit, sharing->over));
   CHECK_OK(fsdp_optimizer_create_adamw(t.toy.engine, &adamw, &t.optimizer));
   return t;
+}
+
+static trainer_t trainer_open(const fsdp_cuda_config_t *cuda, int cpu_offload) {
+  const sharing_t sharing = {1, FSDP_FULL_SHARD, 0, 0, cpu_offload};
+  fsdp_comm_t *comm = NULL;
+  CHECK_OK(fsdp_comm_init_single(&comm));
+  return trainer_on(comm, cuda, &sharing);
 }
 
 static void trainer_close(trainer_t *t) {
@@ -85,8 +111,9 @@ static float from_bfloat16(uint16_t bits) {
   return x;
 }
 
-/* The gradient of a parameter follows from what it is computed with. */
-static void collect(fsdp_engine_t *engine, uint32_t param, int step, int device_type) {
+/* The gradient of a parameter follows from what it is computed with, and from the rank. */
+static void collect(const trainer_t *t, uint32_t param, int step, int device_type) {
+  fsdp_engine_t *engine = t->toy.engine;
   fsdp_tensor_t data, grad;
   int32_t accumulate = -1;
   CHECK_OK(fsdp_engine_param_data(engine, param, &data));
@@ -97,7 +124,7 @@ static void collect(fsdp_engine_t *engine, uint32_t param, int step, int device_
   CHECK_EQ(data.device.device_id, 0);
   for (int64_t i = 0; i < TOY_NUMEL[param]; i++) {
     const float x = data.dtype.bits == 32 ? ((const float *)data.data)[i] : from_bfloat16(((const uint16_t *)data.data)[i]);
-    ((float *)grad.data)[i] = x * 0.125f - (float)(step + 1) * (float)(i + 1);
+    ((float *)grad.data)[i] = x * 0.125f - (float)(step + 1 + 3 * t->rank) * (float)(i + 1);
   }
 }
 
@@ -106,12 +133,12 @@ static void train(trainer_t *t, int step, int device_type) {
   double norm = 0;
   toy_forward(engine);
   CHECK_OK(fsdp_engine_pre_backward(engine, TOY_ROOT));
-  collect(engine, TOY_BIAS, step, device_type);
+  collect(t, TOY_BIAS, step, device_type);
   CHECK_OK(fsdp_engine_pre_backward(engine, TOY_A));
   /* In the last step it has none. */
-  if (step + 1 < STEPS) collect(engine, TOY_WEIGHT, step, device_type);
+  if (step + 1 < STEPS) collect(t, TOY_WEIGHT, step, device_type);
   CHECK_OK(fsdp_engine_pre_backward(engine, TOY_X));
-  collect(engine, TOY_V, step, device_type);
+  collect(t, TOY_V, step, device_type);
   CHECK_OK(fsdp_engine_post_backward(engine, TOY_X));
   CHECK_OK(fsdp_engine_post_backward(engine, TOY_A));
   CHECK_OK(fsdp_engine_post_backward(engine, TOY_ROOT));
@@ -127,7 +154,7 @@ static void same_shards(const trainer_t *a, const trainer_t *b) {
   const char *const states[] = {"exp_avg", "exp_avg_sq"};
   for (uint32_t p = 0; p < TOY_PARAMS; p++) {
     const fsdp_shard_t one = toy_shard(a->toy.engine, p), other = toy_shard(b->toy.engine, p);
-    CHECK_EQ(one.numel, TOY_NUMEL[p]);
+    CHECK_EQ(one.numel, other.numel);
     if (one.numel == 0) continue;
     CHECK(memcmp(one.data, other.data, (size_t)one.numel * 4) == 0);
     for (int k = 0; k < 2; k++) {
@@ -228,6 +255,69 @@ static void trained(int cpu_offload, int lends) {
   CHECK_EQ(lender.bytes, 0);
 }
 
+/* One rank's thread. */
+typedef struct {
+  sharing_t sharing;
+  const char *job;
+  int32_t rank;
+} rank_t;
+
+static void *train_as_rank(void *argument) {
+  const rank_t *rank = (const rank_t *)argument;
+  const fsdp_cuda_config_t cuda = FSDP_CUDA_CONFIG_INIT;
+  fsdp_shm_config_t config = FSDP_SHM_CONFIG_INIT;
+  fsdp_comm_t *comm = NULL, *other = NULL;
+  fsdp_stats_t cpu_stats, stats;
+  cpu_stats.struct_size = stats.struct_size = sizeof stats;
+  config.job = rank->job;
+  config.rank = rank->rank;
+  config.world_size = rank->sharing.world;
+  CHECK_OK(fsdp_comm_init_shm(&config, &comm));
+  CHECK_OK(fsdp_comm_split(comm, 0, rank->rank, &other));
+  trainer_t cpu = trainer_on(comm, NULL, &rank->sharing), gpu = trainer_on(other, &cuda, &rank->sharing);
+  for (int step = 0; step < STEPS; step++) {
+    train(&cpu, step, FSDP_DEVICE_CPU);
+    train(&gpu, step, FSDP_DEVICE_CUDA);
+    CHECK_OK(fsdp_engine_synchronize(gpu.toy.engine));
+    same_shards(&cpu, &gpu);
+  }
+  CHECK_OK(fsdp_engine_stats(cpu.toy.engine, &cpu_stats));
+  CHECK_OK(fsdp_engine_stats(gpu.toy.engine, &stats));
+  CHECK_EQ(stats.all_gathers, cpu_stats.all_gathers);
+  CHECK_EQ(stats.reduce_scatters, cpu_stats.reduce_scatters);
+  const uint32_t group = rank->sharing.strategy == FSDP_NO_SHARD ? 1 : rank->sharing.shard_size;
+  /* One for each unit and step, if there are replicas. */
+  CHECK_EQ(stats.all_reduces, group > 0 ? TOY_UNITS * STEPS : 0);
+  trainer_close(&cpu);
+  trainer_close(&gpu);
+  return NULL;
+}
+
+static void trained_by_ranks(void) {
+  static const sharing_t all[] = {{2, FSDP_FULL_SHARD, 0, 0, 0},         {2, FSDP_NO_SHARD, 0, 0, 0},
+                                  {3, FSDP_NO_SHARD, 0, 0, 1},           {4, FSDP_HYBRID_SHARD, 2, 0, 0},
+                                  {4, FSDP_HYBRID_SHARD_GRAD_OP, 2, 0, 1}, {4, FSDP_FULL_SHARD, 0, 2, 0}};
+  void *nccl = dlopen(getenv("FSDP_NCCL_LIBRARY"), RTLD_NOW);
+  void (*meet)(int);
+  CHECK(nccl != NULL);
+  *(void **)&meet = dlsym(nccl, "fake_nccl_meet");
+  CHECK(meet != NULL);
+  meet(1);
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+    char job[64];
+    rank_t ranks[4];
+    pthread_t threads[4];
+    snprintf(job, sizeof job, "cuda-engine-%ld-%zu", (long)getpid(), i);
+    for (int32_t r = 0; r < all[i].world; r++) {
+      ranks[r].sharing = all[i];
+      ranks[r].job = job;
+      ranks[r].rank = r;
+      CHECK_EQ(pthread_create(&threads[r], NULL, train_as_rank, &ranks[r]), 0);
+    }
+    for (int32_t r = 0; r < all[i].world; r++) CHECK_EQ(pthread_join(threads[r], NULL), 0);
+  }
+}
+
 static void *nothing(void *user_data, size_t bytes, void *stream) {
   (void)user_data, (void)bytes, (void)stream;
   return NULL;
@@ -256,6 +346,7 @@ int main(void) {
   trained(0, 0);
   trained(0, 1);
   trained(1, 1);
+  trained_by_ranks();
   refused();
   return 0;
 }

@@ -19,7 +19,7 @@ use fsdp::comm::{single, Check, Communicator, Kind, Tag, UnitName};
 use fsdp::config::{CudaConfig, EngineConfig};
 use fsdp::device::cuda::{DeviceMemory, Source};
 use fsdp::dtype::DType;
-use fsdp::engine::{Engine, ReshardAfterForward};
+use fsdp::engine::Engine;
 use fsdp::error::{Error, Status};
 use fsdp::module::{ModuleTree, ROOT};
 use fsdp::optim::{AdamWOptions, Rule};
@@ -78,11 +78,6 @@ fn what_a_gpu_cannot_do_is_refused_by_name() {
         make(comm, config).err().unwrap()
     });
     errors.iter().for_each(|e| assert!(e.message.contains("rank 1: there is no GPU 7"), "{e}"));
-    ranks(4, |comm| {
-        let engine = make(comm, EngineConfig::default()).unwrap();
-        let result = engine.set_reshard_after_forward(1, ReshardAfterForward::Over(2));
-        refused(result, "unit \"a\" cannot be resharded over 2 of 4 ranks");
-    });
     let capped = CudaConfig { max_units_in_flight: 1, ..CudaConfig::default() };
     let engine = make(single::init(), EngineConfig { cuda: Some(capped), ..EngineConfig::default() }).unwrap();
     engine.unshard(0).unwrap();

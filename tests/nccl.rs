@@ -396,7 +396,7 @@ fn steps_on_the_queues_equal_the_cpus() {
 fn polled_error(queues: &NcclQueues) -> Error {
     let start = Instant::now();
     while start.elapsed() < LONG {
-        if let Err(e) = queues.poll() {
+        if let Err(e) = queues.comms.poll() {
             return e;
         }
     }
@@ -446,7 +446,7 @@ fn a_rank_that_fails_breaks_the_others() {
         let comms = two_comms(control.rank(), 2);
         let mut t = step::Trainer::new(control.clone(), comms, (DType::F32, DType::F32));
         t.pipeline.unshard(&mut t.queues, 0, &[]).unwrap();
-        t.queues.finish().unwrap();
+        t.queues.comms.finish().unwrap();
         control.barrier().unwrap();
         if control.rank() == 1 {
             control.abort("out of patience");

@@ -137,7 +137,7 @@ impl Engine {
     pub(super) fn release_resharded(&self, state: &mut State) {
         if let Some(gpu) = &self.gpu {
             // What fails here has broken the queues: the next call says so.
-            let _ = gpu.release(&state.units);
+            let _ = gpu.release(&state.units, &state.groups);
             return;
         }
         let State { gathers, units, groups, .. } = state;

@@ -5,12 +5,12 @@
 //! the host, split off the first, compares what is launched there, and a third one what is launched over replicas. Masters, gradient shards and optimizer state lie on the
 //! GPU, or in pinned host memory.
 
-use super::{Engine, ReplicaCounters, State};
+use super::{Engine, Group, ReplicaCounters, State};
 use crate::agree;
 use crate::comm::nccl::{
     Comms, FixedMemory, Nccl, NcclComm, NcclConfig, NcclPair, NcclQueues, Plane, Replicas, Shards, UniqueId, UnitShards,
 };
-use crate::comm::{Check, Communicator, Kind};
+use crate::comm::{Check, Communicator, Kind, UnitName};
 use crate::config::{CudaConfig, EngineConfig};
 use crate::device::cuda::kernels::Kernels;
 use crate::device::cuda::{Compute, Context, Cuda, Source, Stream};
@@ -166,9 +166,10 @@ impl Opened {
             };
             let places: Vec<UnitShards> = plan.units.iter().map(of_unit).collect();
             let shards = Shards { units: &places, on_host: config.cpu_offload };
-            let comms = Comms { plane: group, nccl: pair, fixed, replicas };
+            let comms = Comms { plane: group, nccl: pair, replicas, groups: Vec::new() };
             // SAFETY: the engine keeps the stores as long as the queues; it writes masters and gradient shards as they ask.
-            let queues = unsafe { NcclQueues::new(plan, &limits, &shards, &self.kernels, &self.compute, comms) }?;
+            let queues =
+                unsafe { NcclQueues::new(plan, &limits, &shards, &self.kernels, &self.compute, comms, fixed) }?;
             Ok(SharedQueues::new(pipeline, queues))
         });
         agree::on_result(made.as_ref().map(|_| 0).map_err(Error::clone), world)?;
@@ -243,18 +244,35 @@ impl Gpu {
         ReplicaCounters { all_reduces, all_reduce_bytes }
     }
 
-    /// Lets the buffers of resharded units go.
-    pub fn release(&self, units: &[Unit]) -> Result<()> {
+    /// Makes a smaller group of the ranks of `host`, which are all that give this color. Collective over the shard group.
+    pub fn add_group(&self, color: u32, host: &Arc<dyn Communicator>, names: &[UnitName], place: String) -> Result<()> {
+        let control = host.split(0, host.rank() as i32)?;
+        let first_unit = control.name_units(names);
+        let plane = Plane { control, first_unit, host: host.clone(), place: Some(place) };
+        self.queues.run(|_, queues| queues.comms.add_group(color, plane).map(drop))
+    }
+
+    /// Lets the buffers of resharded units go, and what was kept of them for `groups` and is not needed any more.
+    pub fn release(&self, units: &[Unit], groups: &[Group]) -> Result<()> {
         self.queues.run(|pipeline, queues| {
             let sharded = |u: &UnitId| units[*u as usize].state == UnitState::Sharded;
             let resharded: Vec<UnitId> = pipeline.unsharded().filter(sharded).collect();
-            resharded.into_iter().try_for_each(|unit| pipeline.reshard(queues, unit))
+            for unit in resharded {
+                match units[unit as usize].group {
+                    Some(group) => pipeline.reshard_to(queues, unit, group, groups[group].comm.world_size())?,
+                    None => pipeline.reshard(queues, unit)?,
+                }
+            }
+            // Without groups nothing is kept.
+            let units = units.iter().filter(|_| !groups.is_empty()).enumerate();
+            let mut left = units.filter(|(_, unit)| unit.group.is_none());
+            left.try_for_each(|(unit, _)| pipeline.forget_part(queues, unit as UnitId))
         })
     }
 
     /// Masters may be written: by what compute is given from here on or, in host memory, by the host.
-    pub fn begin_write(&self, units: &[Unit], on_host: bool) -> Result<()> {
-        self.release(units)?;
+    pub fn begin_write(&self, units: &[Unit], groups: &[Group], on_host: bool) -> Result<()> {
+        self.release(units, groups)?;
         self.queues.run(|pipeline, queues| {
             pipeline.begin_write(queues)?;
             match on_host {
@@ -271,7 +289,7 @@ impl Gpu {
 
     /// Waits until NCCL is done with what it was given, with its deadline: what waits for the GPU then waits for no rank.
     pub fn settle(&self) -> Result<()> {
-        self.queues.run(|_, queues| queues.finish())
+        self.queues.run(|_, queues| queues.comms.finish())
     }
 }
 
@@ -289,18 +307,19 @@ impl Engine {
         let gathers = |queues: &NcclQueues| -> Vec<u64> {
             std::iter::once(&unit).chain(next).map(|u| queues.gathers(*u)).collect()
         };
-        let (before, after) = gpu.queues.run(|pipeline, queues| {
+        let (before, among, after) = gpu.queues.run(|pipeline, queues| {
             let before = gathers(queues);
+            let among: Vec<_> = std::iter::once(&unit).chain(next).map(|u| pipeline.group(*u)).collect();
             queues.set_gathering(kind, check);
             pipeline.unshard(queues, unit, next)?;
-            Ok((before, gathers(queues)))
+            Ok((before, among, gathers(queues)))
         })?;
-        let ranks = self.comm().world_size();
         for (i, gathered) in std::iter::once(unit).chain(next.iter().copied()).enumerate() {
             // A unit may be foretold twice.
             let first = i == 0 || gathered != unit && !next[..i - 1].contains(&gathered);
             let count = if first { after[i] - before[i] } else { 0 };
             let bytes = gpu.units[gathered as usize].buffer * count as usize;
+            let ranks = among[i].map_or(self.comm(), |group| &state.groups[group].comm).world_size();
             state.all_gathers += count;
             state.prefetches += if i > 0 { count } else { 0 };
             state.units[gathered as usize].all_gathers += count;
@@ -326,7 +345,7 @@ impl Engine {
     pub fn poll(&self) -> Result<()> {
         let _one_at_a_time = self.lock()?;
         match &self.gpu {
-            Some(gpu) => gpu.queues.poll(),
+            Some(gpu) => gpu.queues.comms.poll(),
             None => self.world().async_error().map_or(Ok(()), Err),
         }
     }

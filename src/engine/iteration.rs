@@ -184,7 +184,8 @@ impl Engine {
 
     pub(super) fn wait_writable(&self, state: &State) -> Result<()> {
         self.model.stores.iter().try_for_each(|s| s.wait_writable())?;
-        self.gpu.iter().try_for_each(|gpu| gpu.begin_write(&state.units, self.home == Home::Host))
+        let on_host = self.home == Home::Host;
+        self.gpu.iter().try_for_each(|gpu| gpu.begin_write(&state.units, &state.groups, on_host))
     }
 
     pub(super) fn begin_forward_locked(&self, state: &mut State, training: bool) {

@@ -3,7 +3,8 @@
 //!
 //! A smaller group is a communicator of its own, of consecutive ranks, with an arena of no bytes: its READ phases are
 //! opened and closed with the stores', so that an all-gather in the group waits for its ranks alone, and is compared with
-//! theirs alone. On shared pages there is nothing else to it: the full parameters are there once a host in any case.
+//! theirs alone. On shared pages there is nothing else to it: the full parameters are there once a host in any case. On a GPU the
+//! group has a communicator of NCCL's besides, and each rank keeps its part of the unit meanwhile (`src/pipeline`).
 
 use super::Engine;
 use crate::agree;
@@ -55,10 +56,6 @@ impl Engine {
                     "unit \"{label}\" cannot be resharded over {ranks} ranks: its shard group has {world}"
                 ))
             }
-            ReshardAfterForward::Over(ranks) if self.gpu.is_some() => {
-                let what = format!("unit \"{label}\" cannot be resharded over {ranks} of {world} ranks");
-                return Err(err!(Unsupported, "{what}: engines on a GPU have no smaller groups yet"));
-            }
             ReshardAfterForward::Over(ranks) => {
                 let known = state.groups.iter().position(|g| g.comm.world_size() == ranks);
                 let index = match known {
@@ -85,8 +82,15 @@ impl Engine {
     }
 
     fn make_group(&self, ranks: usize) -> Result<Group> {
-        let comm = self.comm().split((self.comm().rank() / ranks) as u32, 0)?;
+        let number = self.comm().rank() / ranks;
+        let comm = self.comm().split(number as u32, 0)?;
         let names: Vec<_> = (0..self.plan().units.len() as UnitId).map(|u| self.plan().unit_name(u)).collect();
-        Ok(Group { first_unit: comm.name_units(&names), arena: comm.alloc_arena(0)?, comm })
+        let group = Group { first_unit: comm.name_units(&names), arena: comm.alloc_arena(0)?, comm };
+        if let Some(gpu) = &self.gpu {
+            let first = self.replica() * self.comm().world_size() + number * ranks;
+            let place = format!("in the group of {ranks} ranks that begins at rank {first}");
+            self.model.mesh.spread(gpu.add_group(number as u32, &group.comm, &names, place))?;
+        }
+        Ok(group)
     }
 }

@@ -52,19 +52,19 @@ impl SharedQueues {
         f(pipeline, queues).map_err(|e| match e.status {
             // Refused before anything was launched, alike on every rank.
             Status::InvalidState | Status::InvalidArgument | Status::Unsupported => e,
-            _ => failed.insert(queues.broken(e)).clone(),
+            _ => failed.insert(queues.comms.broken(e)).clone(),
         })
     }
 
     /// Whether a reduction that is started now is averaged over replicas.
     fn averages(&self) -> bool {
         let queued = self.lock();
-        queued.averaging && queued.queues.has_replicas()
+        queued.averaging && queued.queues.comms.replicas.is_some()
     }
 
     /// Looks for failures without waiting.
     pub fn poll(&self) -> Result<()> {
-        self.run(|_, queues| queues.poll().map(drop))
+        self.run(|_, queues| queues.comms.poll().map(drop))
     }
 }
 
@@ -251,11 +251,11 @@ impl Reducer for QueuedSlots {
         let average = self.shared.averages();
         if average || self.mesh.shard.world_size() > 1 {
             // A rank that fails here leaves others waiting on the GPU.
-            self.agree(plan, average).map_err(|e| self.shared.lock().queues.broken(e))?;
+            self.agree(plan, average).map_err(|e| self.shared.lock().queues.comms.broken(e))?;
         }
         self.shared.run(|pipeline, queues| {
             pipeline.finish_backward(queues)?;
-            queues.poll()?;
+            queues.comms.poll()?;
             if self.on_host {
                 queues.synchronize()?;
             }

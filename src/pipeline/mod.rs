@@ -10,6 +10,9 @@
 //!   reduce   reduce-scatter of a unit  after compute has written its gradients
 //! ```
 //!
+//! A unit that is resharded over a smaller group keeps a part of its buffer, which compute copies out of it; its next all-gather
+//! starts after that, and moves the parts of the group's ranks alone.
+//!
 //! So the all-gather of the next unit runs beside the compute of this one, and the reduce-scatter of the last one too.
 //! Memory does not grow with how far the host runs ahead of the device: there are as many unit buffers and gradient
 //! slots as [`Limits`] says. What they have no room for gets memory beyond them, if the limits allow that: taken and given
@@ -46,6 +49,8 @@ pub enum Event {
     Gathered(usize),
     /// Compute reads it no more.
     Released(usize),
+    /// The part of this unit that a smaller group's next all-gather takes is there.
+    Kept(UnitId),
     /// The gradients in the slot of this number are complete.
     Filled(usize),
     /// They are in the gradient shards.
@@ -56,8 +61,11 @@ pub enum Event {
 /// further.
 pub trait Queues {
     /// On [`Queue::Gather`]: this rank's shard of `unit` goes to its place in unit buffer `buffer`, and every other
-    /// rank's to theirs.
-    fn all_gather(&mut self, unit: UnitId, buffer: usize) -> Result<()>;
+    /// rank's to theirs; with a smaller group, the part that was kept, and those of the group's ranks.
+    fn all_gather(&mut self, unit: UnitId, buffer: usize, group: Option<usize>) -> Result<()>;
+    /// On [`Queue::Compute`]: this rank's part of `unit` among the ranks of the smaller group of this number goes from unit
+    /// buffer `buffer` to [`Beyond::Part`].
+    fn keep(&mut self, unit: UnitId, buffer: usize, group: usize) -> Result<()>;
     /// On [`Queue::Reduce`]: the mean of all ranks' gradients of `unit` in slot `slot` goes to this rank's gradient
     /// shard.
     fn reduce_scatter(&mut self, unit: UnitId, slot: usize) -> Result<()>;
@@ -71,11 +79,13 @@ pub trait Queues {
     fn give_back(&mut self, place: Beyond) -> Result<()>;
 }
 
-/// A place beyond those of [`Limits`], by its number: they come after the fixed ones, one for each unit.
+/// A place beyond those of [`Limits`], by its number (buffers and slots come after the fixed ones, one for each unit) or its unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beyond {
     Buffer(usize),
     Slot(usize),
+    /// A unit's part that is kept for a smaller group.
+    Part(UnitId),
 }
 
 /// What was done, for tests and statistics.
@@ -103,6 +113,8 @@ pub struct Pipeline {
     ahead: usize,
     in_flight: usize,
     spare_slots: bool,
+    /// By unit: the smaller group for which a part of it is kept.
+    kept: Vec<Option<usize>>,
     /// The gather queue has yet to wait for compute to write the shards.
     stale: bool,
     /// The buffer that was gathered last, unless compute has waited for that.
@@ -136,6 +148,7 @@ impl Pipeline {
             ahead: limits.ahead,
             in_flight: limits.in_flight,
             spare_slots: limits.spare_slots,
+            kept: vec![None; units.len()],
             units,
             stale: true,
             last_gathered: None,
@@ -164,11 +177,10 @@ impl Pipeline {
                 self.label(unit)
             ));
         }
-        // Gathered ahead and not used: compute has not waited for it. It is old from here on.
-        if let Some(buffer) = self.last_gathered.take() {
-            queues.wait(Queue::Compute, Event::Gathered(buffer))?;
-        }
+        // Gathered ahead and not used: it is old from here on.
+        self.wait_for_gathers(queues)?;
         self.buffers.drop_ahead();
+        (0..self.units.len() as UnitId).try_for_each(|unit| self.forget_part(queues, unit))?;
         self.stale = true;
         Ok(())
     }
@@ -184,6 +196,9 @@ impl Pipeline {
             queues.wait(Queue::Compute, Event::Gathered(buffer))?;
             self.buffers.set(buffer, Use::Open(unit));
             self.last_gathered.take_if(|last| *last == buffer);
+            if self.kept[unit as usize].take().is_some() {
+                queues.give_back(Beyond::Part(unit))?;
+            }
         }
         for unit in next.iter().copied() {
             let there = self.buffers.place(unit).is_some() || self.units[unit as usize].buffer == 0;
@@ -209,6 +224,33 @@ impl Pipeline {
         queues.record(Event::Released(buffer), Queue::Compute)?;
         self.buffers.set(buffer, Use::Busy);
         Ok(())
+    }
+
+    /// The same, and the unit's next all-gather is among the `ranks` of the smaller group of this number, if it comes before
+    /// [`Pipeline::forget_part`] and [`Pipeline::begin_write`].
+    pub fn reshard_to(&mut self, queues: &mut dyn Queues, unit: UnitId, group: usize, ranks: usize) -> Result<()> {
+        let Some(buffer) = self.buffer(unit) else { return Ok(()) };
+        self.forget_part(queues, unit)?;
+        queues.take(Beyond::Part(unit), self.units[unit as usize].buffer / ranks)?;
+        queues.keep(unit, buffer, group)?;
+        queues.record(Event::Kept(unit), Queue::Compute)?;
+        self.kept[unit as usize] = Some(group);
+        self.reshard(queues, unit)
+    }
+
+    /// The smaller group among whose ranks the unit's next all-gather is.
+    pub fn group(&self, unit: UnitId) -> Option<usize> {
+        self.kept[unit as usize]
+    }
+
+    /// What is kept of `unit` for a smaller group is not wanted. Nothing happens if there is nothing.
+    pub fn forget_part(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<()> {
+        if self.kept[unit as usize].take().is_none() {
+            return Ok(());
+        }
+        // It may have been gathered ahead.
+        self.wait_for_gathers(queues)?;
+        queues.give_back(Beyond::Part(unit))
     }
 
     /// Before compute that writes gradients of `unit`: returns their slot, the same until they are reduced; None if it
@@ -310,6 +352,14 @@ impl Pipeline {
         open.into_iter().try_for_each(|unit| self.reshard(queues, unit))
     }
 
+    /// What compute is given from here on comes after all all-gathers.
+    fn wait_for_gathers(&mut self, queues: &mut dyn Queues) -> Result<()> {
+        match self.last_gathered.take() {
+            Some(buffer) => queues.wait(Queue::Compute, Event::Gathered(buffer)),
+            None => Ok(()),
+        }
+    }
+
     /// Launches an all-gather. None: there is no room, which is an error for a unit that is `needed` now.
     fn gather(&mut self, queues: &mut dyn Queues, unit: UnitId, needed: bool) -> Result<Option<usize>> {
         let bytes = self.units[unit as usize].buffer;
@@ -348,7 +398,11 @@ impl Pipeline {
         if self.buffers.state(buffer) == Use::Busy {
             queues.wait(Queue::Gather, Event::Released(buffer))?;
         }
-        queues.all_gather(unit, buffer)?;
+        let group = self.kept[unit as usize];
+        if group.is_some() {
+            queues.wait(Queue::Gather, Event::Kept(unit))?;
+        }
+        queues.all_gather(unit, buffer, group)?;
         queues.record(Event::Gathered(buffer), Queue::Gather)?;
         self.buffers.set(buffer, Use::Ahead(unit));
         self.last_gathered = Some(buffer);

@@ -13,6 +13,15 @@ pub enum Launch {
         unit: UnitId,
         buffer: usize,
     },
+    /// Of the parts that a smaller group has kept.
+    GatherParts {
+        unit: UnitId,
+        buffer: usize,
+    },
+    Keep {
+        unit: UnitId,
+        buffer: usize,
+    },
     ReduceScatter {
         unit: UnitId,
         slot: usize,
@@ -38,6 +47,7 @@ pub enum Launch {
 enum Memory {
     Buffer(usize),
     Slot(usize),
+    Part(UnitId),
     Shards,
     GradientShards,
 }
@@ -45,7 +55,7 @@ enum Memory {
 impl Launch {
     fn queue(self) -> Queue {
         match self {
-            Launch::AllGather { .. } => Queue::Gather,
+            Launch::AllGather { .. } | Launch::GatherParts { .. } => Queue::Gather,
             Launch::ReduceScatter { .. } => Queue::Reduce,
             _ => Queue::Compute,
         }
@@ -55,11 +65,14 @@ impl Launch {
     fn accesses(self) -> Vec<(Memory, bool)> {
         match self {
             Launch::AllGather { buffer, .. } => vec![(Memory::Shards, false), (Memory::Buffer(buffer), true)],
+            Launch::GatherParts { unit, buffer } => vec![(Memory::Part(unit), false), (Memory::Buffer(buffer), true)],
+            Launch::Keep { unit, buffer } => vec![(Memory::Buffer(buffer), false), (Memory::Part(unit), true)],
             Launch::ReduceScatter { slot, .. } => vec![(Memory::Slot(slot), false), (Memory::GradientShards, true)],
             Launch::Forward { buffer, .. } => vec![(Memory::Buffer(buffer), false)],
             Launch::Backward { buffer, slot, .. } => vec![(Memory::Buffer(buffer), false), (Memory::Slot(slot), true)],
             Launch::Take(Beyond::Buffer(b)) | Launch::GiveBack(Beyond::Buffer(b)) => vec![(Memory::Buffer(b), true)],
             Launch::Take(Beyond::Slot(s)) | Launch::GiveBack(Beyond::Slot(s)) => vec![(Memory::Slot(s), true)],
+            Launch::Take(Beyond::Part(u)) | Launch::GiveBack(Beyond::Part(u)) => vec![(Memory::Part(u), true)],
             Launch::Step => vec![(Memory::GradientShards, false), (Memory::Shards, true)],
         }
     }
@@ -132,10 +145,12 @@ impl Recorder {
                 }
             }
             match b.launch {
-                Launch::AllGather { unit, buffer } => {
+                Launch::AllGather { unit, buffer } | Launch::GatherParts { unit, buffer } => {
                     holds.insert(buffer, unit);
                 }
-                Launch::Forward { unit, buffer } | Launch::Backward { unit, buffer, .. }
+                Launch::Forward { unit, buffer }
+                | Launch::Keep { unit, buffer }
+                | Launch::Backward { unit, buffer, .. }
                     if holds.get(&buffer) != Some(&unit) =>
                 {
                     return Err(err!(InvalidState, "{:?} reads {:?}", b.launch, holds.get(&buffer)));
@@ -156,11 +171,19 @@ impl Recorder {
 }
 
 impl Queues for Recorder {
-    fn all_gather(&mut self, unit: UnitId, buffer: usize) -> Result<()> {
+    fn all_gather(&mut self, unit: UnitId, buffer: usize, group: Option<usize>) -> Result<()> {
         if self.fail_at == Some(self.lines.len()) {
             return Err(err!(Device, "the all-gather of unit {unit} failed"));
         }
-        self.launch(Launch::AllGather { unit, buffer });
+        self.launch(match group {
+            None => Launch::AllGather { unit, buffer },
+            Some(_) => Launch::GatherParts { unit, buffer },
+        });
+        Ok(())
+    }
+
+    fn keep(&mut self, unit: UnitId, buffer: usize, _group: usize) -> Result<()> {
+        self.launch(Launch::Keep { unit, buffer });
         Ok(())
     }
 

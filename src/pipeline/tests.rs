@@ -156,6 +156,76 @@ fn gradients_are_reduced_beside_the_backward_of_the_next_unit() {
     assert!(r.ordered(r.find(0, reduce_of(2)), r.find(0, backward_of(1))));
 }
 
+/// A step of two units, the second one resharded to a smaller group between its forward and its backward.
+fn step_in_a_group(p: &mut Pipeline, r: &mut Recorder) {
+    for unit in 0..2 {
+        let buffer = p.unshard(r, unit, &[]).unwrap().unwrap();
+        r.launch(Launch::Forward { unit, buffer });
+    }
+    p.reshard_to(r, 1, 0, 2).unwrap();
+    assert_eq!((p.group(1), p.group(0)), (Some(0), None));
+    p.reshard(r, 0).unwrap();
+    for unit in [1, 0] {
+        let buffer = p.unshard(r, unit, &[]).unwrap().unwrap();
+        let slot = p.collect(r, unit).unwrap().unwrap();
+        r.launch(Launch::Backward { unit, buffer, slot });
+        p.reduce(r, unit).unwrap();
+        p.reshard(r, unit).unwrap();
+    }
+    assert_eq!(p.group(1), None);
+    p.finish_backward(r).unwrap();
+    p.begin_write(r).unwrap();
+    r.launch(Launch::Step);
+}
+
+#[test]
+fn a_part_is_kept_for_a_smaller_group_and_gathered_from_there() {
+    let (mut p, mut r) = (pipeline(&[8, 8], &[8, 8], &[8, 8], 0), Recorder::default());
+    step_in_a_group(&mut p, &mut r);
+    let at = |line: &str| r.lines.iter().position(|l| l == line).unwrap_or_else(|| panic!("no {line}: {:?}", r.lines));
+    let (forward, part) = (at("Compute: Forward { unit: 1, buffer: 1 }"), at("Compute: Take(Part(1))"));
+    let want = [
+        "Compute: Take(Part(1))",
+        "Compute: Keep { unit: 1, buffer: 1 }",
+        "Compute: record Kept(1)",
+        "Compute: record Released(1)",
+        "Compute: record Released(0)",
+        // Into the buffer that has been free for longer.
+        "Gather: wait Released(1)",
+        "Gather: wait Kept(1)",
+        "Gather: GatherParts { unit: 1, buffer: 1 }",
+        "Gather: record Gathered(1)",
+        "Compute: wait Gathered(1)",
+        "Compute: GiveBack(Part(1))",
+    ];
+    assert_eq!(part, forward + 1);
+    assert_eq!(r.lines[part..part + want.len()], want);
+    // The masters are gathered from again in the next step.
+    step_in_a_group(&mut p, &mut r);
+    r.check().unwrap();
+    assert_eq!((count_of(&r, ": AllGather"), count_of(&r, ": GatherParts")), (6, 2));
+    // Leaving out its wait is found.
+    let (mut p, mut r) = (pipeline(&[8, 8], &[8, 8, 8], &[8, 8], 0), Recorder::default());
+    r.forget = Some(|event| matches!(event, Event::Kept(_) | Event::Released(_)));
+    step_in_a_group(&mut p, &mut r);
+    assert!(r.check().is_err());
+    // What is not gathered again goes, after an all-gather ahead that has read it, too.
+    let (mut p, mut r) = (pipeline(&[8, 8], &[8, 8], &[8, 8], 1), Recorder::default());
+    for ahead in [&[][..], &[1]] {
+        p.unshard(&mut r, 1, &[]).unwrap();
+        p.reshard_to(&mut r, 1, 0, 4).unwrap();
+        p.unshard(&mut r, 0, ahead).unwrap();
+        p.finish_forward(&mut r).unwrap();
+        p.begin_write(&mut r).unwrap();
+        assert_eq!(p.group(1), None);
+        r.launch(Launch::Step);
+    }
+    assert_eq!((count_of(&r, "GiveBack(Part(1))"), count_of(&r, ": GatherParts")), (2, 1));
+    r.check().unwrap();
+    p.forget_part(&mut r, 1).unwrap();
+    assert_eq!(count_of(&r, "GiveBack(Part(1))"), 2, "there was nothing");
+}
+
 #[test]
 fn without_a_foretold_order_a_gather_waits_for_nothing_but_its_buffer() {
     let (mut p, mut r) = (pipeline(&[8; 4], &[8; 2], &[8; 2], 1), Recorder::default());
@@ -372,6 +442,8 @@ enum Act {
     Backward(u32, Vec<u32>),
     Reduce(u32),
     Reshard(u32),
+    ReshardTo(u32),
+    Forget(u32),
     Discard(u32),
     Finish,
     Step,
@@ -383,7 +455,9 @@ fn act(units: u32) -> impl Strategy<Value = Act> {
         4 => (0..units, next()).prop_map(|(u, n)| Act::Forward(u, n)),
         4 => (0..units, next()).prop_map(|(u, n)| Act::Backward(u, n)),
         3 => (0..units).prop_map(Act::Reduce),
-        4 => (0..units).prop_map(Act::Reshard),
+        3 => (0..units).prop_map(Act::Reshard),
+        2 => (0..units).prop_map(Act::ReshardTo),
+        1 => (0..units).prop_map(Act::Forget),
         1 => (0..units).prop_map(Act::Discard),
         1 => Just(Act::Finish),
         1 => Just(Act::Step),
@@ -427,6 +501,8 @@ proptest! {
                 }
                 Act::Reduce(unit) => p.reduce(&mut r, unit).unwrap(),
                 Act::Reshard(unit) => p.reshard(&mut r, unit).unwrap(),
+                Act::ReshardTo(unit) => p.reshard_to(&mut r, unit, 0, 2).unwrap(),
+                Act::Forget(unit) => p.forget_part(&mut r, unit).unwrap(),
                 Act::Discard(unit) => p.discard(&mut r, unit).unwrap(),
                 Act::Finish => p.finish_backward(&mut r).unwrap(),
                 Act::Step => {

@@ -5,7 +5,7 @@ use fsdp::comm::Communicator;
 use fsdp::config::{CudaConfig, EngineConfig};
 use fsdp::device::cuda::{Context, DeviceMemory, Priority, Source, Stream};
 use fsdp::dtype::DType;
-use fsdp::engine::Engine;
+use fsdp::engine::{Engine, ReshardAfterForward};
 use fsdp::module::{ModuleTree, ParamId, ROOT};
 use fsdp::optim::{Optimizer, Rule};
 use fsdp::plan::UnitId;
@@ -122,6 +122,8 @@ pub struct Case {
     pub clip: Option<f64>,
     /// Whether an order of prefetching is given.
     pub order: bool,
+    /// What units other than the root are resharded to after their forward; None: as the strategy says.
+    pub after_forward: Option<ReshardAfterForward>,
     /// Whether a rank has a gradient of a parameter in a step.
     pub has: fn(rank: usize, step: usize, param: usize) -> bool,
 }
@@ -130,7 +132,19 @@ impl Case {
     pub fn new(config: EngineConfig, rule: Rule) -> Case {
         // The last parameter never gets a gradient.
         let has = |_, _, param| param != 8;
-        Case { config, rule, steps: 3, micro: 1, sync: true, last: true, average: true, clip: None, order: false, has }
+        Case {
+            config,
+            rule,
+            steps: 3,
+            micro: 1,
+            sync: true,
+            last: true,
+            average: true,
+            clip: None,
+            order: false,
+            after_forward: None,
+            has,
+        }
     }
 }
 
@@ -199,6 +213,9 @@ impl Trainer {
             }
             [2, 0].into_iter().for_each(|m| trace.leave(m).unwrap());
             engine.set_prefetch_order(&trace).unwrap();
+        }
+        for (unit, choice) in (1..UNITS).zip(std::iter::repeat(case.after_forward)) {
+            choice.iter().for_each(|choice| engine.set_reshard_after_forward(unit, *choice).unwrap());
         }
         let optimizer = Optimizer::new(engine.clone(), case.rule).unwrap();
         Trainer { engine, optimizer, place, case: case.clone() }

@@ -95,11 +95,11 @@ impl Trainer {
         let first_unit = control.name_units(&names);
         let host = control.clone();
         let plane = Plane { control, first_unit, host, place: None };
-        let comms = Comms { plane, nccl: Some(NcclPair { gather, reduce }), fixed: None, replicas: None };
+        let comms = Comms { plane, nccl: Some(NcclPair { gather, reduce }), replicas: None, groups: Vec::new() };
         let memory = Compute::new(&compute, source).unwrap();
         let places = Shards { units: &places, on_host: false };
         // SAFETY: the shards are kept with the queues, and written as they ask for.
-        let queues = unsafe { NcclQueues::new(&plan, &limits, &places, &kernels, &memory, comms) };
+        let queues = unsafe { NcclQueues::new(&plan, &limits, &places, &kernels, &memory, comms, None) };
         Trainer { plan, pipeline, queues: queues.unwrap(), compute, kernels, shards, dtypes }
     }
 }
@@ -140,11 +140,11 @@ pub fn train(control: Arc<dyn Communicator>, comms: [Arc<NcclComm>; 2], dtypes: 
         let steps: Vec<Step> = plan.units.iter().zip(&shards).map(step).collect();
         // SAFETY: the shards' memory, which the pipeline has given to compute.
         unsafe { kernels.adamw(&compute, &numbers(t), &steps) }.unwrap();
-        queues.poll().unwrap();
+        queues.comms.poll().unwrap();
         // As an engine does once the first iteration was the same on all ranks.
         queues.set_gathering(Kind::AllGather, Check::Announce);
     }
-    queues.finish().unwrap();
+    queues.comms.finish().unwrap();
     compute.synchronize().unwrap();
     assert_eq!(pipeline.counts().all_gathers, 2 * STEPS * units.len() as u64);
 

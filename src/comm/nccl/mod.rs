@@ -3,13 +3,14 @@
 //! `library` finds it, `id` is how ranks meet, `comm` is a communicator: collectives on streams, in place in the unit
 //! buffer or gradient slot, never blocking the host without a deadline. `watch` follows what runs on the GPU: an error
 //! or a deadline aborts the communicator and names the unit, the rank and the collective. `register` is memory of
-//! NCCL's own that its communicators know, where its version can do that. `queues` is a pipeline's device: streams, memory, two
-//! communicators, and a third on the host that compares what ranks launch.
+//! NCCL's own that its communicators know, where its version can do that. `queues` is a pipeline's device: streams and memory, and
+//! `comms` its communicators, each with one on the host that compares what ranks launch.
 //!
 //! A communicator's collectives run in order; an engine takes one for all-gathers and one for reduce-scatters of its shard
 //! group, and one for its replicas (`NcclComm::split`).
 
 mod comm;
+mod comms;
 mod id;
 mod lent;
 mod library;
@@ -19,8 +20,9 @@ mod types;
 mod watch;
 
 pub use comm::{NcclComm, NcclConfig};
+pub use comms::{Comms, NcclPair, Plane, Replicas, SmallerGroup};
 pub use id::UniqueId;
-pub use lent::{Comms, Mean, NcclPair, Plane, Replicas, Shards, UnitShards};
+pub use lent::{Mean, Shards, UnitShards};
 pub use library::Nccl;
 pub use queues::NcclQueues;
 pub use register::FixedMemory;

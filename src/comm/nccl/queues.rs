@@ -14,12 +14,12 @@
 //! launched, so that ranks that launch different ones get an error that names both. The error of one communicator
 //! breaks the others, on every rank that polls. One rank has nothing to move, and needs no NCCL.
 
-use super::comm::NcclComm;
-use super::lent::{Comms, Mean, NcclPair, Plane, Replicas, Shards};
+use super::comms::{Comms, Plane, Replicas};
+use super::lent::{Mean, Shards};
 use super::register::FixedMemory;
 use super::types::{Part, Reduction};
 use super::watch::What;
-use crate::comm::{Check, Kind, Tag};
+use crate::comm::{Check, Kind};
 use crate::device::cuda::kernels::{Kernels, Piece};
 use crate::device::cuda::{Compute, ComputeMemory, Context, Event as GpuEvent, Priority, Stream};
 use crate::dtype::DType;
@@ -71,7 +71,7 @@ pub struct NcclQueues {
     context: Arc<Context>,
     kernels: Arc<Kernels>,
     compute: Arc<Compute>,
-    nccl: Option<NcclPair>,
+    pub comms: Comms,
     gather_stream: Arc<Stream>,
     reduce_stream: Arc<Stream>,
     events: HashMap<Event, GpuEvent>,
@@ -82,15 +82,16 @@ pub struct NcclQueues {
     /// What the fixed ones are in, if that is not the source's memory.
     fixed: Option<FixedMemory>,
     on_host: bool,
-    plane: Plane,
-    replicas: Option<Replicas>,
+    /// By unit: its part that is kept for one of them, in each of its types.
+    parts: Vec<Option<Place>>,
     /// All-reduces over the replicas, and their bytes.
     averages: (u64, u64),
     gathering: (Kind, Check),
 }
 
 impl NcclQueues {
-    /// Takes the memory that `limits` says for work on `compute`, unless `comms` bring it. They are of the plan's ranks. Local. Until
+    /// Takes the memory that `limits` says for work on `compute`, but what is `fixed`, which is registered with the communicators.
+    /// Those are of the plan's ranks. Local. Until
     /// [`NcclQueues::set_gathering`] says otherwise every all-gather waits for all ranks to announce it.
     ///
     /// # Safety
@@ -104,6 +105,7 @@ impl NcclQueues {
         kernels: &Arc<Kernels>,
         compute: &Arc<Compute>,
         comms: Comms,
+        fixed: Option<FixedMemory>,
     ) -> Result<NcclQueues> {
         if shards.units.len() != plan.units.len() {
             return Err(err!(
@@ -137,36 +139,21 @@ impl NcclQueues {
             next: None,
             gathers: 0,
         });
-        let replicas = comms.replicas.iter().map(|r| (&r.nccl, &r.plane));
-        let group = comms.nccl.iter().flat_map(|nccl| [(&nccl.gather, &comms.plane), (&nccl.reduce, &comms.plane)]);
-        for (comm, plane) in group.chain(replicas) {
-            let (rank, world) = (plane.control.rank(), plane.control.world_size());
-            if (comm.rank(), comm.world_size()) != (rank, world) {
-                return Err(err!(
-                    InvalidArgument,
-                    "{comm:?} is not of the control plane's ranks: rank {rank} of {world}"
-                ));
-            }
-        }
-        let world = comms.plane.control.world_size();
-        if comms.nccl.is_none() && world > 1 {
-            return Err(err!(InvalidArgument, "{world} ranks need NCCL"));
-        }
+        comms.check()?;
         let mut queues = NcclQueues {
             kernels: kernels.clone(),
             compute: compute.clone(),
-            nccl: comms.nccl,
-            plane: comms.plane,
-            replicas: comms.replicas,
+            comms,
+            parts: plan.units.iter().map(|_| None).collect(),
             averages: (0, 0),
             gathering: (Kind::AllGather, Check::Together),
             gather_stream,
             reduce_stream,
             events: HashMap::new(),
             units: units.collect(),
-            buffers: memory(&limits.unit_buffers, comms.fixed.as_ref().map(|f| &f.buffers[..]), "a unit buffer")?,
-            slots: memory(&limits.gradient_slots, comms.fixed.as_ref().map(|f| &f.slots[..]), "a gradient slot")?,
-            fixed: comms.fixed,
+            buffers: memory(&limits.unit_buffers, fixed.as_ref().map(|f| &f.buffers[..]), "a unit buffer")?,
+            slots: memory(&limits.gradient_slots, fixed.as_ref().map(|f| &f.slots[..]), "a gradient slot")?,
+            fixed,
             on_host: shards.on_host,
             context,
         };
@@ -181,7 +168,7 @@ impl NcclQueues {
     /// Where the layout of `unit` begins in unit buffer `buffer`, in this type; None if no parameter of it is computed
     /// in that.
     pub fn in_buffer(&self, unit: UnitId, buffer: usize, dtype: DType) -> Option<CUdeviceptr> {
-        self.parts(unit, buffer).find(|part| part.dtype == dtype).map(|part| part.data)
+        self.parts(unit, buffer, 1).find(|part| part.dtype == dtype).map(|part| part.data)
     }
 
     /// Where unit buffer `buffer` begins.
@@ -217,16 +204,6 @@ impl NcclQueues {
         self.averages
     }
 
-    /// Whether there are replicas.
-    pub fn has_replicas(&self) -> bool {
-        self.replicas.is_some()
-    }
-
-    /// What all-gathers are called from here on, and how they are compared: the same on every rank. Local.
-    pub fn set_gathering(&mut self, kind: Kind, check: Check) {
-        self.gathering = (kind, check);
-    }
-
     /// Bytes of unit buffers and slots that NCCL's communicators know.
     pub fn registered_bytes(&self) -> usize {
         self.fixed.as_ref().map_or(0, |fixed| fixed.bytes)
@@ -237,32 +214,9 @@ impl NcclQueues {
         self.units[unit as usize].gathers
     }
 
-    /// Looks for failures of peers and for what hangs, without waiting; whether all collectives are done. An error has
-    /// broken all communicators.
-    pub fn poll(&self) -> Result<bool> {
-        let mut done = true;
-        for plane in self.planes() {
-            if let Some(e) = plane.control.async_error().or_else(|| plane.host.async_error()) {
-                return Err(self.failed(plane, e));
-            }
-        }
-        for (comm, plane) in self.comms() {
-            done &= comm.poll().map_err(|e| self.failed(plane, e))?;
-        }
-        Ok(done)
-    }
-
-    /// Waits until all collectives are done, with NCCL's deadline for each.
-    pub fn finish(&self) -> Result<()> {
-        while !self.poll()? {
-            std::thread::sleep(std::time::Duration::from_micros(50));
-        }
-        Ok(())
-    }
-
     /// Waits until the GPU has done all that it was given, by the host on its stream, too.
     pub fn synchronize(&self) -> Result<()> {
-        self.finish()?;
+        self.comms.finish()?;
         self.gather_stream.synchronize()?;
         self.reduce_stream.synchronize()?;
         self.compute.stream().synchronize()
@@ -277,68 +231,32 @@ impl NcclQueues {
         }
     }
 
-    /// Breaks all communicators, so that no rank waits for this one.
-    pub fn broken(&self, error: Error) -> Error {
-        // NCCL's kernels first: they would wait on the GPU.
-        for (comm, _) in self.comms() {
-            comm.abort(&error.message);
-        }
-        let hosts = self.planes().flat_map(|plane| [&plane.control, &plane.host]);
-        for comm in hosts.filter(|comm| comm.async_error().is_none()) {
-            comm.abort(&error.message);
-        }
-        error
-    }
-
-    /// The same for an error among the ranks of `plane`, which it then names.
-    fn failed(&self, plane: &Plane, error: Error) -> Error {
-        self.broken(match &plane.place {
-            Some(place) => error.context(place),
-            None => error,
-        })
-    }
-
-    fn planes(&self) -> impl Iterator<Item = &Plane> {
-        // Of one rank nobody can differ.
-        let group = Some(&self.plane).filter(|_| self.nccl.is_some());
-        group.into_iter().chain(self.replicas.iter().map(|r| &r.plane))
-    }
-
-    /// NCCL's communicators, and where their ranks compare what they launch.
-    fn comms(&self) -> impl Iterator<Item = (&NcclComm, &Plane)> {
-        let group = self.nccl.iter().flat_map(|nccl| [&nccl.gather, &nccl.reduce]).map(|comm| (&**comm, &self.plane));
-        group.chain(self.replicas.iter().map(|r| (&*r.nccl, &r.plane)))
-    }
-
-    /// Says on the control plane what is launched next: a collective of so many elements.
-    fn announce(&self, plane: &Plane, kind: Kind, check: Check, unit: UnitId, parts: &[(DType, usize)]) -> Result<()> {
-        let bytes = parts.iter().map(|(dtype, len)| (len * dtype.size()) as u64).sum::<u64>();
-        let dtype = parts.first().map_or(DType::F32, |(dtype, _)| *dtype);
-        let tag = Tag { kind, unit: plane.first_unit + unit, dtype, bytes };
-        plane.control.announce(tag, check).map_err(|e| self.failed(plane, e))
-    }
-
     /// Averages `len` floats at `data`, a shard of `unit`, over the replicas.
     ///
     /// # Safety
     /// Nobody else uses them until the reduce queue has come past it.
     unsafe fn average(&self, replicas: &Replicas, unit: UnitId, data: CUdeviceptr, len: usize) -> Result<()> {
         let Replicas { plane, nccl } = replicas;
-        self.announce(plane, Kind::AllReduce, Check::Announce, unit, &[(DType::F32, len)])?;
+        self.comms.announce(plane, Kind::AllReduce, Check::Announce, unit, &[(DType::F32, len)])?;
         let (what, stream) = (&self.units[unit as usize].average, &self.reduce_stream);
         // SAFETY: the caller's promise.
         let done = unsafe { nccl.all_reduce(what, data, len, DType::F32, Reduction::Mean, stream) };
-        done.map_err(|e| self.failed(plane, e))
+        done.map_err(|e| self.comms.failed(plane, e))
     }
 
-    /// The unit's layout in each of its types, one behind the other.
-    fn parts(&self, unit: UnitId, buffer: usize) -> impl Iterator<Item = Part> + '_ {
+    /// The unit's layout in each of its types, one behind the other, for so many ranks.
+    fn parts(&self, unit: UnitId, buffer: usize, ranks: usize) -> impl Iterator<Item = Part> + '_ {
         let (unit, mut data) = (&self.units[unit as usize], self.buffer(buffer));
         unit.dtypes.iter().map(move |dtype| {
-            let part = Part { data, shard_len: unit.shard_len, dtype: *dtype };
+            let part = Part { data, shard_len: unit.len / ranks, dtype: *dtype };
             data += (unit.len * dtype.size()) as u64;
             part
         })
+    }
+
+    /// Where what is kept of `unit` begins.
+    fn parts_kept(&self, unit: UnitId) -> CUdeviceptr {
+        self.parts[unit as usize].as_ref().map_or(0, Place::address)
     }
 
     fn stream(&self, queue: Queue) -> Arc<Stream> {
@@ -353,39 +271,62 @@ impl NcclQueues {
         match place {
             Beyond::Buffer(buffer) => &mut self.buffers[buffer],
             Beyond::Slot(slot) => &mut self.slots[slot],
+            Beyond::Part(unit) => &mut self.parts[unit as usize],
         }
     }
 }
 
 impl Queues for NcclQueues {
-    fn all_gather(&mut self, unit: UnitId, buffer: usize) -> Result<()> {
+    fn all_gather(&mut self, unit: UnitId, buffer: usize, group: Option<usize>) -> Result<()> {
         self.units[unit as usize].gathers += 1;
         let (u, stream) = (&self.units[unit as usize], &self.gather_stream);
-        let parts: Vec<Part> = self.parts(unit, buffer).collect();
+        let group = group.map(|g| &self.comms.groups[g]);
+        let plane = group.map_or(&self.comms.plane, |g| &g.plane);
+        let nccl = group.map(|g| &g.nccl).or(self.comms.nccl.as_ref().map(|nccl| &nccl.gather));
+        let (rank, ranks) = (plane.control.rank(), plane.control.world_size());
         let (kind, check) = self.gathering;
+        let parts: Vec<Part> = self.parts(unit, buffer, ranks).collect();
         let moved: Vec<(DType, usize)> = parts.iter().map(|p| (p.dtype, u.len)).collect();
-        self.announce(&self.plane, kind, check, unit, &moved)?;
+        self.comms.announce(plane, kind, check, unit, &moved)?;
+        let mut kept = self.parts_kept(unit);
         for part in &parts {
-            let to = part.data + (self.plane.control.rank() * u.shard_len * part.dtype.size()) as u64;
-            let piece = Piece { from: u.masters, to, len: u.shard_len as u64, add: 0 };
-            // SAFETY: the pipeline lets nobody else use the buffer meanwhile, and the masters are read only; both have
-            // room for a shard.
+            let to = part.data + (rank * part.shard_len * part.dtype.size()) as u64;
+            let piece = Piece { from: u.masters, to, len: part.shard_len as u64, add: 0 };
+            let bytes = part.shard_len * part.dtype.size();
+            // SAFETY: the pipeline lets nobody else use the buffer meanwhile, and the masters and what was kept are read only;
+            // all have room for a rank's part.
             unsafe {
                 match part.dtype {
+                    _ if group.is_some() => stream.copy_on_device(kept, to, bytes)?,
                     DType::F32 if self.on_host => self.kernels.copy_in(stream, DType::F32, &[piece])?,
-                    DType::F32 => stream.copy_on_device(u.masters, to, u.shard_len * DType::F32.size())?,
+                    DType::F32 => stream.copy_on_device(u.masters, to, bytes)?,
                     dtype => self.kernels.cast(stream, DType::F32, dtype, &[piece])?,
                 }
             }
+            kept += bytes as u64;
         }
-        match &self.nccl {
+        match nccl {
             Some(nccl) => {
                 // SAFETY: as above.
-                let gathered = unsafe { nccl.gather.all_gather(&u.gather, &parts, stream) };
-                gathered.map_err(|e| self.failed(&self.plane, e))
+                let gathered = unsafe { nccl.all_gather(&u.gather, &parts, stream) };
+                gathered.map_err(|e| self.comms.failed(plane, e))
             }
             None => Ok(()),
         }
+    }
+
+    fn keep(&mut self, unit: UnitId, buffer: usize, group: usize) -> Result<()> {
+        let control = &self.comms.groups[group].plane.control;
+        let (rank, ranks) = (control.rank(), control.world_size());
+        let mut to = self.parts_kept(unit);
+        for part in self.parts(unit, buffer, ranks) {
+            let bytes = part.shard_len * part.dtype.size();
+            let from = part.data + (rank * bytes) as u64;
+            // SAFETY: compute reads the buffer, and the pipeline has taken memory for the parts.
+            unsafe { self.compute.stream().copy_on_device(from, to, bytes) }?;
+            to += bytes as u64;
+        }
+        Ok(())
     }
 
     fn reduce_scatter(&mut self, unit: UnitId, slot: usize) -> Result<()> {
@@ -397,8 +338,8 @@ impl Queues for NcclQueues {
         let data = if u.reduce_dtype == DType::F32 { full } else { behind };
         let part = Part { data, shard_len: u.shard_len, dtype: u.reduce_dtype };
         // Ranks may come to the end of a backward, and then take part, while others wait here: nobody waits.
-        self.announce(&self.plane, Kind::ReduceScatter, Check::Announce, unit, &[(part.dtype, u.len)])?;
-        let first = (self.plane.control.rank() * u.shard_len) as u64;
+        self.comms.announce(&self.comms.plane, Kind::ReduceScatter, Check::Announce, unit, &[(part.dtype, u.len)])?;
+        let first = (self.comms.plane.control.rank() * u.shard_len) as u64;
         let (own, own_full) = (data + first * part.dtype.size() as u64, full + first * DType::F32.size() as u64);
         let at = |base: CUdeviceptr, m: &Mean, dtype: DType| base + (m.at * dtype.size()) as u64;
         // SAFETY: the pipeline lets nobody else use the slot meanwhile, and nobody else touches gradient shards; both
@@ -408,11 +349,11 @@ impl Queues for NcclQueues {
                 let piece = Piece { from: full, to: behind, len: u.len as u64, add: 0 };
                 self.kernels.cast(stream, DType::F32, u.reduce_dtype, &[piece])?;
             }
-            if let Some(nccl) = &self.nccl {
+            if let Some(nccl) = &self.comms.nccl {
                 let reduced = nccl.reduce.reduce_scatter(&u.reduce, part, Reduction::Mean, stream);
-                reduced.map_err(|e| self.failed(&self.plane, e))?;
+                reduced.map_err(|e| self.comms.failed(&self.comms.plane, e))?;
             }
-            let Some(replicas) = self.replicas.as_ref().filter(|_| average) else {
+            let Some(replicas) = self.comms.replicas.as_ref().filter(|_| average) else {
                 let mean = |m: &Mean| {
                     let (from, to) = (at(own, m, u.reduce_dtype), at(u.grads, m, DType::F32));
                     Piece { from, to, len: m.len as u64, add: m.add.into() }
@@ -461,6 +402,7 @@ impl Queues for NcclQueues {
         let what = match place {
             Beyond::Buffer(_) => "a unit buffer beyond the pool",
             Beyond::Slot(_) => "a gradient slot beyond the fixed ones",
+            Beyond::Part(_) => "a unit's part of a smaller group",
         };
         *self.place(place) = Some(Place::Taken(self.compute.take(bytes, what)?));
         Ok(())
@@ -480,7 +422,7 @@ impl Drop for NcclQueues {
         }
         self.compute.count(0, self.registered_bytes());
         // NCCL's memory is freed at once, not in the order of a stream. What NCCL does not finish it aborts.
-        let _ = self.finish();
+        let _ = self.comms.finish();
         for stream in [&self.gather_stream, &self.reduce_stream, &self.compute.stream()] {
             let _ = stream.synchronize();
         }

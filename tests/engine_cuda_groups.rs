@@ -1,5 +1,6 @@
-//! Engines with replicas on a GPU that is this machine's CPU: training equals that of engines on the CPU bit by bit, what they
-//! take and move is the plan's, and ranks that do not do the same are an error of all, in every group.
+//! Engines on a GPU that is this machine's CPU whose ranks are several groups: replicas, and smaller groups that units are
+//! resharded to. Training equals that of engines on the CPU bit by bit, what they take and move is the plan's, and ranks that
+//! do not do the same are an error of all, in every group.
 
 #[allow(dead_code)]
 mod common;
@@ -17,7 +18,8 @@ use engine::{same, Case, Place, Trainer};
 use fsdp::checkpoint::Contents;
 use fsdp::config::{CudaConfig, EngineConfig, Registration, Strategy};
 use fsdp::dtype::DType;
-use fsdp::error::Status;
+use fsdp::engine::ReshardAfterForward;
+use fsdp::error::{Error, Status};
 use fsdp::forecast::{Forecast, Request};
 use fsdp::optim::{AdamWOptions, Rule, SgdOptions};
 use nccl::Fake;
@@ -219,13 +221,55 @@ fn checkpoints_and_devices_are_interchangeable() {
     }
 }
 
+#[test]
+fn units_resharded_over_fewer_ranks_are_gathered_among_those() {
+    let fake = fake();
+    let full = |ranks| (Strategy::FullShard, 0, 4, ranks);
+    for (strategy, shard_size, world, over) in
+        [full(2), (Strategy::FullShard, 0, 6, 3), (Strategy::HybridShard, 4, 8, 2), full(1), full(4)]
+    {
+        let base = Case { after_forward: Some(ReshardAfterForward::Over(over)), ..case(strategy, shard_size) };
+        let wide = EngineConfig { param_dtype: None, cpu_offload: true, ..base.config.clone() };
+        for case in [
+            Case { order: true, clip: Some(0.5), ..base.clone() },
+            Case { micro: 2, sync: false, ..base.clone() },
+            Case { micro: 2, last: false, config: wide, ..base },
+        ] {
+            equal(world, &case, &format!("{}, over {over} of {world}", strategy.name()));
+        }
+    }
+    // What moves is as where bytes move between CPUs: all of it in forward, in backward within the groups; and nothing stays.
+    let config = EngineConfig { param_dtype: None, ..EngineConfig::default() };
+    let over = Some(ReshardAfterForward::Over(2));
+    let case = Case { after_forward: over, steps: 1, ..Case::new(config, adamw()) };
+    let run = |place: fn() -> Place| {
+        ranks(4, |comm| {
+            let t = Trainer::new(comm, place(), &case);
+            let before = t.engine.cuda_stats().map_or(0, |s| s.device_bytes);
+            t.pass(0, 0);
+            assert_eq!(t.engine.cuda_stats().map_or(0, |s| s.device_bytes), before);
+            // A forward that no backward follows keeps nothing.
+            t.engine.set_grad_enabled(false).unwrap();
+            for unit in 0..3 {
+                t.engine.pre_forward(unit).unwrap();
+            }
+            (0..3).rev().for_each(|unit| t.engine.post_forward(unit).unwrap());
+            assert_eq!(t.engine.cuda_stats().map_or(0, |s| s.device_bytes), before);
+            let s = t.engine.stats().unwrap();
+            [s.all_gathers, s.all_gather_bytes, s.all_gather_sent_bytes]
+        })
+    };
+    assert_eq!(run(Place::gpu), run(|| Place::Cpu));
+    assert_eq!(fake.count("alive"), 0);
+}
+
 /// Every rank gets an error with these words, whichever group it is in, and soon.
-fn all_fail(what: impl Fn(&Trainer, usize) -> Result<(), fsdp::error::Error> + Sync, words: &[&str]) {
+fn all_fail(case: &Case, what: impl Fn(&Trainer, usize) -> Result<(), Error> + Sync, words: &[&str]) {
     let fake = Fake::new();
     fake.tell("meet", 2);
     let errors = ranks(4, |comm| {
         let (rank, start) = (comm.rank(), Instant::now());
-        let t = Trainer::new(comm.clone(), Place::gpu(), &case(Strategy::HybridShard, 2));
+        let t = Trainer::new(comm.clone(), Place::gpu(), case);
         t.step(0);
         comm.barrier().unwrap();
         let mut outcome = what(&t, rank);
@@ -245,18 +289,33 @@ fn all_fail(what: impl Fn(&Trainer, usize) -> Result<(), fsdp::error::Error> + S
 
 #[test]
 fn an_error_in_one_group_is_every_ranks() {
+    let hybrid = case(Strategy::HybridShard, 2);
     // One rank of the second group unshards another unit.
     all_fail(
+        &hybrid,
         |t, rank| t.engine.unshard(1 + u32::from(rank == 3)).map(drop),
         &["in the shard group that begins at rank 2", "all-gather of unit \"a\"", "all-gather of unit \"b\""],
     );
     // The groups reduce different units.
     all_fail(
+        &hybrid,
         |t, rank| {
             (0..4).try_for_each(|unit| t.engine.unshard(unit).map(drop))?;
             t.engine.reduce(1 + (rank / 2) as u32)
         },
         &["among the replicas of rank ", "all-reduce of unit \"a\"", "all-reduce of unit \"b\""],
+    );
+    // One rank of a smaller group gathers another unit than the others for its backward.
+    all_fail(
+        &Case { after_forward: Some(ReshardAfterForward::Over(2)), ..case(Strategy::FullShard, 0) },
+        |t, rank| {
+            for unit in [0, 1, 2, 3] {
+                t.engine.pre_forward(unit)?;
+            }
+            [1, 3, 2, 0].into_iter().try_for_each(|unit| t.engine.post_forward(unit))?;
+            t.engine.pre_backward(1 + u32::from(rank == 3))
+        },
+        &["in the group of 2 ranks that begins at rank 2", "all-gather of unit \"a\"", "all-gather of unit \"b\""],
     );
 }
 
