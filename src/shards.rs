@@ -40,7 +40,6 @@ pub struct ShardStore {
     /// With CPU offload, and on a GPU, this rank's masters, laid out as `grads`.
     apart: Option<Apart>,
     home: Home,
-    in_arena: bool,
     /// This rank's gradient shards, at the plan's `grad_offset`s.
     pub grads: Buffer,
     /// By parameter of the engine that made the store: whether its gradient shard holds a value that the next
@@ -107,7 +106,6 @@ impl ShardStore {
             grads: device.alloc(home, plan.shard_elements, "the gradient shards")?,
             device,
             home,
-            in_arena,
             held: plan.params.iter().map(|_| AtomicBool::new(false)).collect(),
             phase: Mutex::new(Phase::Writable),
             comm,
@@ -145,9 +143,9 @@ impl ShardStore {
         }
     }
 
-    /// Whether unit buffers are memory of the communicator.
-    pub fn in_arena(&self) -> bool {
-        self.in_arena
+    /// The GPU that these are a unit's shards of; None: units are computed on the CPU, in memory of the communicator.
+    pub fn gpu(&self) -> Option<usize> {
+        self.device.gpu()
     }
 
     /// Whether this rank's masters lie in host memory.

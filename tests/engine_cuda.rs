@@ -20,6 +20,7 @@ use fsdp::device::cuda::{Context, DeviceAllocator, DeviceMemory, Source, Stream}
 use fsdp::dtype::DType;
 use fsdp::engine::{Engine, FullOptions, FullParams};
 use fsdp::forecast::{Forecast, Request};
+use fsdp::module::{ModuleTree, ROOT};
 use fsdp::optim::{AdamWOptions, Rule, SgdOptions};
 use fsdp::scaler::{GradScaler, ScalerState};
 use nccl::Fake;
@@ -381,4 +382,46 @@ fn rank_0s_values_and_values_on_the_gpu() {
     // SAFETY: as above.
     let e = unsafe { Engine::new(&tree, single::init(), &EngineConfig::default()) }.err().unwrap();
     assert!(e.message.contains("\"embed\" lies on GPU 0, but the engine computes on the CPU"), "{e}");
+}
+
+/// A sharded model becomes the lower part of a bigger one, which trains on with the same shards, and then the first one again.
+#[test]
+fn engines_share_shards() {
+    let _fake = fake();
+    for (world, cpu_offload, strategy) in [
+        (1, false, Strategy::FullShard),
+        (2, false, Strategy::FullShard),
+        (3, true, Strategy::ShardGradOp),
+        (2, false, Strategy::NoShard),
+    ] {
+        let config = EngineConfig { param_dtype: Some(DType::BF16), cpu_offload, strategy, ..EngineConfig::default() };
+        let case = Case { order: true, ..Case::new(config, sgd()) };
+        let run = |place: fn() -> Place| {
+            ranks(world, |comm| {
+                let first = Trainer::new(comm.clone(), place(), &case);
+                first.step(0);
+                // What it gathers ahead is old when the other one has stepped.
+                first.forward(3);
+                let mut whole = ModuleTree::new("Whole");
+                whole.adopt(ROOT, "", first.engine.model().clone()).unwrap();
+                let second = first.above(&whole, comm);
+                first.engine.unshard(0).unwrap();
+                let e = second.engine.unshard(1).unwrap_err();
+                assert!(e.message.contains("another engine that shares them"), "{e}");
+                first.engine.finish_forward().unwrap();
+                for step in 1..3 {
+                    second.step(step);
+                }
+                first.step(3);
+                let seen = first.pieces();
+                drop(first);
+                second.step(4);
+                (seen, second.pieces())
+            })
+        };
+        for (rank, (got, want)) in run(Place::gpu).into_iter().zip(run(|| Place::Cpu)).enumerate() {
+            same(&got.0, &want.0, &format!("rank {rank} of {world}, the first"));
+            same(&got.1, &want.1, &format!("rank {rank} of {world}, the second"));
+        }
+    }
 }

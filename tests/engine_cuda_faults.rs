@@ -64,14 +64,17 @@ fn what_a_gpu_cannot_do_is_refused_by_name() {
     refused(unsafe { cpu.engine.set_compute_stream(std::ptr::null_mut()) }, "computes on the CPU");
     refused(cpu.engine.cuda_stats().map(drop), "computes on the CPU");
     cpu.engine.synchronize().unwrap();
-    for place in [Place::Cpu, Place::gpu()] {
+    // Parts of one model are on one device.
+    let add = |part: &Engine, config: EngineConfig| {
         let mut whole = ModuleTree::new("Whole");
-        whole.adopt(ROOT, "part", engine.model().clone()).unwrap();
-        let config = place.config(&EngineConfig::default());
+        whole.adopt(ROOT, "part", part.model().clone()).unwrap();
         // SAFETY: it has no parameters of its own.
-        let whole = unsafe { Engine::new(&whole, engine.world().clone(), &config) };
-        refused(whole.map(drop), "models cannot be put together on a GPU yet");
-    }
+        unsafe { Engine::new(&whole, part.world().clone(), &config) }.map(drop)
+    };
+    let on_gpu = place.config(&EngineConfig::default());
+    refused(add(&engine, EngineConfig::default()), "was added computes on GPU 0, and the engine on the CPU");
+    refused(add(&cpu.engine, on_gpu.clone()), "was added computes on the CPU, and the engine on GPU 0");
+    refused(add(&engine, EngineConfig { cpu_offload: true, ..on_gpu }), "differ in cpu_offload");
     // One rank's lack is the error of all.
     let errors = ranks(2, |comm| {
         let config = if comm.rank() == 1 { absent.clone() } else { EngineConfig::default() };

@@ -81,6 +81,11 @@ pub trait Device: Send + Sync {
     /// How messages call it.
     fn name(&self) -> &'static str;
 
+    /// The number of the GPU that it is; None: the CPU.
+    fn gpu(&self) -> Option<usize> {
+        None
+    }
+
     /// `len` floats; `what` names the purpose in an error. Takes memory when written, where the system can do that.
     fn alloc(&self, home: Home, len: usize, what: &str) -> Result<Buffer>;
 

@@ -23,7 +23,7 @@ use crate::module::{ModuleTree, ParamId};
 use crate::pipeline::{compute_dtypes, Limits, Pipeline, UnitBytes};
 use crate::plan::{Plan, UnitId};
 use crate::schedule::Schedule;
-use crate::shards::{ShardStore, ShardedModel};
+use crate::shards::ShardStore;
 use crate::unit::{Unit, UnitState};
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -68,17 +68,15 @@ pub struct CudaStats {
 /// The GPU that `config` asks for; None: the CPU. Collective: what one rank lacks is the error of all.
 pub(super) fn open(tree: &ModuleTree, config: &EngineConfig, world: &dyn Communicator) -> Result<Option<Opened>> {
     let opened = match &config.cuda {
-        None => refuse_device_memory(tree, None)
-            .and_then(|()| refuse_adopted(tree, |model| model.stores.iter().any(|s| !s.in_arena())))
-            .map(|()| None),
-        Some(cuda) => open_here(tree, cuda, world.world_size()).map(Some),
+        None => refuse_device_memory(tree, None).and_then(|()| check_adopted(tree, None, false)).map(|()| None),
+        Some(cuda) => open_here(tree, config, cuda, world.world_size()).map(Some),
     };
     agree::on_result(opened.as_ref().map(|_| 0).map_err(Error::clone), world)?;
     opened
 }
 
-fn open_here(tree: &ModuleTree, cuda: &CudaConfig, world: usize) -> Result<Opened> {
-    refuse_adopted(tree, |_| true)?;
+fn open_here(tree: &ModuleTree, config: &EngineConfig, cuda: &CudaConfig, world: usize) -> Result<Opened> {
+    check_adopted(tree, Some(cuda.device), config.cpu_offload)?;
     refuse_device_memory(tree, Some(cuda.device))?;
     let context = Context::new(cuda.device)?;
     // SAFETY: the host's promise for the stream that it gives.
@@ -94,15 +92,29 @@ fn open_here(tree: &ModuleTree, cuda: &CudaConfig, world: usize) -> Result<Opene
     Ok(Opened { device, ordinal: cuda.device, compute, kernels, nccl })
 }
 
-/// An error that names a model that the tree has adopted and that is so.
-fn refuse_adopted(tree: &ModuleTree, is: impl Fn(&ShardedModel) -> bool) -> Result<()> {
-    match tree.adopted().iter().find(|model| is(model)) {
-        None => Ok(()),
-        Some(model) => Err(err!(
-            Unsupported,
-            "the {model:?} that was added is sharded already: models cannot be put together on a GPU yet"
-        )),
+/// An error that names a model that the tree has adopted and whose shards lie elsewhere than the engine's.
+fn check_adopted(tree: &ModuleTree, gpu: Option<usize>, offload: bool) -> Result<()> {
+    let place = |gpu: Option<usize>| gpu.map_or("the CPU".to_string(), |gpu| format!("GPU {gpu}"));
+    for model in tree.adopted() {
+        for store in &model.stores {
+            if store.gpu() != gpu {
+                let (there, here) = (place(store.gpu()), place(gpu));
+                return Err(err!(
+                    Unsupported,
+                    "the {model:?} that was added computes on {there}, and the engine on {here}: both must be the same"
+                ));
+            }
+            if gpu.is_some() && store.offloads() != offload {
+                return Err(err!(
+                    Unsupported,
+                    "the {model:?} that was added and the engine on GPU {} differ in cpu_offload: shards of one engine lie \
+                     on the GPU, or all in host memory",
+                    gpu.unwrap_or_default()
+                ));
+            }
+        }
     }
+    Ok(())
 }
 
 /// An error if a parameter's values lie on another device than `gpu` or the host.
@@ -282,6 +294,17 @@ impl Gpu {
         })
     }
 
+    /// An iteration begins: another engine that shares the stores may have written them since the last one.
+    pub fn begin_read(&self, units: &[Unit], groups: &[Group]) -> Result<()> {
+        self.begin_write(units, groups, false)
+    }
+
+    /// It ends: what is computed from here on may write the shards, of another engine that shares them, too.
+    pub fn end_read(&self) {
+        // What fails here has broken the queues: the next call says so.
+        let _ = self.queues.run(|pipeline, queues| pipeline.wait_for_gathers(queues));
+    }
+
     /// The engine goes: what compute is given from here on comes after all of its work.
     pub fn leave(&self) {
         self.queues.lock().queues.lead_to_compute();
@@ -345,7 +368,7 @@ impl Engine {
     pub fn poll(&self) -> Result<()> {
         let _one_at_a_time = self.lock()?;
         match &self.gpu {
-            Some(gpu) => gpu.queues.comms.poll(),
+            Some(gpu) => gpu.queues.poll(),
             None => self.world().async_error().map_or(Ok(()), Err),
         }
     }

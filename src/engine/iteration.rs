@@ -209,6 +209,7 @@ impl Engine {
         if !state.reading {
             let stores = &self.model.stores;
             stores.iter().try_for_each(|s| s.require_free(self.number))?;
+            self.gpu.iter().try_for_each(|gpu| gpu.begin_read(&state.units, &state.groups))?;
             state.reading = true;
             let open = || {
                 let mut cast_bytes = 0;
@@ -360,6 +361,7 @@ impl Engine {
         self.end_pass(state, backward);
         if std::mem::take(&mut state.reading) {
             state.groups.iter().for_each(|g| g.comm.close_reads(&g.arena));
+            self.gpu.iter().for_each(|gpu| gpu.end_read());
         }
         self.model.stores.iter().for_each(|s| s.close(self.number));
     }

@@ -352,8 +352,8 @@ impl Pipeline {
         open.into_iter().try_for_each(|unit| self.reshard(queues, unit))
     }
 
-    /// What compute is given from here on comes after all all-gathers.
-    fn wait_for_gathers(&mut self, queues: &mut dyn Queues) -> Result<()> {
+    /// What compute is given from here on comes after all all-gathers, those ahead, too.
+    pub fn wait_for_gathers(&mut self, queues: &mut dyn Queues) -> Result<()> {
         match self.last_gathered.take() {
             Some(buffer) => queues.wait(Queue::Compute, Event::Gathered(buffer)),
             None => Ok(()),

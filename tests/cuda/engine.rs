@@ -194,6 +194,8 @@ pub struct Trainer {
     pub optimizer: Optimizer,
     pub place: Place,
     case: Case,
+    /// The number of the model's first unit.
+    first: UnitId,
 }
 
 impl Trainer {
@@ -218,7 +220,29 @@ impl Trainer {
             choice.iter().for_each(|choice| engine.set_reshard_after_forward(unit, *choice).unwrap());
         }
         let optimizer = Optimizer::new(engine.clone(), case.rule).unwrap();
-        Trainer { engine, optimizer, place, case: case.clone() }
+        Trainer { engine, optimizer, place, case: case.clone(), first: 0 }
+    }
+
+    /// The same for a bigger model, to which that of this one was added: its root has nothing of its own.
+    pub fn above(&self, whole: &ModuleTree, comm: Arc<dyn Communicator>) -> Trainer {
+        let place = match &self.place {
+            Place::Cpu => Place::Cpu,
+            Place::Gpu { stream, other, source } => {
+                Place::Gpu { stream: stream.clone(), other: other.clone(), source: source.clone() }
+            }
+        };
+        // SAFETY: its values are where they were sharded.
+        let engine = Arc::new(unsafe { Engine::new(whole, comm, &place.config(&self.case.config)) }.unwrap());
+        let optimizer = Optimizer::new(engine.clone(), self.case.rule).unwrap();
+        Trainer { engine, optimizer, place, case: self.case.clone(), first: 1 }
+    }
+
+    /// A forward of the first units that nothing follows.
+    pub fn forward(&self, units: UnitId) {
+        self.engine.set_grad_enabled(false).unwrap();
+        (0..units).for_each(|unit| self.engine.pre_forward(unit).unwrap());
+        (0..units).rev().for_each(|unit| self.engine.post_forward(unit).unwrap());
+        self.engine.set_grad_enabled(true).unwrap();
     }
 
     /// Some host's backward of a unit: each gradient follows from the parameter as it is computed with.
@@ -259,14 +283,17 @@ impl Trainer {
 
     /// A forward and a backward through the hooks.
     pub fn pass(&self, step: usize, micro: usize) {
-        let e = &self.engine;
+        let (e, at) = (&self.engine, |unit: UnitId| self.first + unit);
+        // What is above the model's root.
+        let above = || (self.first > 0).then_some(0).into_iter();
+        above().for_each(|unit| e.pre_forward(unit).unwrap());
         for unit in 0..UNITS {
-            e.pre_forward(unit).unwrap();
+            e.pre_forward(at(unit)).unwrap();
             if unit == 1 || unit == 3 {
-                e.post_forward(unit).unwrap();
+                e.post_forward(at(unit)).unwrap();
             }
         }
-        [2, 0].into_iter().for_each(|unit| e.post_forward(unit).unwrap());
+        [2, 0].into_iter().map(at).chain(above()).for_each(|unit| e.post_forward(unit).unwrap());
         if let (1, Place::Gpu { stream, other, .. }) = (step, &self.place) {
             // Backward runs on another stream for a while.
             // SAFETY: both outlive the engine's use of them.
@@ -275,15 +302,15 @@ impl Trainer {
                 e.set_compute_stream(stream.raw().cast()).unwrap();
             }
         }
+        above().for_each(|unit| e.pre_backward(unit).unwrap());
         for unit in [0, 2, 3] {
-            e.pre_backward(unit).unwrap();
-            self.backward(unit, step, micro);
+            e.pre_backward(at(unit)).unwrap();
+            self.backward(at(unit), step, micro);
         }
-        [3, 2].into_iter().for_each(|unit| e.post_backward(unit).unwrap());
-        e.pre_backward(1).unwrap();
-        self.backward(1, step, micro);
-        e.post_backward(1).unwrap();
-        e.post_backward(0).unwrap();
+        [3, 2].into_iter().for_each(|unit| e.post_backward(at(unit)).unwrap());
+        e.pre_backward(at(1)).unwrap();
+        self.backward(at(1), step, micro);
+        [1, 0].into_iter().map(at).chain(above()).for_each(|unit| e.post_backward(unit).unwrap());
     }
 
     /// Returns the norms from before clipping.

@@ -23,7 +23,7 @@ use crate::comm::{Check, Kind};
 use crate::device::cuda::kernels::{Kernels, Piece};
 use crate::device::cuda::{Compute, ComputeMemory, Context, Event as GpuEvent, Priority, Stream};
 use crate::dtype::DType;
-use crate::error::{err, Error, Result};
+use crate::error::{err, Result};
 use crate::pipeline::{compute_dtypes, Beyond, Event, Limits, Queue, Queues};
 use crate::plan::{Plan, UnitId};
 use cudarc::driver::sys::CUdeviceptr;
@@ -202,6 +202,11 @@ impl NcclQueues {
     /// All-reduces over the replicas so far, and the bytes that this rank gave to them.
     pub fn averages(&self) -> (u64, u64) {
         self.averages
+    }
+
+    /// What all-gathers are called from here on, and how they are compared: the same on every rank. Local.
+    pub fn set_gathering(&mut self, kind: Kind, check: Check) {
+        self.gathering = (kind, check);
     }
 
     /// Bytes of unit buffers and slots that NCCL's communicators know.

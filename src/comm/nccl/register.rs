@@ -6,7 +6,7 @@
 //! the same places of them for the same collective, since a pipeline decides alike on every rank.
 
 use super::comm::NcclComm;
-use super::lent::NcclPair;
+use super::comms::NcclPair;
 use super::library::Nccl;
 use super::watch::What;
 use crate::agree;

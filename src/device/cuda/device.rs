@@ -51,6 +51,10 @@ impl Device for Cuda {
         "cuda"
     }
 
+    fn gpu(&self) -> Option<usize> {
+        Some(self.context().info().ordinal)
+    }
+
     fn alloc(&self, home: Home, len: usize, what: &str) -> Result<Buffer> {
         let bytes = len.checked_mul(DType::F32.size());
         let bytes =
