@@ -36,10 +36,12 @@ pub const FSDP_REGISTERED_BUFFERS_ALWAYS: i32 = 2;
 /// fsdp_engine_gather) lie where the engine's shards do; full parameters, whole tensors of checkpoints and initializers'
 /// tensors are in host memory.
 ///
-/// Refused on a GPU (FSDP_ERR_UNSUPPORTED): communication hooks, and models that another engine has sharded before. With several
-/// ranks units are unsharded and reduced in the same order on every rank (reduced: of every shard group), whatever order_check
-/// says, and 16-bit gradients are summed by NCCL in that type. A unit that is resharded over a number of ranks
-/// (fsdp_engine_set_reshard_after_forward) keeps a part of its unit buffer in memory that is taken and given back as it is used.
+/// Refused on a GPU (FSDP_ERR_UNSUPPORTED): communication hooks. With several ranks units are unsharded and reduced in the same
+/// order on every rank (reduced: of every shard group), whatever order_check says, and 16-bit gradients are summed by NCCL in that
+/// type. A unit that is resharded over a number of ranks (fsdp_engine_set_reshard_after_forward) keeps a part of its unit buffer in
+/// memory that is taken and given back as it is used. Engines that share shards (fsdp_model_add_sharded) are on one GPU, with the
+/// same cpu_offload (else FSDP_ERR_UNSUPPORTED), and are used on one compute stream, or the host orders their streams; the first
+/// one's stream and allocator are used until the last of them is destroyed.
 /// With replicas (hybrid strategies, FSDP_NO_SHARD) each reduce-scatter of a backward that averages over them is followed by an
 /// all-reduce of the shard, in float32; fsdp_engine_set_is_last_backward and fsdp_engine_set_requires_all_reduce are called before
 /// the backward that they are for, the same on every rank.

@@ -14,7 +14,7 @@
 //! launched, so that ranks that launch different ones get an error that names both. The error of one communicator
 //! breaks the others, on every rank that polls. One rank has nothing to move, and needs no NCCL.
 
-use super::comms::{Comms, Plane, Replicas};
+use super::comms::{Comms, Replicas};
 use super::lent::{Mean, Shards};
 use super::register::FixedMemory;
 use super::types::{Part, Reduction};
