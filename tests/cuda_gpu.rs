@@ -14,9 +14,10 @@ use cuda::{elements, reductions};
 use engine::{same, Case, Place, Trainer};
 use fsdp::comm::nccl::{Nccl, NcclComm, NcclConfig, UniqueId};
 use fsdp::comm::{shm, single};
-use fsdp::config::EngineConfig;
+use fsdp::config::{EngineConfig, Strategy};
 use fsdp::device::cuda::{compile, devices, kernels, Compiler, Context};
 use fsdp::dtype::DType;
+use fsdp::engine::ReshardAfterForward;
 use fsdp::optim::{AdamWOptions, Rule, SgdOptions};
 use std::io::Write;
 use std::sync::Mutex;
@@ -145,7 +146,16 @@ fn cases(worlds: usize) -> Vec<(&'static str, Case)> {
         ("offloaded", Case { micro: 2, ..Case::new(offload, adamw) }),
     ];
     if worlds == 1 {
-        all.push(("reduced", Case::new(EngineConfig { reduce_dtype: DType::BF16, ..bf16 }, adamw)));
+        all.push(("reduced", Case::new(EngineConfig { reduce_dtype: DType::BF16, ..bf16.clone() }, adamw)));
+    } else {
+        let config = EngineConfig { strategy: Strategy::NoShard, ..bf16.clone() };
+        all.push(("unsharded", Case { order: true, ..Case::new(config, adamw) }));
+    }
+    if worlds == 4 {
+        let config = EngineConfig { strategy: Strategy::HybridShard, shard_size: 2, ..bf16.clone() };
+        all.push(("in groups", Case { micro: 2, average: false, ..Case::new(config, adamw) }));
+        let after_forward = Some(ReshardAfterForward::Over(2));
+        all.push(("over two ranks", Case { order: true, after_forward, ..Case::new(bf16, adamw) }));
     }
     all
 }
