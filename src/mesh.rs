@@ -99,8 +99,8 @@ impl Mesh {
                 false => None,
             };
             let e = match place {
-                Some(place) => e.context(place),
-                None => e,
+                Some(place) if !e.message.contains(&place) => e.context(place),
+                _ => e,
             };
             self.comms().iter().for_each(|comm| comm.abort(&e.message));
             e
