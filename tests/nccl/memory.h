@@ -92,8 +92,9 @@ static int place_collective(const void *comm, const char *data, size_t bytes, in
   pthread_mutex_lock(&piece_lock);
   for (struct piece *p = pieces; p; p = p->next) {
     if (data + bytes <= p->data || data >= p->data + p->size) continue;
-    good = p->comm == comm && data >= p->data && data + bytes <= p->data + p->size;
-    *offset = data - p->data;
+    good = data >= p->data && data + bytes <= p->data + p->size;
+    /* To others than those that know it, it is memory as any. */
+    if (p->comm == comm) *offset = data - p->data;
   }
   *(*offset < 0 ? &collectives_outside : &collectives_inside) += 1;
   pthread_mutex_unlock(&piece_lock);
