@@ -866,8 +866,9 @@ typedef struct {
    * registered with its communicators, so that NCCL copies nothing in between: FSDP_REGISTERED_BUFFERS_AUTO, _NEVER or
    * _ALWAYS, the same on every rank. As windows where the version has them (2.27), else as buffers (2.19); before that
    * AUTO registers nothing, and ALWAYS is FSDP_ERR_UNSUPPORTED. A registration that NCCL refuses is an error of every rank, and
-   * no engine is made. What is taken beyond the pool is not registered, nor anything with smaller groups and replicas. NCCL rounds
-   * the memory up to pieces of 2 MiB or more, which is not counted; fsdp_engine_destroy waits for the GPU before it is freed.
+   * no engine is made. What is taken beyond the pool is not registered, and communicators of smaller groups and of replicas know
+   * none of it. NCCL rounds the memory up to pieces of 2 MiB or more, which is not counted; fsdp_engine_destroy waits for the GPU
+   * before it is freed.
    */
   int32_t registered_buffers;
 } fsdp_cuda_config_t;
