@@ -70,8 +70,9 @@ typedef struct {
   int cpu_offload;
 } sharing_t;
 
-/* Takes `comm`. */
-static trainer_t trainer_on(fsdp_comm_t *comm, const fsdp_cuda_config_t *cuda, const sharing_t *sharing) {
+/* Takes the model and the communicator. */
+static trainer_t trainer_on(fsdp_model_t *model, fsdp_comm_t *comm, const fsdp_cuda_config_t *cuda,
+                            const sharing_t *sharing) {
   trainer_t t = {{NULL, NULL, NULL}, NULL, 0};
   fsdp_engine_config_t config = FSDP_ENGINE_CONFIG_INIT;
   fsdp_adamw_config_t adamw = FSDP_ADAMW_CONFIG_INIT;
@@ -82,7 +83,7 @@ static trainer_t trainer_on(fsdp_comm_t *comm, const fsdp_cuda_config_t *cuda, c
   config.strategy = sharing->strategy;
   config.shard_size = sharing->shard_size;
   t.toy.comm = comm;
-  t.toy.model = toy_model();
+  t.toy.model = model;
   CHECK_OK(fsdp_comm_rank(comm, &t.rank));
   CHECK_OK(fsdp_model_set_param_dtype(t.toy.model, TOY_BIAS, tensor_f32(NULL, 0, NULL).dtype));
   CHECK_OK(fsdp_engine_create(t.toy.model, t.toy.comm, &config, &t.toy.engine));
@@ -96,7 +97,7 @@ static trainer_t trainer_open(const fsdp_cuda_config_t *cuda, int cpu_offload) {
   const sharing_t sharing = {1, FSDP_FULL_SHARD, 0, 0, cpu_offload};
   fsdp_comm_t *comm = NULL;
   CHECK_OK(fsdp_comm_init_single(&comm));
-  return trainer_on(comm, cuda, &sharing);
+  return trainer_on(toy_model(), comm, cuda, &sharing);
 }
 
 static void trainer_close(trainer_t *t) {
@@ -260,6 +261,8 @@ typedef struct {
   sharing_t sharing;
   const char *job;
   int32_t rank;
+  /* Made before the threads are: all have the same values in memory. */
+  fsdp_model_t *models[2];
 } rank_t;
 
 static void *train_as_rank(void *argument) {
@@ -274,7 +277,8 @@ static void *train_as_rank(void *argument) {
   config.world_size = rank->sharing.world;
   CHECK_OK(fsdp_comm_init_shm(&config, &comm));
   CHECK_OK(fsdp_comm_split(comm, 0, rank->rank, &other));
-  trainer_t cpu = trainer_on(comm, NULL, &rank->sharing), gpu = trainer_on(other, &cuda, &rank->sharing);
+  trainer_t cpu = trainer_on(rank->models[0], comm, NULL, &rank->sharing);
+  trainer_t gpu = trainer_on(rank->models[1], other, &cuda, &rank->sharing);
   for (int step = 0; step < STEPS; step++) {
     train(&cpu, step, FSDP_DEVICE_CPU);
     train(&gpu, step, FSDP_DEVICE_CUDA);
@@ -312,6 +316,9 @@ static void trained_by_ranks(void) {
       ranks[r].sharing = all[i];
       ranks[r].job = job;
       ranks[r].rank = r;
+      for (int k = 0; k < 2; k++) ranks[r].models[k] = toy_model();
+    }
+    for (int32_t r = 0; r < all[i].world; r++) {
       CHECK_EQ(pthread_create(&threads[r], NULL, train_as_rank, &ranks[r]), 0);
     }
     for (int32_t r = 0; r < all[i].world; r++) CHECK_EQ(pthread_join(threads[r], NULL), 0);

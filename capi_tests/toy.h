@@ -24,8 +24,7 @@ typedef struct {
 static inline float toy_value(uint32_t p, int64_t i) { return (float)(100 * (p + 1)) + (float)i; }
 
 static inline fsdp_model_t *toy_model(void) {
-  /* Of this thread: ranks may be threads. */
-  static _Thread_local float values[TOY_PARAMS][21];
+  static float values[TOY_PARAMS][21];
   static int64_t shapes[TOY_PARAMS][2] = {{5, 0}, {7, 3}, {4, 0}, {10, 0}, {0, 2}};
   static const int32_t ndim[TOY_PARAMS] = {1, 2, 1, 1, 2};
   static const uint32_t modules[TOY_PARAMS] = {0, 1, 1, 2, 2};
