@@ -342,3 +342,27 @@ fn a_group_that_reduces_fewer_units_takes_part_in_the_rest() {
     });
     assert_eq!(fake.count("alive"), 0);
 }
+
+#[test]
+fn an_all_reduce_that_hangs_meets_its_deadline() {
+    let fake = Fake::new();
+    fake.tell("meet", 2);
+    let base = case(Strategy::NoShard, 0);
+    let late = CudaConfig { timeout: nccl::SHORT, ..CudaConfig::default() };
+    let case = Case { config: EngineConfig { cuda: Some(late), ..base.config.clone() }, ..base };
+    let errors = ranks(2, |comm| {
+        let t = Trainer::new(comm.clone(), Place::gpu(), &case);
+        t.engine.unshard(1).unwrap();
+        comm.barrier().unwrap();
+        if comm.rank() == 0 {
+            fake.hold(true);
+        }
+        comm.barrier().unwrap();
+        t.engine.reduce(1).unwrap();
+        t.engine.synchronize().unwrap_err()
+    });
+    fake.hold(false);
+    let late = |e: &Error| e.status == Status::Timeout && e.message.contains("the all-reduce of unit \"a\"");
+    assert!(errors.iter().any(late), "{errors:?}");
+    assert_eq!(fake.count("alive"), 0);
+}
