@@ -185,8 +185,9 @@ impl Reducer for QueuedSlots {
         let _ = self.shared.run(|pipeline, queues| pipeline.discard(queues, unit));
     }
 
-    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, present: &[bool]) -> Result<()> {
-        self.launch(plan, unit, place.slot, present)
+    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, held: &[crate::comm::Held]) -> Result<()> {
+        let present: Vec<bool> = held.iter().map(|h| h.is_there()).collect();
+        self.launch(plan, unit, place.slot, &present)
     }
 
     fn reduced(&mut self, unit: UnitId, present: &[bool]) {
