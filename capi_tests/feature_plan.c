@@ -81,7 +81,7 @@ static void visit(run_t *run, uint32_t module, int backward) {
     const fsdp_param_info_t p = param_info(run, info.params[i]);
     if (!p.requires_grad) continue;
     CHECK_OK(fsdp_engine_param_grad(run->engine, info.params[i], &grad, &accumulate));
-    if (p.numel > 0) memset(grad.data, 0, (size_t)p.numel * sizeof(float));
+    if (p.numel > 0) memset(grad.data, 0, (size_t)p.numel * grad.dtype.bits / 8);
   }
   CHECK_OK(backward ? fsdp_engine_post_backward(run->engine, unit)
                     : fsdp_engine_post_forward(run->engine, unit));
@@ -171,6 +171,8 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
   request.param_dtype = param_dtype;
   request.gradient_slots = slots;
   request.cpu_offload = slots == 1;
+  /* On lent collectives it is as reduce_dtype says, which a plan does not know. */
+  request.grads_in_param_dtype = slots > 0 && !has_lent_collectives();
   request.optimizer_bytes_per_element = OPTIMIZER_BYTES;
   fsdp_model_t *model = wrapped_model(net, wrap);
   const fsdp_dtype_t bf16 = {FSDP_DTYPE_BFLOAT, 16, 1}, f16 = {FSDP_DTYPE_FLOAT, 16, 1};
@@ -191,6 +193,7 @@ static void check_case(const job_t *job, const net_t *net, int wrap, int32_t str
   config.param_dtype = param_dtype;
   config.gradient_slots = slots;
   config.cpu_offload = slots == 1;
+  config.grads_in_param_dtype = request.grads_in_param_dtype;
   run_t run;
   memset(&run, 0, sizeof run);
   CHECK_OK(fsdp_engine_create(model, job->comm, &config, &run.engine));

@@ -115,6 +115,7 @@ static float gradient(uint32_t p, int64_t i, int rank, int step, int use) {
 typedef struct {
   const case_t *c;
   const job_t *job;
+  int narrow; /* the engine has grads_in_param_dtype */
   float masters[PARAMS][MAX_NUMEL];
   float grads[PARAMS][MAX_NUMEL];
 } reference_t;
@@ -170,6 +171,40 @@ static void check_params(const reference_t *ref, fsdp_engine_t *engine, uint32_t
   }
 }
 
+/* In odd steps each parameter is used once. */
+static int uses_of(int step) { return step % 2 == 0 ? 2 : 1; }
+
+/* The type that a gradient which is written once is collected in. */
+static type_t collected(const reference_t *ref, uint32_t u) {
+  type_t type = AS_ENGINE;
+  for (uint32_t p = 0; p < PARAMS; p++) {
+    if (OWNERS[p] != u) continue;
+    if (type != AS_ENGINE && type != ref->c->computed[p]) return F32;
+    type = ref->c->computed[p];
+  }
+  /* Lent collectives are given gradients as they lie there. */
+  return ref->narrow && (!sums_are_narrow() || type == ref->c->reduced[u]) ? type : F32;
+}
+
+/* Writes a gradient where it is collected, in the type that it is collected in. */
+static void write_gradient(const reference_t *ref, fsdp_engine_t *engine, uint32_t p, int step) {
+  const type_t type = collected(ref, OWNERS[p]);
+  const fsdp_dtype_t dtype = c_dtype(type);
+  fsdp_tensor_t region;
+  int32_t accumulate = 1;
+  CHECK_OK(fsdp_engine_param_grad(engine, p, &region, &accumulate));
+  CHECK(memcmp(&region.dtype, &dtype, sizeof dtype) == 0);
+  CHECK_EQ(accumulate, 0);
+  for (int64_t i = 0; i < numel(p); i++) {
+    const float g = rounded(ref->c->computed[p], gradient(p, i, ref->job->rank, step, 0));
+    if (type == F32) {
+      ((float *)region.data)[i] = g;
+    } else {
+      ((uint16_t *)region.data)[i] = narrow_bits(type, g);
+    }
+  }
+}
+
 /* Gives this rank's gradients of unit `u`: the first use in the type it is computed in, the second
  * in float32. */
 static void give_gradients(const reference_t *ref, fsdp_engine_t *engine, uint32_t u, int step) {
@@ -177,6 +212,10 @@ static void give_gradients(const reference_t *ref, fsdp_engine_t *engine, uint32
   uint16_t *halves = (uint16_t *)grad;
   for (uint32_t p = 0; p < PARAMS; p++) {
     if (OWNERS[p] != u || p == N) continue;
+    if (uses_of(step) == 1) {
+      write_gradient(ref, engine, p, step);
+      continue;
+    }
     for (int use = 0; use < 2; use++) {
       const type_t type = use == 0 ? ref->c->computed[p] : F32;
       int64_t shape[2] = {SHAPES[p][0], SHAPES[p][1]};
@@ -207,8 +246,8 @@ static void reduce(reference_t *ref, int step) {
     for (int64_t i = 0; i < numel(p); i++) {
       float sum = 0;
       for (int r = 0; r < ref->job->world; r++) {
-        const float own =
-            rounded(ref->c->computed[p], gradient(p, i, r, step, 0)) + gradient(p, i, r, step, 1);
+        float own = rounded(ref->c->computed[p], gradient(p, i, r, step, 0));
+        if (uses_of(step) == 2) own += gradient(p, i, r, step, 1);
         const float term = rounded(reduced, own);
         sum = r == 0 ? term : sum + term;
       }
@@ -290,15 +329,17 @@ static void configure(const case_t *c, fsdp_model_t *model, fsdp_engine_config_t
   CHECK_OK(fsdp_model_set_param_dtype(model, H, c_dtype(c->override)));
 }
 
-static void run_case(const job_t *job, const case_t *c) {
+static void run_case(const job_t *job, const case_t *c, int narrow) {
   static reference_t ref;
   uint64_t own = 0, all = 0;
   fsdp_engine_config_t config;
   fsdp_engine_t *engine = NULL;
   ref.c = c;
   ref.job = job;
+  ref.narrow = narrow;
   fsdp_model_t *model = make_model(&ref);
   configure(c, model, &config);
+  config.grads_in_param_dtype = narrow;
   CHECK_OK(fsdp_engine_create(model, job->comm, &config, &engine));
   fsdp_model_destroy(model);
   count_copies(&ref, engine, &own, &all);
@@ -508,6 +549,10 @@ static void what_is_refused(const job_t *job) {
     config.param_dtype = other ? bf16 : none;
     CHECK_ERR(fsdp_engine_create(model, job->comm, &config, &engine), FSDP_ERR_MISMATCH,
               "param_dtype = bfloat16");
+    config.param_dtype = none;
+    config.grads_in_param_dtype = other;
+    CHECK_ERR(fsdp_engine_create(model, job->comm, &config, &engine), FSDP_ERR_MISMATCH,
+              "grads_in_param_dtype");
   }
   fsdp_model_destroy(model);
 }
@@ -516,7 +561,8 @@ int main(void) {
   const job_t job = join_job();
   for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
     test_context(CASES[i].name);
-    run_case(&job, &CASES[i]);
+    run_case(&job, &CASES[i], 0);
+    run_case(&job, &CASES[i], 1);
   }
   test_context("sums and NaNs");
   sums_and_nans(&job, BF16, 256);

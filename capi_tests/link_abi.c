@@ -118,7 +118,7 @@ FIELD(fsdp_tensor_t, shape, 24);
 FIELD(fsdp_tensor_t, strides, 32);
 FIELD(fsdp_tensor_t, byte_offset, 40);
 
-SIZE(fsdp_engine_config_t, 64);
+SIZE(fsdp_engine_config_t, 72);
 FIELD(fsdp_engine_config_t, struct_size, 0);
 FIELD(fsdp_engine_config_t, gradient_slots, 8);
 FIELD(fsdp_engine_config_t, strategy, 12);
@@ -131,6 +131,7 @@ FIELD(fsdp_engine_config_t, shard_size, 44);
 FIELD(fsdp_engine_config_t, sync_module_states, 48);
 FIELD(fsdp_engine_config_t, cpu_offload, 52);
 FIELD(fsdp_engine_config_t, cuda, 56);
+FIELD(fsdp_engine_config_t, grads_in_param_dtype, 64);
 
 SIZE(fsdp_cuda_config_t, 80);
 FIELD(fsdp_cuda_config_t, struct_size, 0);
@@ -266,6 +267,7 @@ FIELD(fsdp_plan_request_t, shard_size, 36);
 FIELD(fsdp_plan_request_t, cpu_offload, 40);
 FIELD(fsdp_plan_request_t, device_type, 44);
 FIELD(fsdp_plan_request_t, prefetch, 48);
+FIELD(fsdp_plan_request_t, grads_in_param_dtype, 52);
 
 SIZE(fsdp_plan_t, 248);
 FIELD(fsdp_plan_t, struct_size, 0);

@@ -31,7 +31,7 @@
     NULL, NULL, NULL, NULL }
 #define FSDP_ENGINE_CONFIG_INIT \
   { sizeof(fsdp_engine_config_t), 0, FSDP_FULL_SHARD, FSDP_ORDER_CHECK_ERROR, { 0, 0, 0 }, NULL, NULL, \
-    { 0, 0, 0 }, 0, 0, 0, NULL }
+    { 0, 0, 0 }, 0, 0, 0, NULL, 0 }
 #define FSDP_CUDA_CONFIG_INIT { sizeof(fsdp_cuda_config_t), 0, 1, 0, NULL, 0, NULL, NULL, NULL, NULL, FSDP_REGISTERED_BUFFERS_AUTO }
 #define FSDP_SGD_CONFIG_INIT { sizeof(fsdp_sgd_config_t), 1e-3, 0, 0, 0, 0, 0 }
 #define FSDP_ADAMW_CONFIG_INIT { sizeof(fsdp_adamw_config_t), 1e-3, 0.9, 0.999, 1e-8, 1e-2, 0 }
@@ -41,7 +41,7 @@
 #define FSDP_CONSOLIDATE_CONFIG_INIT { sizeof(fsdp_consolidate_config_t), 0, { 0, 0, 0 } }
 #define FSDP_GRAD_SCALER_CONFIG_INIT { sizeof(fsdp_grad_scaler_config_t), 65536.0, 2.0, 0.5, 2000, 0, 1 }
 #define FSDP_PLAN_REQUEST_INIT \
-  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, { 0, 0, 0 }, 0, 0, 0, 1 }
+  { sizeof(fsdp_plan_request_t), 1, FSDP_FULL_SHARD, { 0, 0, 0 }, 0, 0, FSDP_LARGEST_RANK, { 0, 0, 0 }, 0, 0, 0, 1, 0 }
 
 /**
  * Sum over the ranks, in rank order.
@@ -939,6 +939,16 @@ typedef struct {
    * The engine computes on a GPU: see fsdp_cuda_config_t; borrowed for the call. On every rank or on none. NULL: on the CPU.
    */
   const fsdp_cuda_config_t *cuda;
+  /**
+   * 1: gradients come in the dtype that their parameters are computed in. A unit whose parameters are all computed in the
+   * same 16-bit dtype then collects its gradients in it: the regions of fsdp_engine_param_grad have that dtype, and take
+   * and move half of the memory. That is so for the first gradient of a parameter in a backward: what is added to is
+   * float32, as is everything while backwards leave their gradients for later ones
+   * (fsdp_engine_set_requires_gradient_sync) or a communication hook is set, so that nothing is rounded that would not be
+   * with 0. Ranks sum as ever: each gradient rounded to reduce_dtype, in float32. On lent collectives only in units whose
+   * reduce_dtype is the same. 0: all regions are float32. FSDP_ERR_UNSUPPORTED on a GPU.
+   */
+  int32_t grads_in_param_dtype;
 } fsdp_engine_config_t;
 
 /**
@@ -1406,6 +1416,10 @@ typedef struct {
    * On a GPU: as in fsdp_cuda_config_t.
    */
   uint32_t prefetch;
+  /**
+   * As in fsdp_engine_config_t.
+   */
+  int32_t grads_in_param_dtype;
 } fsdp_plan_request_t;
 
 /**
@@ -2193,8 +2207,8 @@ fsdp_status_t fsdp_engine_gather(fsdp_engine_t *engine,
                                  float *out);
 
 /**
- * Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32, before they
- * are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
+ * Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32 (with
+ * grads_in_param_dtype, too), before they are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
  * no gradient. Once a reduction: a unit that is reduced twice in a backward is seen twice, each time with what came
  * since. NULL: no hook, as at first. A hook that fails makes the call that it was called by fail with
  * FSDP_ERR_CALLBACK, naming the unit, and aborts the communicator, so that every other rank gets FSDP_ERR_ABORTED with
@@ -2859,8 +2873,9 @@ fsdp_status_t fsdp_engine_param_data(const fsdp_engine_t *engine,
 
 /**
  * The memory that collects a parameter's full gradient in this backward, in the parameter's shape: float32, whatever the
- * parameter is computed in. *out_accumulate 0:
- * overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
+ * parameter is computed in, unless the engine has grads_in_param_dtype: then out->dtype says what. *out_accumulate 0:
+ * overwrite all of it (its contents are undefined); 1: add to it, in float32 (what was written in 16 bits has been widened,
+ * to another address; other parameters' regions stay). The parameter counts as having a gradient from here
  * on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
  * if the parameter is frozen or nothing was unsharded since the last iteration ended. On a GPU: device memory, to be written
  * on the compute stream; does not wait; another address in each backward, the same until the unit is reduced. Parameters that

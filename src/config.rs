@@ -3,6 +3,7 @@
 use crate::comm::nccl::UniqueId;
 use crate::device::cuda::DeviceAllocator;
 use crate::dtype::DType;
+use crate::error::{err, Result};
 use crate::materialize::ModuleInit;
 use std::sync::Arc;
 use std::time::Duration;
@@ -102,6 +103,9 @@ pub struct EngineConfig {
     pub reduce_dtype: DType,
     /// The type that parameters are computed in, unless the tree says otherwise: F32, F16 or BF16; None: as registered.
     pub param_dtype: Option<DType>,
+    /// A unit whose parameters are all computed in one 16-bit type collects gradients in that type (the first of each
+    /// parameter in a backward; what is added to is float32). Not on a GPU.
+    pub grads_in_param_dtype: bool,
     /// Initializes parameters without storage, module by module, in place of the tree's own initializers.
     pub param_init: Option<ModuleInit>,
     /// All ranks start from rank 0's values: what the others hold, or would initialize, is not looked at.
@@ -157,6 +161,7 @@ impl Default for EngineConfig {
             order_check: OrderCheck::default(),
             reduce_dtype: DType::F32,
             param_dtype: None,
+            grads_in_param_dtype: false,
             param_init: None,
             sync_module_states: false,
             cpu_offload: false,
@@ -166,8 +171,19 @@ impl Default for EngineConfig {
 }
 
 impl EngineConfig {
+    /// Refuses what no engine can do.
+    pub fn check(&self) -> Result<()> {
+        match self.grads_in_param_dtype && self.cuda.is_some() {
+            true => Err(err!(
+                Unsupported,
+                "grads_in_param_dtype is for engines on the CPU: on a GPU gradients are collected in float32"
+            )),
+            false => Ok(()),
+        }
+    }
+
     /// (name, value) of every option that ranks must agree on.
-    pub fn agreed(&self) -> [(&'static str, String); 10] {
+    pub fn agreed(&self) -> [(&'static str, String); 11] {
         [
             ("gradient_slots", self.gradient_slots.to_string()),
             ("strategy", self.strategy.name().to_string()),
@@ -177,6 +193,7 @@ impl EngineConfig {
             ("sync_module_states", self.sync_module_states.to_string()),
             ("cpu_offload", self.cpu_offload.to_string()),
             ("param_dtype", self.param_dtype.map_or("as registered".to_string(), |d| d.to_string())),
+            ("grads_in_param_dtype", self.grads_in_param_dtype.to_string()),
             ("cuda", self.cuda.as_ref().map_or("not set".to_string(), CudaConfig::agreed)),
             ("param_init_fn", if self.param_init.is_some() { "set" } else { "not set" }.to_string()),
         ]

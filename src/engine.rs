@@ -137,13 +137,17 @@ impl Engine {
             return Err(err!(InvalidArgument, "the {other:?} that was added is sharded over another communicator"));
         }
         agree::on_options(config, world.as_ref())?;
+        config.check()?;
         let mesh = match tree.adopted().first() {
             Some(model) => Mesh::adopted(model, tree, config)?,
             None => Arc::new(Mesh::new(world.clone(), config)?),
         };
         let comm = mesh.shard.clone();
         let tree = &tree.clone().with_engine_dtypes(config);
-        let plan = Plan::new(tree, comm.rank(), comm.world_size())?;
+        let mut plan = Plan::new(tree, comm.rank(), comm.world_size())?;
+        if comm.moves_bytes() {
+            plan.collect_as_reduced();
+        }
         agree::on_model(&plan.description(tree, config), world.as_ref())?;
         let opened = gpu::open(tree, config, world.as_ref())?;
         let device: Arc<dyn Device> = match &opened {

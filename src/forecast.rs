@@ -28,7 +28,7 @@ pub struct Request {
     pub world_size: usize,
     /// None: the one with the most bytes (the lowest of several).
     pub rank: Option<usize>,
-    /// Strategy, shard_size, param_dtype, reduce_dtype, cpu_offload and gradient_slots count; the rest changes no size.
+    /// Strategy, shard_size, param_dtype, reduce_dtype, grads_in_param_dtype, cpu_offload and gradient_slots count; the rest changes no size.
     pub config: EngineConfig,
     /// Bytes of optimizer state per element of a trained parameter: 0 for plain SGD, 8 for Adam in float32; at most 4096.
     pub optimizer_bytes_per_element: u32,
@@ -125,7 +125,9 @@ pub struct Forecast {
     /// aligns it comes on top: in the engine's own optimizers less than 64 bytes per parameter and state.
     pub optimizer_bytes: u64,
     /// The gradient slots of each rank, used to the full: the largest units, one more than units nest, and as many of the next as fit
-    /// in 1 MiB, unless gradient_slots says how many. (float32 whatever the reduce dtype.)
+    /// in 1 MiB, unless gradient_slots says how many. (float32 whatever the reduce dtype, but 16 bits where grads_in_param_dtype
+    /// says so. There the float32 places of gradients that are added to come on top, while they are used; and where bytes move,
+    /// a unit that is reduced in another type collects in float32.)
     pub gradient_slot_bytes: u64,
     /// The part of this rank's shards that belongs to no parameter.
     pub shard_padding_bytes: u64,
@@ -276,6 +278,7 @@ fn check(tree: &ModuleTree, request: &Request) -> Result<()> {
     if !crate::comm::can_reduce(request.config.reduce_dtype) {
         return Err(err!(Unsupported, "gradients cannot be reduced as {}", request.config.reduce_dtype));
     }
+    request.config.check()?;
     let numel = tree.params().iter().try_fold(0u64, |n, p| n.checked_add(p.numel() as u64));
     if numel.is_none_or(|n| n > MAX_NUMEL) {
         return Err(err!(InvalidArgument, "the model has more than {MAX_NUMEL} elements"));

@@ -7,11 +7,18 @@
 //! Which unit is open and which of its parameters have a gradient is kept here. Slots, and what is done with them, are a
 //! [`Reducer`]'s: `slots` in memory that the host computes on, `queued` on a GPU.
 //!
+//! A unit that collects in 16 bits ([`UnitPlan::grad_dtype`]) has two places for each parameter in its slot: one in that
+//! type, for a gradient that is written once, and one in float32 behind all of those, for one that is added to. So nothing
+//! is rounded that would not be in float32 throughout. Which of the two counts is published with the slot ([`Held`]).
+//!
 //! Invariant: a reduction is started at the moment the host says so, whatever slot its unit has.
 
+use crate::comm::Held;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::hook::{CommHook, HookGradient, UnitGradients};
-use crate::plan::{Plan, UnitId};
+use crate::plan::{Plan, UnitId, UnitPlan};
+use crate::precision;
 use crate::timeline::Timeline;
 use std::sync::Arc;
 
@@ -24,7 +31,7 @@ pub use slots::HostSlots;
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
     pub slot: usize,
-    /// The unit's layout in floats, on the device.
+    /// Its start, on the device.
     pub data: *mut f32,
 }
 
@@ -37,9 +44,11 @@ pub trait Reducer: Send {
     fn acquire(&mut self, plan: &Plan, unit: UnitId) -> Result<Place>;
     /// The gradients in the unit's slot are not wanted.
     fn discard(&mut self, unit: UnitId, place: Place);
-    /// Starts the reduce-scatter of what the unit has collected: `present` says for which of its parameters. The slot is the
+    /// Starts the reduce-scatter of what the unit has collected: `held` says of each of its parameters what. The slot is the
     /// unit's no more.
-    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, present: &[bool]) -> Result<()>;
+    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, held: &[Held]) -> Result<()>;
+    /// The unit, which could collect in 16 bits, uses float32 places of its slot.
+    fn widened(&mut self, _plan: &Plan, _unit: UnitId, _place: Place) {}
     /// A unit without elements has nothing to send: its parameters have a gradient if they have one here.
     fn reduced(&mut self, unit: UnitId, present: &[bool]);
     /// Does this rank's part of what can be done now. Does not wait.
@@ -59,12 +68,24 @@ pub trait Reducer: Send {
 struct OpenUnit {
     /// None for a unit without elements.
     place: Option<Place>,
-    /// Which parameters have a gradient by now.
-    present: Vec<bool>,
+    /// Of each parameter: its gradient so far.
+    held: Vec<Held>,
+    /// What is written once stays in 16 bits. Not where it will be added to, or seen by a hook: it would be widened then.
+    narrow: bool,
     /// A backward that did not reduce has left gradients here.
     kept: bool,
     /// The backward under way has added to them.
     touched: bool,
+}
+
+/// Where a parameter's full gradient goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// The parameter's elements, of `dtype`.
+    pub data: *mut u8,
+    pub dtype: DType,
+    /// It holds a gradient of this backward, to be added to; else it is to be overwritten.
+    pub held: bool,
 }
 
 /// Counts that tests and `fsdp_engine_stats` read.
@@ -87,6 +108,8 @@ pub struct Gradients {
     started: bool,
     /// Called with each unit's gradients before they are rounded and published.
     pub hook: Option<CommHook>,
+    /// Backwards leave their gradients for later ones to add to.
+    pub adds_later: bool,
     counters: GradientCounters,
     /// By unit.
     pub reductions: Vec<u64>,
@@ -99,6 +122,7 @@ impl Gradients {
             open: plan.units.iter().map(|_| None).collect(),
             started: false,
             hook: None,
+            adds_later: false,
             counters: GradientCounters::default(),
             reductions: vec![0; plan.units.len()],
         }
@@ -142,38 +166,66 @@ impl Gradients {
         self.reducer.take_reduced(plan)
     }
 
-    /// The full gradient region of parameter `index` of `unit`, and whether it already holds a gradient of this
-    /// backward (add to it) or not (overwrite it). It counts as present from here on. Opens the unit, which may wait
-    /// for a slot.
-    pub fn region(&mut self, plan: &Plan, unit: UnitId, index: usize) -> Result<(*mut f32, bool)> {
-        let found = self.reserve(plan, unit, index)?;
-        self.open[unit as usize].as_mut().expect("opened above").present[index] = true;
+    /// The place for a full gradient of `dtype` of parameter `index` of `unit`. It counts as there from here on. Opens the
+    /// unit, which may wait for a slot.
+    pub fn region(&mut self, plan: &Plan, unit: UnitId, index: usize, dtype: DType) -> Result<Region> {
+        let found = self.reserve(plan, unit, index, dtype)?;
+        let held = if found.dtype == DType::F32 { Held::Float32 } else { Held::Narrow };
+        self.open[unit as usize].as_mut().expect("opened above").held[index] = held;
         Ok(found)
     }
 
     /// As `region`, but what is written there does not count as a gradient yet.
-    pub fn reserve(&mut self, plan: &Plan, unit: UnitId, index: usize) -> Result<(*mut f32, bool)> {
+    pub fn reserve(&mut self, plan: &Plan, unit: UnitId, index: usize, dtype: DType) -> Result<Region> {
         if self.open[unit as usize].is_none() {
             self.open_unit(plan, unit)?;
         }
+        let u = &plan.units[unit as usize];
         let open = self.open[unit as usize].as_mut().expect("opened above");
-        let base = open.place.map_or(std::ptr::null_mut(), |p| p.data);
         open.touched = true;
-        Ok((base.wrapping_add(plan.units[unit as usize].layout.offsets[index]), open.present[index]))
+        let held = open.held[index].is_there();
+        let base = open.place.map_or(std::ptr::null_mut(), |p| p.data);
+        if u.grad_dtype != DType::F32 {
+            if open.narrow && !held && dtype == u.grad_dtype {
+                return Ok(Region { data: narrow_place(u, base, index), dtype, held });
+            }
+            self.widen(plan, unit, index);
+        }
+        Ok(Region { data: wide_place(u, base, index).cast(), dtype: DType::F32, held })
+    }
+
+    /// What an open unit holds of a parameter is in float32 from here on, and so is what it will hold.
+    fn widen(&mut self, plan: &Plan, unit: UnitId, index: usize) {
+        let u = &plan.units[unit as usize];
+        let Some((open, place)) = self.open[unit as usize].as_mut().and_then(|o| o.place.map(|place| (o, place)))
+        else {
+            return;
+        };
+        self.reducer.widened(plan, unit, place);
+        if open.held[index] == Held::Narrow {
+            let (from, to) = (narrow_place(u, place.data, index), wide_place(u, place.data, index));
+            // SAFETY: both places lie in the unit's slot, apart from each other, and have the parameter's elements.
+            unsafe { precision::widen(u.grad_dtype, from, to, u.layout.numels[index]) };
+            open.held[index] = Held::Float32;
+        }
     }
 
     /// The gradients of `unit` are complete: starts its reduce-scatter. A unit that is not open has nothing to reduce.
     pub fn start(&mut self, plan: &Plan, unit: UnitId) -> Result<()> {
+        if self.hook.is_some() && plan.units[unit as usize].grad_dtype != DType::F32 {
+            (0..plan.units[unit as usize].params.len()).for_each(|index| self.widen(plan, unit, index));
+        }
         let Some(open) = self.open[unit as usize].take() else { return Ok(()) };
         let Some(place) = open.place else {
-            self.reducer.reduced(unit, &open.present);
+            let present: Vec<bool> = open.held.iter().map(|h| h.is_there()).collect();
+            self.reducer.reduced(unit, &present);
             return Ok(());
         };
-        if let Err(e) = self.run_hook(plan, unit, place, &open.present) {
+        if let Err(e) = self.run_hook(plan, unit, place, &open.held) {
             self.reducer.discard(unit, place);
             return Err(e);
         }
-        self.reducer.start(plan, unit, place, &open.present)?;
+        self.reducer.start(plan, unit, place, &open.held)?;
         let u = &plan.units[unit as usize];
         self.started = true;
         self.counters.reduce_scatters += 1;
@@ -182,14 +234,14 @@ impl Gradients {
         self.progress()
     }
 
-    fn run_hook(&self, plan: &Plan, unit: UnitId, place: Place, present: &[bool]) -> Result<()> {
+    fn run_hook(&self, plan: &Plan, unit: UnitId, place: Place, held: &[Held]) -> Result<()> {
         let Some(hook) = &self.hook else { return Ok(()) };
         let u = &plan.units[unit as usize];
-        let there = present.iter().enumerate().filter(|(_, present)| **present);
+        let there = held.iter().enumerate().filter(|(_, held)| held.is_there());
         let gradients: Vec<HookGradient> = there
             .map(|(index, _)| HookGradient {
                 param: u.params[index],
-                data: place.data.wrapping_add(u.layout.offsets[index]),
+                data: wide_place(u, place.data, index),
                 numel: u.layout.numels[index],
             })
             .collect();
@@ -250,8 +302,19 @@ impl Gradients {
             0 => None,
             _ => Some(self.reducer.acquire(plan, unit)?),
         };
-        let present = vec![false; u.params.len()];
-        self.open[unit as usize] = Some(OpenUnit { place, present, kept: false, touched: false });
+        let held = vec![Held::Nothing; u.params.len()];
+        let narrow = u.grad_dtype != DType::F32 && !self.adds_later && self.hook.is_none();
+        self.open[unit as usize] = Some(OpenUnit { place, held, narrow, kept: false, touched: false });
         Ok(())
     }
+}
+
+/// A parameter's place in 16 bits in its unit's slot, which starts at `base`.
+fn narrow_place(u: &UnitPlan, base: *mut f32, index: usize) -> *mut u8 {
+    base.cast::<u8>().wrapping_add(u.layout.offsets[index] * u.grad_dtype.size())
+}
+
+/// Its place in float32.
+fn wide_place(u: &UnitPlan, base: *mut f32, index: usize) -> *mut f32 {
+    base.wrapping_byte_add(u.wide_offset()).wrapping_add(u.layout.offsets[index])
 }

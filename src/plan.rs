@@ -2,7 +2,7 @@
 //!
 //! Pure data, computed before anything is allocated. Unit 0 is the root; units are in depth-first order of the tree.
 
-use crate::comm::{Segment, UnitName};
+use crate::comm::{self, Segment, UnitName};
 use crate::config::EngineConfig;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -42,11 +42,28 @@ pub struct UnitPlan {
     pub compute_bytes: usize,
     /// The type that its gradients are rounded to before they are summed.
     pub reduce_dtype: DType,
+    /// The type that they are collected in: float32, or the 16-bit type that all of its parameters are computed in.
+    pub grad_dtype: DType,
 }
 
 impl UnitPlan {
     pub fn bytes(&self) -> usize {
         self.layout.len * DType::F32.size()
+    }
+
+    /// Bytes of its full gradient as it is collected.
+    pub fn grad_bytes(&self) -> usize {
+        self.layout.len * self.grad_dtype.size()
+    }
+
+    /// First byte in its slot of what is collected in float32: behind what is in 16 bits.
+    pub fn wide_offset(&self) -> usize {
+        comm::wide_offset(self.grad_dtype, self.layout.len)
+    }
+
+    /// Addresses that its slot needs, used or not.
+    pub fn slot_room(&self) -> usize {
+        self.wide_offset() + self.bytes()
     }
 
     pub fn shard_bytes(&self) -> usize {
@@ -169,7 +186,10 @@ impl Plan {
                 compute_offset: plan.compute_bytes,
                 compute_bytes,
                 reduce_dtype: tree.precision.reduce_dtype(module),
+                grad_dtype: DType::F32,
             };
+            let computed = |p: &ParamId| tree.compute_dtype(*p, module);
+            unit.grad_dtype = tree.precision.grad_dtype(unit.params.iter().map(computed));
             match adopted {
                 Some((model, u)) => {
                     let place = &tree.adopted()[model].plan.units[u as usize];
@@ -215,11 +235,19 @@ impl Plan {
         }
     }
 
-    /// Bytes of each gradient slot, largest first: the `count` largest units, so that any `count` of them fit.
+    /// Where bytes move, gradients are sent as they lie in their slot: a unit that is reduced in another type than it could
+    /// be collected in collects in float32.
+    pub fn collect_as_reduced(&mut self) {
+        for u in self.units.iter_mut().filter(|u| u.grad_dtype != u.reduce_dtype) {
+            u.grad_dtype = DType::F32;
+        }
+    }
+
+    /// Bytes of each gradient slot, largest first: the `count` largest units' gradients, so that any `count` of them fit.
     /// `count` 0 means the deepest nesting plus one more that is being reduced, and as many of the next units as fit in
     /// [`SMALL_SLOTS`], so that ranks which reduce small units need not keep in step.
     pub fn slot_bytes(&self, count: usize) -> Vec<usize> {
-        let mut sizes: Vec<usize> = self.units.iter().map(UnitPlan::bytes).filter(|b| *b > 0).collect();
+        let mut sizes: Vec<usize> = self.units.iter().map(UnitPlan::grad_bytes).filter(|b| *b > 0).collect();
         sizes.sort_unstable_by(|a, b| b.cmp(a));
         let count = match count {
             0 => {
@@ -252,7 +280,8 @@ impl Plan {
             if piece.len > 0 {
                 let at = unit.grad_offset + piece.unit_offset - shard.start;
                 let (offset, len) = (piece.unit_offset, piece.len);
-                segments.push(Segment { param: index, offset, len, out: grads.wrapping_add(at), accumulate: false });
+                let (narrow, out) = (unit.grad_dtype, grads.wrapping_add(at));
+                segments.push(Segment { param: index, offset, len, narrow, out, accumulate: false });
             }
         }
         segments
@@ -306,7 +335,11 @@ impl Plan {
         }
         for u in &self.units {
             let class = &tree.modules()[u.module as usize].class_name;
-            lines.push(format!("unit \"{}\" ({class}), reduced in {}", u.label(), u.reduce_dtype));
+            let collected = match u.grad_dtype {
+                DType::F32 => String::new(),
+                dtype => format!(", gradients in {dtype}"),
+            };
+            lines.push(format!("unit \"{}\" ({class}), reduced in {}{collected}", u.label(), u.reduce_dtype));
         }
         lines
     }

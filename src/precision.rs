@@ -28,6 +28,8 @@ pub struct UnitDtypes {
 pub struct Precision {
     /// For what has no override: the engine's.
     engine: UnitDtypes,
+    /// Units that compute in one 16-bit type collect gradients in it.
+    grads_in_param_dtype: bool,
     units: BTreeMap<ModuleId, UnitDtypes>,
     params: BTreeMap<ParamId, DType>,
 }
@@ -48,12 +50,23 @@ impl Precision {
     pub fn reduce_dtype(&self, unit: ModuleId) -> DType {
         self.units.get(&unit).and_then(|d| d.reduce).or(self.engine.reduce).unwrap_or(DType::F32)
     }
+
+    /// The type that a unit collects gradients in whose parameters are computed in these types.
+    pub fn grad_dtype(&self, mut computed: impl Iterator<Item = DType>) -> DType {
+        let first = computed.next().filter(|_| self.grads_in_param_dtype).unwrap_or(DType::F32);
+        if computed.all(|d| d == first) {
+            first
+        } else {
+            DType::F32
+        }
+    }
 }
 
 impl ModuleTree {
     /// The tree with an engine's choice for what has no override.
     pub fn with_engine_dtypes(mut self, config: &EngineConfig) -> ModuleTree {
         self.precision.engine = UnitDtypes { param: config.param_dtype, reduce: Some(config.reduce_dtype) };
+        self.precision.grads_in_param_dtype = config.grads_in_param_dtype;
         self
     }
 

@@ -143,6 +143,20 @@ fn a_description_is_planned_as_it_is_wrapped() {
     assert_eq!((&p["all_gather"], &p["reduce_scatter"]), (&traffic(3, 480), &traffic(3, 240)));
     assert_eq!((&p["gradient_slot_bytes"], &p["unsharded_peak_bytes"]), (&json!(160), &json!(480)));
 
+    let p = planned(&[
+        "-n",
+        "2",
+        "--wrap",
+        "Block",
+        "--param-dtype",
+        "bfloat16",
+        "--grads-in-param-dtype",
+        "--gradient-slots",
+        "1",
+        &net,
+    ]);
+    assert_eq!((&p["gradient_slot_bytes"], &p["grads_in_param_dtype"]), (&json!(80), &json!(true)));
+
     let p = planned(&["-n", "1", "--unit", "layers.*", "--unit", "layers.1.up", "--optimizer", "sgd", &net]);
     assert_eq!(unit_names(&p), ["", "layers.0", "layers.1", "layers.1.up"]);
     assert_eq!(p["optimizer_bytes"], 0);

@@ -31,10 +31,25 @@ static fsdp_engine_t *engine_of(const job_t *job, const element_t *element, int6
   CHECK_OK(fsdp_model_wrap_class(model, "Layer"));
   config.param_dtype = dtype_of(element);
   config.reduce_dtype = dtype_of(element);
+  config.grads_in_param_dtype = 1;
   CHECK_OK(fsdp_engine_create(model, job->comm, &config, &engine));
   fsdp_model_destroy(model);
   free(values);
   return engine;
+}
+
+/* Writes the gradient of the parameter as a backward in its dtype does: `value` everywhere, exact in bfloat16. */
+static void write_grad(fsdp_engine_t *engine, const element_t *element, float value) {
+  fsdp_tensor_t out;
+  int32_t accumulate = 0;
+  CHECK_OK(fsdp_engine_param_grad(engine, 0, &out, &accumulate));
+  CHECK(!accumulate && out.dtype.bits == 8 * element->bytes);
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  for (int64_t i = 0; i < out.shape[0]; i++) {
+    if (element->bytes == 4) ((float *)out.data)[i] = value;
+    else ((uint16_t *)out.data)[i] = (uint16_t)(bits >> 16);
+  }
 }
 
 static void unit_path(const job_t *job, const element_t *element, int64_t bytes, int count) {
@@ -50,7 +65,7 @@ static void unit_path(const job_t *job, const element_t *element, int64_t bytes,
     CHECK_OK(fsdp_engine_reshard(engine, 1));
     CHECK_OK(fsdp_engine_end_forward(engine));
     CHECK_OK(fsdp_engine_unshard(engine, 1, &buffer));
-    CHECK_OK(stack_add_grad(engine, 0, (float)(job->rank + 1)));
+    write_grad(engine, element, (float)(job->rank + 1));
     CHECK_OK(fsdp_comm_barrier(job->comm));
     begin = begin_together();
     CHECK_OK(fsdp_engine_reduce(engine, 1));

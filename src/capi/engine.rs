@@ -76,6 +76,14 @@ pub struct fsdp_engine_config_t {
     pub cpu_offload: i32,
     /// The engine computes on a GPU: see fsdp_cuda_config_t; borrowed for the call. On every rank or on none. NULL: on the CPU.
     pub cuda: *const fsdp_cuda_config_t,
+    /// 1: gradients come in the dtype that their parameters are computed in. A unit whose parameters are all computed in the
+    /// same 16-bit dtype then collects its gradients in it: the regions of fsdp_engine_param_grad have that dtype, and take
+    /// and move half of the memory. That is so for the first gradient of a parameter in a backward: what is added to is
+    /// float32, as is everything while backwards leave their gradients for later ones
+    /// (fsdp_engine_set_requires_gradient_sync) or a communication hook is set, so that nothing is rounded that would not be
+    /// with 0. Ranks sum as ever: each gradient rounded to reduce_dtype, in float32. On lent collectives only in units whose
+    /// reduce_dtype is the same. 0: all regions are float32. FSDP_ERR_UNSUPPORTED on a GPU.
+    pub grads_in_param_dtype: i32,
 }
 
 // SAFETY: repr(C), begins with its size, plain data.
@@ -172,6 +180,7 @@ unsafe fn engine_config(c: &fsdp_engine_config_t) -> Result<EngineConfig> {
         param_init,
         sync_module_states: c.sync_module_states != 0,
         cpu_offload: c.cpu_offload != 0,
+        grads_in_param_dtype: c.grads_in_param_dtype != 0,
         cuda,
     })
 }

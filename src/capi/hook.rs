@@ -43,8 +43,8 @@ pub struct fsdp_unit_gradients_t {
 pub type fsdp_comm_hook_fn =
     Option<unsafe extern "C" fn(gradients: *const fsdp_unit_gradients_t, user_data: *mut c_void) -> i32>;
 
-/// Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32, before they
-/// are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
+/// Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32 (with
+/// grads_in_param_dtype, too), before they are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
 /// no gradient. Once a reduction: a unit that is reduced twice in a backward is seen twice, each time with what came
 /// since. NULL: no hook, as at first. A hook that fails makes the call that it was called by fail with
 /// FSDP_ERR_CALLBACK, naming the unit, and aborts the communicator, so that every other rank gets FSDP_ERR_ABORTED with

@@ -40,6 +40,8 @@ pub struct fsdp_plan_request_t {
     pub device_type: i32,
     /// On a GPU: as in fsdp_cuda_config_t.
     pub prefetch: u32,
+    /// As in fsdp_engine_config_t.
+    pub grads_in_param_dtype: i32,
 }
 
 /// What an engine will use and do. "This rank" is the one asked for; ranks differ in padding and optimizer state only. A
@@ -274,6 +276,7 @@ unsafe fn forecast(model: *const fsdp_model_t, request: *const fsdp_plan_request
         reduce_dtype: reduce_dtype(r.reduce_dtype, of)?,
         param_dtype: param_dtype(r.param_dtype, of)?,
         cpu_offload: r.cpu_offload != 0,
+        grads_in_param_dtype: r.grads_in_param_dtype != 0,
         cuda: match r.device_type {
             0 | FSDP_DEVICE_CPU => None,
             FSDP_DEVICE_CUDA => Some(CudaConfig { prefetch: r.prefetch as usize, ..CudaConfig::default() }),

@@ -7,6 +7,7 @@ use super::tensor::{self, fsdp_tensor_t, HostTensor};
 use crate::dtype::DType;
 use crate::engine::Engine;
 use crate::error::{err, Result};
+use crate::gradients::Region;
 
 /// This rank's piece of a parameter. The pointers are borrowed until fsdp_engine_destroy; when data may be written is
 /// said at fsdp_engine_begin_write. Of an engine on a GPU they are device addresses, to be used on the compute stream; with
@@ -45,8 +46,9 @@ pub unsafe extern "C" fn fsdp_engine_param_data(
 }
 
 /// The memory that collects a parameter's full gradient in this backward, in the parameter's shape: float32, whatever the
-/// parameter is computed in. *out_accumulate 0:
-/// overwrite all of it (its contents are undefined); 1: add to it. The parameter counts as having a gradient from here
+/// parameter is computed in, unless the engine has grads_in_param_dtype: then out->dtype says what. *out_accumulate 0:
+/// overwrite all of it (its contents are undefined); 1: add to it, in float32 (what was written in 16 bits has been widened,
+/// to another address; other parameters' regions stay). The parameter counts as having a gradient from here
 /// on. Writable until its unit is reduced. Local, but may wait for an earlier reduction. Errors: FSDP_ERR_INVALID_STATE
 /// if the parameter is frozen or nothing was unsharded since the last iteration ended. On a GPU: device memory, to be written
 /// on the compute stream; does not wait; another address in each backward, the same until the unit is reduced. Parameters that
@@ -93,18 +95,18 @@ pub unsafe extern "C" fn fsdp_engine_reserve_grad(
 unsafe fn gradient_region(
     object: &EngineObject,
     param: u32,
-    region: fn(&Engine, u32) -> Result<(*mut f32, bool)>,
+    region: fn(&Engine, u32) -> Result<Region>,
     out: *mut fsdp_tensor_t,
     out_accumulate: *mut i32,
 ) -> Result<()> {
     // SAFETY: the caller's promise; both are checked before anything changes.
     let (_, out_accumulate) = unsafe { (self::out(out, "out")?, self::out(out_accumulate, "out_accumulate")?) };
-    let (address, held) = region(&object.engine, param)?;
-    out_accumulate.write(held.into());
+    let region = region(&object.engine, param)?;
+    out_accumulate.write(region.held.into());
     // SAFETY: the caller's promise; the shape lives as long as the engine.
     unsafe {
         let shape = &object.engine.param(param)?.shape;
-        tensor::write_on(object.engine.gpu(), out, address.cast(), DType::F32, shape)
+        tensor::write_on(object.engine.gpu(), out, region.data, region.dtype, shape)
     }
 }
 

@@ -162,6 +162,39 @@ pub struct Slot {
 // SAFETY: a slot is a plain address inside a mapping that the communicator keeps; the engine's lock guards its use.
 unsafe impl Send for Slot {}
 
+/// What a slot holds of a parameter's gradient, as ranks tell each other: ranks may hold the same gradient differently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Held {
+    #[default]
+    Nothing = 0,
+    /// Elements of the unit's 16-bit gradient type ([`Segment::narrow`]), at the unit's layout from the slot's start on.
+    Narrow = 1,
+    /// Floats, at the unit's layout: from the slot's start on or, in a unit that has a 16-bit type, behind all of those.
+    Float32 = 2,
+}
+
+impl Held {
+    /// Whether there is a gradient.
+    pub fn is_there(self) -> bool {
+        self != Held::Nothing
+    }
+
+    /// What a flag that a rank has published means; anything unknown is nothing.
+    pub(crate) fn from_code(code: u8) -> Held {
+        [Held::Narrow, Held::Float32].into_iter().find(|h| *h as u8 == code).unwrap_or_default()
+    }
+}
+
+/// First byte in a slot of what is [`Held::Float32`] of a unit of so many elements: behind those in its 16-bit type, if it has
+/// one.
+pub(crate) fn wide_offset(narrow: DType, elements: usize) -> usize {
+    match narrow {
+        DType::F32 => 0,
+        _ => (elements * narrow.size()).next_multiple_of(64),
+    }
+}
+
 /// A part of this rank's shard of a unit: one parameter's piece.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
@@ -171,10 +204,22 @@ pub struct Segment {
     pub offset: usize,
     /// Elements.
     pub len: usize,
+    /// The type of what is [`Held::Narrow`]; float32 in a unit that has none.
+    pub narrow: DType,
     /// Where the mean goes: `len` floats of this rank's gradient shard.
     pub out: *mut f32,
     /// Add to `out` instead of overwriting it.
     pub accumulate: bool,
+}
+
+impl Segment {
+    /// The type of what a slot holds of this piece, and its first byte there; the unit has `elements`.
+    pub(crate) fn place(&self, held: Held, elements: usize) -> (DType, usize) {
+        match held {
+            Held::Narrow => (self.narrow, self.offset * self.narrow.size()),
+            _ => (DType::F32, wide_offset(self.narrow, elements) + self.offset * DType::F32.size()),
+        }
+    }
 }
 
 /// Gradient slots of this rank, as [`Communicator::alloc_slots`] made them: they live as long as `owner`.
@@ -302,10 +347,10 @@ pub trait Communicator: Send + Sync {
     // over the ranks that have the parameter, in rank order 0..W-1, divided by W, written or added to `out`.
 
     /// Publishes the full gradient in `slot`, `tag.bytes` of `tag.dtype` (float32, or a 16-bit type that is summed in
-    /// float32). A communicator that moves no bytes finds as many float32s there instead, which it rounds to `tag.dtype` as
-    /// it sums them. `present[i]` says whether parameter i of the unit has one here. Does not wait. The slot must not be
+    /// float32). A communicator that moves no bytes finds it there as `held` says instead, and rounds what is of another type
+    /// than `tag.dtype` as it sums it. `held[i]` is of parameter i of the unit. Does not wait. The slot must not be
     /// written until `reduce_done(ticket)`.
-    fn reduce_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket>;
+    fn reduce_start(&self, tag: Tag, slot: &Slot, held: &[Held]) -> Result<Ticket>;
     /// Does this rank's part of what every rank has started or skipped by now. Does not wait.
     fn reduce_ready(&self, slots: u64, target: &mut dyn ReduceTarget) -> Result<()>;
     /// Whether every rank has done its part of the reduce-scatter, so that its slot is free.

@@ -2,7 +2,8 @@
 
 use super::memory::Mapping;
 use super::{
-    combine, memory, reduce, Arena, Check, Communicator, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket, UnitName,
+    combine, memory, reduce, Arena, Check, Communicator, Held, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket,
+    UnitName,
 };
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
@@ -33,13 +34,10 @@ struct State {
 /// A reduction that was started and not done.
 struct Pending {
     ticket: Ticket,
-    data: *const u8,
+    slot: Slot,
     tag: Tag,
-    present: Vec<bool>,
+    held: Vec<Held>,
 }
-
-// SAFETY: the address lies in a slot whose owner the engine keeps while a reduction is pending.
-unsafe impl Send for Pending {}
 
 /// The memory of one arena and its count of READ phases.
 struct ArenaMemory {
@@ -180,7 +178,7 @@ impl Communicator for Single {
         }
     }
 
-    fn reduce_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
+    fn reduce_start(&self, tag: Tag, slot: &Slot, held: &[Held]) -> Result<Ticket> {
         let mut state = self.working()?;
         if !reduce::supports(tag.dtype) || !reduce::fits(tag, slot.bytes) {
             let (bytes, room) = (tag.bytes, slot.bytes);
@@ -194,7 +192,7 @@ impl Communicator for Single {
         let slots = slots.ok_or_else(|| err!(InvalidArgument, "unit {} has no gradient slots", tag.unit))? as u64;
         let ticket = Ticket { slots, number: state.started };
         state.started += 1;
-        state.pending.push(Pending { ticket, data: slot.data, tag, present: present.to_vec() });
+        state.pending.push(Pending { ticket, slot: *slot, tag, held: held.to_vec() });
         Ok(ticket)
     }
 
@@ -209,16 +207,20 @@ impl Communicator for Single {
             let unit = (pending.tag.unit - first) as usize;
             let dtype = pending.tag.dtype;
             let elements = pending.tag.bytes as usize / dtype.size();
-            for s in target.segments(unit).iter().filter(|s| pending.present[s.param]) {
-                assert!(s.offset + s.len <= elements, "a segment outside its unit");
+            for s in target.segments(unit).iter().filter(|s| pending.held[s.param].is_there()) {
+                let (of, at) = s.place(pending.held[s.param], elements);
+                let end = at + s.len * of.size();
+                assert!(s.offset + s.len <= elements && end <= pending.slot.bytes, "a segment outside its unit");
                 // SAFETY: the segment lies in the slot (asserted), whose owner is alive and which the host does not
                 // write before this returns; `out` is the host's, for `len` floats.
                 unsafe {
-                    let source = pending.data.cast::<f32>().add(s.offset);
-                    reduce::mean_rounded(dtype, &[source], 1, s.out, s.len, s.accumulate);
+                    let source = pending.slot.data.add(at).cast_const();
+                    reduce::mean(dtype, &[of], &[source], 1, s.out, s.len, s.accumulate);
                 }
             }
-            target.reduced(unit, &pending.present);
+            // In the same memory.
+            let present: Vec<bool> = pending.held.into_iter().map(Held::is_there).collect();
+            target.reduced(unit, &present);
         }
         Ok(())
     }
@@ -317,12 +319,12 @@ mod tests {
             unsafe { slot.data.cast::<f32>().add(i).write(i as f32) };
         }
         let what = Tag { kind: Kind::ReduceScatter, unit: first, dtype: DType::F32, bytes: 64 };
-        let ticket = c.reduce_start(what, &slot, &[true, false]).unwrap();
+        let ticket = c.reduce_start(what, &slot, &[Held::Float32, Held::Nothing]).unwrap();
         let mut out = [100f32; 6];
         let at = out.as_mut_ptr();
         let segment = |param, offset, len, o: usize, accumulate| {
             // SAFETY: `o` lies in `out`.
-            crate::comm::Segment { param, offset, len, out: unsafe { at.add(o) }, accumulate }
+            crate::comm::Segment { param, offset, len, narrow: DType::F32, out: unsafe { at.add(o) }, accumulate }
         };
         let segments = vec![segment(0, 2, 2, 0, false), segment(0, 4, 2, 2, true), segment(1, 8, 2, 4, false)];
         let mut means = Means { segments, present: Vec::new() };
@@ -333,7 +335,7 @@ mod tests {
         assert!(c.reduce_done(ticket).unwrap());
         let none = Ticket { number: 1, ..ticket };
         assert_eq!(c.reduce_wait(none, &mut means, true).unwrap_err().status, Status::InvalidState);
-        assert!(c.reduce_start(what, &slots.slots[0], &[true]).is_err(), "64 bytes do not fit 32");
+        assert!(c.reduce_start(what, &slots.slots[0], &[Held::Float32]).is_err(), "64 bytes do not fit 32");
     }
 
     #[test]

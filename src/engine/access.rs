@@ -3,6 +3,7 @@
 use super::{Engine, Locked};
 use crate::dtype::DType;
 use crate::error::{err, Result};
+use crate::gradients::Region;
 use crate::module::ParamId;
 use crate::plan::{ParamPlan, UnitId};
 use crate::shards::ShardStore;
@@ -35,18 +36,17 @@ impl Engine {
         Ok(self.unit_buffer(p.unit).wrapping_add(offset))
     }
 
-    /// The region for a parameter's full gradient, and whether it holds one already (add) or not (overwrite). Counts as
-    /// written. May wait for a slot.
-    pub fn param_grad(&self, param: ParamId) -> Result<(*mut f32, bool)> {
+    /// The region for a parameter's full gradient. Counts as written. May wait for a slot.
+    pub fn param_grad(&self, param: ParamId) -> Result<Region> {
         let (p, mut state) = self.may_get_gradient(param)?;
-        state.gradients.region(self.plan(), p.unit, p.index)
+        state.gradients.region(self.plan(), p.unit, p.index, p.compute)
     }
 
     /// The same region, for an operator that is about to compute the gradient there: it does not count as written until
     /// `param_grad`. May wait for a slot.
-    pub fn reserve_grad(&self, param: ParamId) -> Result<(*mut f32, bool)> {
+    pub fn reserve_grad(&self, param: ParamId) -> Result<Region> {
         let (p, mut state) = self.may_get_gradient(param)?;
-        state.gradients.reserve(self.plan(), p.unit, p.index)
+        state.gradients.reserve(self.plan(), p.unit, p.index, p.compute)
     }
 
     /// An error if a parameter can get no gradient now.
@@ -78,14 +78,26 @@ impl Engine {
             let or = if compute == f32 { String::new() } else { format!(" or {compute}, which it is computed in") };
             return Err(err!(InvalidArgument, "the gradient of \"{}\" is {dtype}: it can be {f32}{or}", p.fqn));
         }
-        let (region, held) = self.param_grad(param)?;
+        let region = {
+            let (p, mut state) = self.may_get_gradient(param)?;
+            state.gradients.region(self.plan(), p.unit, p.index, dtype)?
+        };
         let len = self.plan().units[p.unit as usize].layout.numels[p.index];
         if len == 0 {
             return Ok(());
         }
         // SAFETY: the region has room for the parameter, and no peer reads it before its unit is reduced; `grad` is the
         // caller's promise.
-        unsafe { self.device.accumulate(dtype, grad, region, len, held) }
+        unsafe {
+            match region.dtype {
+                DType::F32 => self.device.accumulate(dtype, grad, region.data.cast(), len, region.held),
+                // As it is, and the first: on the CPU only.
+                _ => {
+                    std::ptr::copy_nonoverlapping(grad, region.data, len * dtype.size());
+                    Ok(())
+                }
+            }
+        }
     }
 
     /// This rank's piece of a parameter and of its gradient.

@@ -30,7 +30,9 @@ impl Engine {
     /// Whether backwards from here on reduce their gradients, or leave them unsharded for a later one. The same on every
     /// rank. Local.
     pub fn set_requires_gradient_sync(&self, required: bool) -> Result<()> {
-        self.lock()?.accumulation.requires_gradient_sync = required;
+        let mut state = self.lock()?;
+        state.accumulation.requires_gradient_sync = required;
+        state.gradients.adds_later = !required;
         Ok(())
     }
 

@@ -108,6 +108,15 @@ fn sixteen_bits_need_copies_and_move_less() {
     assert_eq!((f.unsharded_peak_bytes, f.all_gather.bytes), (full - 2 * 66, 2 * (full - 2 * 66) - (4 * 8 - 2 * 5)));
     assert_eq!((f.param_shard_bytes, f.unit_buffer_bytes), (368, 832));
     assert_eq!(f.host_peak_bytes, 832 + 256 + 2 * (512 + 736) + 8 * 66);
+    assert_eq!(f.gradient_slot_bytes, 4 * (8 + 136 + 40));
+    r.config.grads_in_param_dtype = true;
+    // A unit of two types collects in float32.
+    let narrow = Forecast::new(&t, &r).unwrap();
+    assert_eq!(narrow.gradient_slot_bytes, 2 * 8 + 4 * 136 + 2 * 40);
+    assert_eq!(narrow.reduce_scatter, f.reduce_scatter);
+    r.config.cuda = Some(crate::config::CudaConfig::default());
+    assert!(Forecast::new(&t, &r).unwrap_err().message.contains("grads_in_param_dtype"));
+    (r.config.cuda, r.config.grads_in_param_dtype) = (None, false);
     t.set_unit_dtypes(2, crate::precision::UnitDtypes { param: Some(DType::F32), reduce: Some(DType::F16) }).unwrap();
     let f = Forecast::new(&t, &r).unwrap();
     assert_eq!((f.compute_buffer_bytes, f.reduce_scatter.bytes), (128, 4 * (8 + 136) + 2 * 40));

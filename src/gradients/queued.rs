@@ -11,6 +11,7 @@
 
 use super::{Place, Reducer};
 use crate::comm::nccl::{Mean, NcclQueues};
+use crate::comm::Held;
 use crate::error::{err, Error, Result, Status};
 use crate::mesh::Mesh;
 use crate::pipeline::Pipeline;
@@ -234,9 +235,10 @@ impl Reducer for QueuedSlots {
         let _ = self.shared.run(|pipeline, queues| pipeline.discard(queues, unit));
     }
 
-    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, present: &[bool]) -> Result<()> {
+    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, held: &[Held]) -> Result<()> {
+        let present: Vec<bool> = held.iter().map(|h| h.is_there()).collect();
         let averaged = self.shared.averages();
-        self.launch(plan, Launched { unit, averaged }, place.slot, present)
+        self.launch(plan, Launched { unit, averaged }, place.slot, &present)
     }
 
     fn reduced(&mut self, unit: UnitId, present: &[bool]) {

@@ -5,9 +5,12 @@
 //! in different orders. Slots take memory only where they are written; a spare one gives it back. A slot is free when every
 //! rank has done its part of the reduction, which happens inside hooks, as soon as every rank has started it or has ended its
 //! backward.
+//!
+//! A slot for units that collect in 16 bits has addresses behind its own bytes for the same gradients in float32, and
+//! gives its memory back when it is free if it took some there.
 
 use super::{Place, Reducer};
-use crate::comm::{reduce, Communicator, Kind, ReduceTarget, Segment, Slots, Tag, Ticket};
+use crate::comm::{reduce, Communicator, Held, Kind, ReduceTarget, Segment, Slots, Tag, Ticket};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::plan::{Plan, UnitId, UnitPlan};
@@ -26,7 +29,11 @@ enum SlotUse {
 pub struct HostSlots {
     comm: Arc<dyn Communicator>,
     memory: Slots,
+    /// Bytes of each slot as it is counted: without the float32 places of units that collect in 16 bits.
+    sizes: Vec<usize>,
     uses: Vec<SlotUse>,
+    /// How far the unit in each slot reaches beyond them.
+    beyond: Vec<usize>,
     /// The slots whose reduce-scatters were started and not yet seen done.
     in_flight: Vec<usize>,
     /// How many regular and spare slots are in use, and were at most.
@@ -93,16 +100,25 @@ impl HostSlots {
         let mut sizes = plan.slot_bytes(slots);
         let regular = sizes.len();
         let mut spare = Vec::new();
+        let room = |size: &usize| {
+            let fits = plan.units.iter().filter(|u| u.grad_bytes() <= *size);
+            fits.map(UnitPlan::slot_room).max().unwrap_or(0)
+        };
+        let mut rooms: Vec<usize> = sizes.iter().map(room).collect();
         for unit in &plan.units {
             spare.push((unit.bytes() > 0).then_some(sizes.len()));
-            sizes.extend(Some(unit.bytes()).filter(|bytes| *bytes > 0));
+            if unit.bytes() > 0 {
+                sizes.push(unit.grad_bytes());
+                rooms.push(unit.slot_room());
+            }
         }
         let units = plan.units.len() as UnitId;
-        let memory = comm.alloc_slots(&sizes, flags, first_unit..first_unit + units)?;
+        let memory = comm.alloc_slots(&rooms, flags, first_unit..first_unit + units)?;
         let of_unit = |u: &UnitPlan| stores[u.store].clone();
         let numbers = |p: &u32| plan.params[*p as usize].store_param;
         Ok(HostSlots {
             uses: vec![SlotUse::Free; sizes.len()],
+            beyond: vec![0; sizes.len()],
             in_flight: Vec::new(),
             used: [0; 2],
             peaks: [0; 2],
@@ -120,6 +136,7 @@ impl HostSlots {
                 began: 0,
             },
             memory,
+            sizes,
             comm,
         })
     }
@@ -131,8 +148,8 @@ impl HostSlots {
         let mut first: Option<(Ticket, usize)> = None;
         // From the smallest.
         for slot in (0..self.regular).rev() {
-            let size = self.memory.slots[slot].bytes;
-            if first.is_some_and(|(_, other)| size > self.memory.slots[other].bytes) {
+            let size = self.sizes[slot];
+            if first.is_some_and(|(_, other)| size > self.sizes[other]) {
                 break;
             }
             match self.uses[slot] {
@@ -176,7 +193,7 @@ impl HostSlots {
         self.uses[slot] = SlotUse::Free;
         self.in_flight.retain(|s| *s != slot);
         self.used[(slot >= self.regular) as usize] -= 1;
-        if slot >= self.regular {
+        if std::mem::take(&mut self.beyond[slot]) > 0 || slot >= self.regular {
             self.comm.trim_slot(self.memory.id, &self.memory.slots[slot]);
         }
     }
@@ -185,7 +202,7 @@ impl HostSlots {
 impl Reducer for HostSlots {
     fn acquire(&mut self, plan: &Plan, unit: UnitId) -> Result<Place> {
         let spare = self.spare[unit as usize].expect("a unit with elements has one");
-        let slot = self.choose(plan.units[unit as usize].bytes(), spare)?;
+        let slot = self.choose(plan.units[unit as usize].grad_bytes(), spare)?;
         self.uses[slot] = SlotUse::Open;
         let kind = (slot >= self.regular) as usize;
         self.used[kind] += 1;
@@ -197,29 +214,37 @@ impl Reducer for HostSlots {
         self.free(place.slot);
     }
 
-    fn start(&mut self, plan: &Plan, unit: UnitId, Place { slot, .. }: Place, present: &[bool]) -> Result<()> {
-        let (layout, dtype) = (&plan.units[unit as usize].layout, plan.units[unit as usize].reduce_dtype);
+    fn widened(&mut self, plan: &Plan, unit: UnitId, Place { slot, .. }: Place) {
+        self.beyond[slot] = plan.units[unit as usize].slot_room().saturating_sub(self.sizes[slot]);
+    }
+
+    fn start(&mut self, plan: &Plan, unit: UnitId, Place { slot, .. }: Place, held: &[Held]) -> Result<()> {
+        let u = &plan.units[unit as usize];
+        let (layout, dtype) = (&u.layout, u.reduce_dtype);
         let bytes = (layout.len * dtype.size()) as u64;
-        // Where no bytes move, gradients are rounded as they are summed.
+        // Where no bytes move, gradients are rounded as they are summed. What is in 16 bits is in those that are sent.
         if dtype != DType::F32 && self.comm.moves_bytes() {
             let data = self.memory.slots[slot].data;
-            for (index, _) in present.iter().enumerate().filter(|(_, present)| **present) {
+            for (index, _) in held.iter().enumerate().filter(|(_, held)| **held == Held::Float32) {
                 let (at, len) = (layout.offsets[index], layout.numels[index]);
                 // SAFETY: the slot holds the unit's floats. Parameters lie in ascending order, and a narrower one never
                 // reaches the floats of those that follow.
-                unsafe { reduce::narrow(dtype, data.cast::<f32>().add(at), data.add(at * 2), len) };
+                unsafe {
+                    let from = data.add(u.wide_offset()).cast::<f32>().add(at);
+                    reduce::narrow(dtype, from, data.add(at * dtype.size()), len);
+                }
             }
         }
         if self.comm.moves_bytes() {
             // What another rank has a gradient for is summed as a whole.
-            for (index, _) in present.iter().enumerate().filter(|(_, present)| !**present) {
+            for (index, _) in held.iter().enumerate().filter(|(_, held)| !held.is_there()) {
                 let (at, bytes) = (layout.offsets[index] * dtype.size(), layout.numels[index] * dtype.size());
                 // SAFETY: the parameter's place in the slot, in elements of the reduce dtype.
                 unsafe { self.memory.slots[slot].data.add(at).write_bytes(0, bytes) };
             }
         }
         let tag = Tag { kind: Kind::ReduceScatter, unit: self.first_unit + unit, dtype, bytes };
-        let ticket = self.comm.reduce_start(tag, &self.memory.slots[slot], present)?;
+        let ticket = self.comm.reduce_start(tag, &self.memory.slots[slot], held)?;
         self.uses[slot] = SlotUse::Started(ticket);
         self.in_flight.push(slot);
         Ok(())
@@ -244,8 +269,8 @@ impl Reducer for HostSlots {
     }
 
     fn used_bytes(&self) -> u64 {
-        let used = self.uses.iter().zip(&self.memory.slots).filter(|(u, _)| !matches!(u, SlotUse::Free));
-        used.map(|(_, slot)| slot.bytes as u64).sum()
+        let used = (0..self.uses.len()).filter(|slot| !matches!(self.uses[*slot], SlotUse::Free));
+        used.map(|slot| (self.sizes[slot] + self.beyond[slot]) as u64).sum()
     }
 
     fn peaks(&self) -> [usize; 2] {

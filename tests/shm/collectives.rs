@@ -1,7 +1,7 @@
 //! Every collective at several world sizes, against sums computed in place.
 
 use crate::support::*;
-use fsdp::comm::{Arena, Check, Communicator, Kind, ReduceOp, ReduceTarget, Segment, Slot, Ticket};
+use fsdp::comm::{Arena, Check, Communicator, Held, Kind, ReduceOp, ReduceTarget, Segment, Slot, Ticket};
 use fsdp::dtype::DType;
 
 const WORLDS: [usize; 5] = [1, 2, 3, 4, 8];
@@ -179,8 +179,8 @@ impl Round<'_> {
                 unsafe { slot.data.cast::<f32>().add(i).write(x) };
             }
         }
-        let present: Vec<bool> = (0..4).map(|p| has(me, p, t)).collect();
-        self.c.reduce_start(tag(Kind::ReduceScatter, self.unit, self.total() * 4), slot, &present).unwrap()
+        let held: Vec<Held> = (0..4).map(|p| if has(me, p, t) { Held::Float32 } else { Held::Nothing }).collect();
+        self.c.reduce_start(tag(Kind::ReduceScatter, self.unit, self.total() * 4), slot, &held).unwrap()
     }
 
     fn checker(&self) -> Checker {
@@ -218,6 +218,7 @@ impl ReduceTarget for Checker {
             param: p,
             offset: self.at(p),
             len: self.n,
+            narrow: DType::F32,
             // SAFETY: parameter p's piece of `out`.
             out: unsafe { start.add(p * self.n) },
             accumulate: (p + self.t) % 2 == 0,
@@ -300,7 +301,7 @@ impl ReduceTarget for Sums {
     fn segments(&mut self, unit: usize) -> &[Segment] {
         // SAFETY: the vector has an element a unit.
         let out = unsafe { self.values.as_mut_ptr().add(unit) };
-        self.segments = vec![Segment { param: 0, offset: 0, len: 1, out, accumulate: true }];
+        self.segments = vec![Segment { param: 0, offset: 0, len: 1, narrow: DType::F32, out, accumulate: true }];
         &self.segments
     }
     fn reduced(&mut self, _: usize, present: &[bool]) {
@@ -322,7 +323,7 @@ pub fn unordered(rank: &Rank) -> String {
                 let slot = &memory.slots[2 * u + n];
                 // SAFETY: the slot holds one float, and was read by all before the last iteration ended.
                 unsafe { slot.data.cast::<f32>().write(gradient(me, u, n, k)) };
-                c.reduce_start(tag(Kind::ReduceScatter, first + u as u32, 4), slot, &[true]).unwrap();
+                c.reduce_start(tag(Kind::ReduceScatter, first + u as u32, 4), slot, &[Held::Float32]).unwrap();
                 c.reduce_ready(memory.id, &mut sums).unwrap();
             }
         }

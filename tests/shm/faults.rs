@@ -1,7 +1,7 @@
 //! What goes wrong at run time: killed ranks, ranks that disagree, leave, abort or do not come.
 
 use crate::support::*;
-use fsdp::comm::{Check, Communicator, Kind, ReduceOp};
+use fsdp::comm::{Check, Communicator, Held, Kind, ReduceOp};
 use fsdp::dtype::DType;
 use fsdp::error::{Error, Result, Status};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub fn kill(rank: &Rank) -> String {
     let arena = c.alloc_arena(4096).unwrap();
     let memory = c.alloc_slots(&[256], 1, unit..unit + 1).unwrap();
     let reduce = |c: &Arc<dyn Communicator>| {
-        c.reduce_start(tag(Kind::ReduceScatter, unit, 256), &memory.slots[0], &[true]).unwrap()
+        c.reduce_start(tag(Kind::ReduceScatter, unit, 256), &memory.slots[0], &[Held::Float32]).unwrap()
     };
     let mut nothing = Nothing::default();
     let dies = || -> ! {
@@ -110,7 +110,7 @@ pub fn train_loop(rank: &Rank) -> String {
         let mut nothing = Nothing::default();
         for u in [1, 0] {
             let what = tag(Kind::ReduceScatter, unit + u, n * w * 4);
-            let ticket = c.reduce_start(what, &slots[u as usize], &[true])?;
+            let ticket = c.reduce_start(what, &slots[u as usize], &[Held::Float32])?;
             c.reduce_wait(ticket, &mut nothing, true)?;
         }
         c.reduce_end(memory.id, &mut nothing)?;
@@ -171,7 +171,7 @@ pub fn mismatch(rank: &Rank) -> String {
     let gather = |u, bytes| gather_of(Kind::AllGather, u, bytes, Check::Announce);
     let reduce = |bytes, params: usize| {
         let what = tag(Kind::ReduceScatter, unit, bytes);
-        c.reduce_start(what, &memory.slots[0], &vec![true; params])?;
+        c.reduce_start(what, &memory.slots[0], &vec![Held::Float32; params])?;
         c.reduce_end(memory.id, &mut Nothing::default())
     };
     let first = match (rank.case.as_str(), odd) {
@@ -250,7 +250,7 @@ pub fn skip(rank: &Rank) -> String {
     c.barrier().unwrap();
     let step = || -> Result<()> {
         for u in 0..2 {
-            c.reduce_start(tag(Kind::ReduceScatter, unit + u, 64), &memory.slots[u as usize], &[true])?;
+            c.reduce_start(tag(Kind::ReduceScatter, unit + u, 64), &memory.slots[u as usize], &[Held::Float32])?;
         }
         if rank.rank() != 1 {
             c.reduce_end(memory.id, &mut Nothing::default())?;
@@ -330,7 +330,7 @@ pub fn leave_late(rank: &Rank) -> String {
     let c = rank.init();
     let unit = c.name_units(&names(&["a"]));
     let memory = c.alloc_slots(&[64], 1, unit..unit + 1).unwrap();
-    c.reduce_start(tag(Kind::ReduceScatter, unit, 64), &memory.slots[0], &[true]).unwrap();
+    c.reduce_start(tag(Kind::ReduceScatter, unit, 64), &memory.slots[0], &[Held::Float32]).unwrap();
     if rank.rank() == 2 {
         sleep_ms(400);
     }

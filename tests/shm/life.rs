@@ -1,7 +1,7 @@
 //! The life of a communicator: making it from the environment, using it wrongly, making it again, leaving nothing behind.
 
 use crate::support::*;
-use fsdp::comm::{env, shm, Check, Kind, Tag, Ticket};
+use fsdp::comm::{env, shm, Check, Held, Kind, Tag, Ticket};
 use fsdp::dtype::DType;
 use fsdp::error::Status;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -24,12 +24,12 @@ pub fn misuse(rank: &Rank) -> String {
         seen.push(c.reduce_wait(none, &mut nothing, true).unwrap_err().status);
         assert_eq!(seen, [Status::InvalidState; 2]);
         seen.clear();
-        seen.push(c.reduce_start(scatter(128), &slots[0], &[true]).unwrap_err().status);
-        seen.push(c.reduce_start(scatter(64), &slots[0], &[true; 2]).unwrap_err().status);
+        seen.push(c.reduce_start(scatter(128), &slots[0], &[Held::Float32]).unwrap_err().status);
+        seen.push(c.reduce_start(scatter(64), &slots[0], &[Held::Float32; 2]).unwrap_err().status);
         let stranger = fsdp::comm::Slot { index: 1, ..slots[0] };
-        seen.push(c.reduce_start(scatter(64), &stranger, &[true]).unwrap_err().status);
+        seen.push(c.reduce_start(scatter(64), &stranger, &[Held::Float32]).unwrap_err().status);
         let other = tag(Kind::ReduceScatter, unit + 1, 64);
-        seen.push(c.reduce_start(other, &slots[0], &[true]).unwrap_err().status);
+        seen.push(c.reduce_start(other, &slots[0], &[Held::Float32]).unwrap_err().status);
         seen.push(c.all_gather_host(&[0; 4], &mut [0; 5], DType::F32).unwrap_err().status);
         seen.push(c.broadcast(&mut [0; 4], DType::F32, 2).unwrap_err().status);
         let single = fsdp::comm::single::init();
@@ -39,13 +39,13 @@ pub fn misuse(rank: &Rank) -> String {
         seen.push(c.reduce_ready(7, &mut nothing).unwrap_err().status);
         assert_eq!(seen, [Status::InvalidArgument; 10]);
         let integers = Tag { dtype: DType::I32, ..scatter(64) };
-        assert_eq!(c.reduce_start(integers, &slots[0], &[true]).unwrap_err().status, Status::Unsupported);
+        assert_eq!(c.reduce_start(integers, &slots[0], &[Held::Float32]).unwrap_err().status, Status::Unsupported);
     }
     c.open_reads(&arena).unwrap();
     assert_eq!(c.open_reads(&arena).unwrap_err().status, Status::InvalidState);
     assert_eq!(c.wait_writable(&arena).unwrap_err().status, Status::InvalidState);
-    c.reduce_start(scatter(64), &slots[0], &[true]).unwrap();
-    let again = c.reduce_start(scatter(64), &slots[0], &[true]).unwrap_err();
+    c.reduce_start(scatter(64), &slots[0], &[Held::Float32]).unwrap();
+    let again = c.reduce_start(scatter(64), &slots[0], &[Held::Float32]).unwrap_err();
     assert_eq!(again.status, Status::InvalidState);
     c.reduce_end(memory.id, &mut nothing).unwrap();
     assert_eq!(nothing.0, 1);

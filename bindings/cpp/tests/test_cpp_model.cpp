@@ -170,15 +170,20 @@ void planning(const fsdp::Communicator& comm) {
   fsdp::PlanRequest request;
   request.world_size = static_cast<std::uint32_t>(comm.world_size());
   request.strategy = fsdp::Strategy::shard_grad_op;
-  request.reduce_dtype = {FSDP_DTYPE_BFLOAT, 16, 1};
+  request.reduce_dtype = request.param_dtype = {FSDP_DTYPE_BFLOAT, 16, 1};
   request.gradient_slots = 1;
   request.optimizer_bytes_per_element = 4;
   request.rank = static_cast<std::uint32_t>(comm.rank());
+  const std::uint64_t wide = fsdp::plan(model, request).gradient_slot_bytes;
+  request.grads_in_param_dtype = true;
   const fsdp::Plan plan = fsdp::plan(model, request);
+  REQUIRE(2 * plan.gradient_slot_bytes == wide);
 
   fsdp::EngineConfig config;
   config.strategy = request.strategy;
   config.reduce_dtype = request.reduce_dtype;
+  config.param_dtype = request.param_dtype;
+  config.grads_in_param_dtype = true;
   config.gradient_slots = request.gradient_slots;
   config.param_init_fn = all(1.0F);
   fsdp::Engine engine(model, comm, config);

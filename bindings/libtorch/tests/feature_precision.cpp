@@ -247,6 +247,86 @@ void transformer(const fsdp::Communicator& comm) {
   }
 }
 
+/// Gradients of large weights are computed where they are collected, in 16 bits.
+void large_weights(const fsdp::Communicator& comm) {
+  for (const auto type : {at::kBFloat16, at::kHalf}) {
+    const auto large = [] {
+      torch::manual_seed(7);
+      return Mlp(256);
+    };
+    const auto input = [type](int step, int rank, bool by_hand) {
+      const at::Tensor x = batch_of(step, rank, {8, 256});
+      return by_hand ? x.to(type) : x;
+    };
+    auto options = options_of(comm, fsdp::wrap_class("LinearImpl"));
+    options.mixed_precision.param_dtype = type;
+    options.mixed_precision.output_dtype = at::kFloat;
+    train_and_compare(comm, large(), large(), options, {type, {}, all_in(type)}, input);
+
+    Mlp module = large();
+    auto model = fsdp::fully_shard(module, options);
+    fsdp::Engine engine = model.engine();
+    bool in_place = false;
+    module->first->weight.register_hook([&](const at::Tensor& gradient) {
+      const auto [region, accumulate] = engine.reserve_grad(0);
+      REQUIRE(engine.param_info(0).name == std::string("first.weight") && !accumulate);
+      in_place = gradient.data_ptr() == region.data && region.dtype.bits == 16;
+    });
+    model.forward(input(0, comm.rank(), false)).square().mean().backward();
+    REQUIRE(in_place);
+    Mlp planned = large();
+    const auto ranks = static_cast<std::uint32_t>(comm.world_size());
+    const auto plan = fsdp::plan(*planned, options, ranks, 0);
+    REQUIRE(plan.gradient_slot_bytes == model.stats().gradient_slot_bytes);
+    // first, last and the root (a vector each of 769): two bytes an element, and padding.
+    REQUIRE(plan.gradient_slot_bytes < 3 * (769 * 257 + 5 * 770 + 2 * 769));
+  }
+}
+
+/// What micro-batches leave unsharded is summed in float32, whatever it is reduced in.
+void accumulated(const fsdp::Communicator& comm) {
+  constexpr int kMicroBatches = 3;
+  for (const auto reduce : {at::kBFloat16, at::kFloat}) {
+    auto [module, reference] = twins<Mlp>();
+    const auto input = vectors(at::kBFloat16);
+    Masters full(*reference, at::kBFloat16, {});
+    for (int rank = 0; rank < comm.world_size(); ++rank) {
+      std::vector<at::Tensor> own(full.params.size());
+      for (int micro = 0; micro < kMicroBatches; ++micro) {
+        full.round();
+        const at::Tensor output = reference->forward(input(micro, rank, true)).to(at::kFloat);
+        (output * output).mean().backward();
+        for (std::size_t i = 0; i < own.size(); ++i) {
+          const at::Tensor grad = full.params[i].grad().to(at::kFloat);
+          own[i] = micro == 0 ? grad : own[i] + grad;
+        }
+      }
+      for (std::size_t i = 0; i < own.size(); ++i) {
+        at::Tensor& mean = full.masters[i].mutable_grad();
+        const at::Tensor term = own[i].to(reduce).to(at::kFloat);
+        mean = rank == 0 ? term : mean + term;
+      }
+    }
+    for (const at::Tensor& master : full.masters) master.mutable_grad() /= comm.world_size();
+
+    auto options = options_of(comm, fsdp::wrap_class("LinearImpl"));
+    options.mixed_precision.param_dtype = at::kBFloat16;
+    options.mixed_precision.reduce_dtype = reduce;
+    options.mixed_precision.output_dtype = at::kFloat;
+    auto model = fsdp::fully_shard(module, options);
+    const auto backward = [&](int micro) {
+      const at::Tensor output = model.forward(input(micro, comm.rank(), false));
+      (output * output).mean().backward();
+    };
+    {
+      const auto quiet = model.no_sync();
+      for (int micro = 0; micro + 1 < kMicroBatches; ++micro) backward(micro);
+    }
+    backward(kMicroBatches - 1);
+    check_shards(model, full.masters, true, "after three micro-batches");
+  }
+}
+
 /// The embedding and the head are units of their own; their one weight belongs to the root.
 void tied_across_units(const fsdp::Communicator& comm) {
   auto [module, reference] = twins<Transformer>();
@@ -666,6 +746,8 @@ int run_program(int argc, char** argv) {
   return harness::main_of(argc, argv,
                           {{"mlp", mlp},
                            {"transformer", transformer},
+                           {"large weights", large_weights},
+                           {"accumulated", accumulated},
                            {"tied across units", tied_across_units},
                            {"parameters of their own", parameters_of_their_own},
                            {"units of their own", units_of_their_own},

@@ -36,6 +36,10 @@ pub struct PlanArgs {
           value_parser = ["registered", "float32", "float16", "bfloat16"])]
     param_dtype: String,
 
+    /// Gradients come in the type that parameters are computed in, and are collected in it: as LibTorch's do.
+    #[arg(long)]
+    grads_in_param_dtype: bool,
+
     /// adamw (8 bytes of state per element), sgd (0), or a number of bytes: 4 for SGD with momentum.
     #[arg(long, value_name = "NAME|BYTES", default_value = "adamw", value_parser = optimizer)]
     optimizer: u32,
@@ -166,6 +170,7 @@ fn forecast(args: &PlanArgs, tree: &ModuleTree) -> Result<Forecast, String> {
         shard_size: args.shard_size,
         reduce_dtype: dtype(&args.reduce_dtype).ok_or("unknown type")?,
         param_dtype: dtype(&args.param_dtype),
+        grads_in_param_dtype: args.grads_in_param_dtype,
         cpu_offload: args.cpu_offload,
         cuda,
         ..EngineConfig::default()

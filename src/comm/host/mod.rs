@@ -9,8 +9,8 @@
 
 use super::shm::{Announcement, Detail};
 use super::{
-    combine, memory, Arena, Check, Communicator, Kind, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket, Transfer,
-    UnitName,
+    combine, memory, Arena, Check, Communicator, Held, Kind, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket,
+    Transfer, UnitName,
 };
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
@@ -302,9 +302,10 @@ impl Communicator for Host {
         }
     }
 
-    fn reduce_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
+    fn reduce_start(&self, tag: Tag, slot: &Slot, held: &[Held]) -> Result<Ticket> {
         let Local { flights, reductions, .. } = &mut *self.working()?;
-        reductions.start(flights, tag, slot, present)
+        let present: Vec<bool> = held.iter().map(|h| h.is_there()).collect();
+        reductions.start(flights, tag, slot, &present)
     }
 
     fn reduce_ready(&self, slots: u64, target: &mut dyn ReduceTarget) -> Result<()> {

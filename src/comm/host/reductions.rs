@@ -88,7 +88,7 @@ impl Reductions {
                 // SAFETY: the segment lies in the sums (asserted), which `done` keeps; `out` is the host's, for `len` floats.
                 unsafe {
                     let sums = done.sums().add((s.offset - first) * size);
-                    reduce::mean(tag.dtype, &[sums], flights.world, s.out, s.len, s.accumulate);
+                    reduce::mean(tag.dtype, &[tag.dtype], &[sums], flights.world, s.out, s.len, s.accumulate);
                 }
             }
             target.reduced(unit, &done.present);

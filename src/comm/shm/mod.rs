@@ -5,7 +5,9 @@
 //! sleeps and watches, `host` runs control-plane collectives, `segment` holds arenas and gradient slots, `reductions`
 //! the reduce-scatters in flight. Nothing has a name in a file system; all of it ends with the processes.
 
-use super::{combine, Arena, Check, Communicator, Kind, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket, UnitName};
+use super::{
+    combine, Arena, Check, Communicator, Held, Kind, ReduceOp, ReduceTarget, Slot, Slots, Tag, Ticket, UnitName,
+};
 use crate::dtype::DType;
 use crate::error::{err, Error, Result};
 use control::RankArea;
@@ -305,10 +307,10 @@ impl Communicator for Shm {
         self.group.wait(&Wait { what: &|| self.group.describe(&what), arrived: &arrived })
     }
 
-    fn reduce_start(&self, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Ticket> {
+    fn reduce_start(&self, tag: Tag, slot: &Slot, held: &[Held]) -> Result<Ticket> {
         let local = &mut *self.working()?;
-        let start = local.reductions.prepare(&self.group, tag, slot, present)?;
-        local.reductions.start(&self.group, start, tag, present)
+        let start = local.reductions.prepare(&self.group, tag, slot, held)?;
+        local.reductions.start(&self.group, start, tag, held)
     }
 
     fn reduce_ready(&self, slots: u64, target: &mut dyn ReduceTarget) -> Result<()> {

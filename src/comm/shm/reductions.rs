@@ -14,7 +14,7 @@ use super::control::{Announcement, Detail, RankArea, RING};
 use super::group::Group;
 use super::segment::{Publication, SlotSegment};
 use super::wait::Wait;
-use crate::comm::{reduce, Kind, ReduceTarget, Slot, Tag, Ticket};
+use crate::comm::{reduce, Held, Kind, ReduceTarget, Slot, Tag, Ticket};
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use std::ops::Range;
@@ -57,8 +57,9 @@ struct Queue {
     // Scratch, to allocate nothing per reduction.
     present: Vec<bool>,
     flags: Vec<*const u8>,
-    data: Vec<*const u8>,
-    sources: Vec<*const f32>,
+    slots: Vec<(usize, usize)>,
+    types: Vec<DType>,
+    sources: Vec<*const u8>,
 }
 
 // SAFETY: the raw pointers are scratch of one call.
@@ -100,13 +101,14 @@ impl Reductions {
             differs: false,
             present: Vec::new(),
             flags: Vec::new(),
-            data: Vec::new(),
+            slots: Vec::new(),
+            types: Vec::new(),
             sources: Vec::new(),
         });
     }
 
     /// Checks the arguments of a start.
-    pub fn prepare(&self, group: &Group, tag: Tag, slot: &Slot, present: &[bool]) -> Result<Start> {
+    pub fn prepare(&self, group: &Group, tag: Tag, slot: &Slot, held: &[Held]) -> Result<Start> {
         let owner = |(i, q): (usize, &Queue)| {
             let segment = q.segment.upgrade()?;
             segment.find(group.rank, slot.data, slot.index).then_some((i, segment))
@@ -119,8 +121,8 @@ impl Reductions {
         if !reduce::supports(tag.dtype) || tag.bytes % tag.dtype.size() as u64 != 0 {
             return Err(err!(Unsupported, "a reduce-scatter of {} bytes of {}", tag.bytes, tag.dtype));
         }
-        if !reduce::fits(tag, size) || present.len() > flags {
-            let (bytes, n) = (tag.bytes, present.len());
+        if !reduce::fits(tag, size) || held.len() > flags {
+            let (bytes, n) = (tag.bytes, held.len());
             return Err(err!(
                 InvalidArgument,
                 "a reduce-scatter of {bytes} bytes, {n} parameters does not fit slot {} of {size} bytes, {flags} parameters",
@@ -144,18 +146,18 @@ impl Reductions {
     }
 
     /// Publishes the slot.
-    pub fn start(&mut self, group: &Group, start: Start, tag: Tag, present: &[bool]) -> Result<Ticket> {
+    pub fn start(&mut self, group: &Group, start: Start, tag: Tag, held: &[Held]) -> Result<Ticket> {
         let queue = &mut self.queues[start.queue];
         let segment = queue.segment()?;
         let number = queue.streams[group.rank].taken;
         let flags = segment.flags(group.rank, start.slot);
-        for (i, &is) in present.iter().enumerate() {
-            // SAFETY: `present` is no longer than the slot's flags (checked in `prepare`); the slot is not being read.
+        for (i, &is) in held.iter().enumerate() {
+            // SAFETY: `held` is no longer than the slot's flags (checked in `prepare`); the slot is not being read.
             unsafe { flags.add(i).write(is as u8) };
         }
         segment.note_ticket(start.slot, number);
         let progress = segment.progress(group.rank);
-        progress.entry(number).write(queue.iteration, start.unit, start.slot, tag, present.len());
+        progress.entry(number).write(queue.iteration, start.unit, start.slot, tag, held.len());
         // Releases the gradient, the flags and the entry to the ranks that acquire `started`.
         progress.started.0.store(number + 1, Ordering::SeqCst);
         group.ring(group.rank);
@@ -379,31 +381,43 @@ impl Queue {
         what: &Reduction,
         target: &mut dyn ReduceTarget,
     ) -> Result<()> {
-        let (flags, data) = (&mut self.flags, &mut self.data);
+        let (flags, slots) = (&mut self.flags, &mut self.slots);
         flags.clear();
-        data.clear();
+        slots.clear();
         for (rank, number) in what.from.iter().enumerate() {
             let Some(number) = number else { continue };
             let slot = segment.progress(rank).entry(*number).slot.load(Ordering::Relaxed) as usize;
             flags.push(segment.flags(rank, slot).cast_const());
-            data.push(segment.data(rank, slot).cast_const());
+            slots.push((rank, slot));
         }
         // SAFETY: every rank wrote `params` flags before it published (`take` compared the numbers), and writes them
         // again only after this rank has marked the publication as done.
-        let has = |at: usize, param: usize| unsafe { flags[at].add(param).read() } != 0;
+        let held = |at: usize, param: usize| Held::from_code(unsafe { flags[at].add(param).read() });
         let elements = what.tag.bytes as usize / what.tag.dtype.size();
         for s in target.segments(what.unit as usize) {
             assert!(s.param < what.params as usize && s.offset + s.len <= elements, "a segment outside its unit");
+            self.types.clear();
             self.sources.clear();
-            // SAFETY: the segment lies inside the reduction (asserted), which fits every rank's slot (`take`).
-            let source = |at: usize| unsafe { data[at].cast::<f32>().add(s.offset) };
-            self.sources.extend((0..data.len()).filter(|at| has(*at, s.param)).map(source));
+            for (at, &(rank, slot)) in slots.iter().enumerate() {
+                let held = held(at, s.param);
+                if !held.is_there() {
+                    continue;
+                }
+                let (dtype, first) = s.place(held, elements);
+                assert!(first + s.len * dtype.size() <= segment.layout.sizes[slot], "a segment outside its slot");
+                self.types.push(dtype);
+                // SAFETY: the segment lies in the rank's slot (asserted).
+                self.sources.push(unsafe { segment.data(rank, slot).add(first) });
+            }
             // SAFETY: the sources are published and stay unwritten until this rank is done; `out` is the host's private
             // memory for `len` floats.
-            unsafe { reduce::mean_rounded(what.tag.dtype, &self.sources, group.world, s.out, s.len, s.accumulate) };
+            unsafe {
+                let (dtype, types, sources) = (what.tag.dtype, &self.types, &self.sources);
+                reduce::mean(dtype, types, sources, group.world, s.out, s.len, s.accumulate)
+            };
         }
         self.present.clear();
-        self.present.extend((0..what.params as usize).map(|p| (0..flags.len()).any(|at| has(at, p))));
+        self.present.extend((0..what.params as usize).map(|p| (0..flags.len()).any(|at| held(at, p).is_there())));
         target.reduced(what.unit as usize, &self.present);
         for (rank, number) in what.from.iter().enumerate() {
             if let Some(number) = number {

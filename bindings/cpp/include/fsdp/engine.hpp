@@ -81,6 +81,8 @@ struct EngineConfig {
   bool sync_module_states = false;
   /// Shards, gradient shards and optimizer state lie in host memory, apart from the unit buffers.
   bool cpu_offload = false;
+  /// Gradients come, and are collected, in the 16-bit type that a unit's parameters are computed in.
+  bool grads_in_param_dtype = false;
   /// The engine computes on this GPU (start from cuda_config()); unset: on the CPU.
   std::optional<fsdp_cuda_config_t> cuda = {};
 };
@@ -103,6 +105,7 @@ class Engine {
     config.shard_size = options.shard_size;
     config.sync_module_states = options.sync_module_states ? 1 : 0;
     config.cpu_offload = options.cpu_offload ? 1 : 0;
+    config.grads_in_param_dtype = options.grads_in_param_dtype ? 1 : 0;
     config.cuda = options.cuda ? &*options.cuda : nullptr;
     struct Call {
       const ModuleInit& init;
@@ -268,8 +271,9 @@ class Engine {
     return tensor;
   }
 
-  /// The full-size float32 gradient region of a parameter, and whether to add to it (true) or to
-  /// write it (false: its contents are undefined). Marks the gradient present.
+  /// The full-size gradient region of a parameter (float32, unless grads_in_param_dtype), and whether
+  /// to add to it (true) or to write it (false: its contents are undefined). Marks the gradient
+  /// present.
   std::pair<fsdp_tensor_t, bool> param_grad(std::uint32_t param) {
     fsdp_tensor_t tensor{};
     std::int32_t accumulate = 0;

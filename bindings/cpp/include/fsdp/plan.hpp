@@ -36,6 +36,7 @@ struct PlanRequest {
   /// As in EngineConfig.
   std::uint32_t shard_size = 0;
   bool cpu_offload = false;
+  bool grads_in_param_dtype = false;
   /// Where the engine will compute, and how many units it gathers ahead there (on a GPU).
   DeviceType device = DeviceType::cpu;
   std::uint32_t prefetch = 1;
@@ -49,6 +50,7 @@ struct PlanRequest {
     request.param_dtype = param_dtype;
     request.shard_size = shard_size;
     request.cpu_offload = cpu_offload ? 1 : 0;
+    request.grads_in_param_dtype = grads_in_param_dtype ? 1 : 0;
     request.device_type = static_cast<std::int32_t>(device);
     request.prefetch = prefetch;
     request.gradient_slots = gradient_slots;

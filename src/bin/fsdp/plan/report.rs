@@ -42,6 +42,7 @@ pub fn json(args: &PlanArgs, f: &Forecast, model: &Described) -> i32 {
         "cpu_offload": args.cpu_offload,
         "reduce_dtype": args.reduce_dtype,
         "param_dtype": args.param_dtype,
+        "grads_in_param_dtype": args.grads_in_param_dtype,
         "optimizer_bytes_per_element": args.optimizer,
         "numel": f.numel,
         "trained_numel": f.trained_numel,

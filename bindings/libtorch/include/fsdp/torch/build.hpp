@@ -129,6 +129,7 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
   EngineConfig config = engine_config(options);
   ShardWalk walk(module, options, usable_device(device_of(module, options)));
   if (!walk.device().is_cpu()) config.cuda = gpu_config(walk.device(), options);
+  config.grads_in_param_dtype = walk.device().is_cpu();
   options.wrap.apply(walk.model, walk.modules);
   const PrecisionPlan precision(options, walk);
   const bool receives = options.sync_module_states && options.comm.rank() != 0;

@@ -389,19 +389,19 @@ class ModelState final : public UnitHost,
     const std::int64_t numel = gradient.numel();
     if (numel == 0) return;
     char* data = static_cast<char*>(region.data) + region.byte_offset;
+    const at::ScalarType type = scalar_type_of(region.dtype);
     const bool plain = gradient.is_cpu() && gradient.is_contiguous() &&
-                       gradient.scalar_type() == at::kFloat && !gradient.is_neg() &&
+                       gradient.scalar_type() == type && !gradient.is_neg() &&
                        !is_sharded(gradient);
     if (!accumulate && plain) {
-      const float* from = gradient.const_data_ptr<float>();
       if (numel < kLargeGradient) {
-        std::memcpy(data, from, static_cast<std::size_t>(numel) * sizeof(float));
+        std::memcpy(data, gradient.const_data_ptr(), gradient.nbytes());
       } else {
-        stream_copy(reinterpret_cast<float*>(data), from, numel);
+        stream_copy(data, gradient.const_data_ptr(), gradient.nbytes());
       }
       return;
     }
-    at::Tensor target = tensor_at(data, param.leaf.sizes(), at::kFloat, param.leaf.device());
+    at::Tensor target = tensor_at(data, param.leaf.sizes(), type, param.leaf.device());
     if (accumulate) {
       target.add_(gradient);
     } else {

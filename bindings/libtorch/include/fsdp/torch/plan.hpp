@@ -30,6 +30,7 @@ inline Plan plan(torch::nn::Module& module, const ShardOptions& options, std::ui
   request.optimizer_bytes_per_element = optimizer_bytes_per_element;
   request.shard_size = config.shard_size;
   request.cpu_offload = config.cpu_offload;
+  request.grads_in_param_dtype = device.is_cpu();
   request.device = device.is_cpu() ? DeviceType::cpu : DeviceType::cuda;
   request.prefetch = detail::units_ahead(options);
   return plan(walk.model, request);
