@@ -105,8 +105,7 @@ impl Hasher for NumberHasher {
     }
 }
 
-static TABLE: RwLock<Table> =
-    RwLock::new(Table { last: 0, objects: HashMap::with_hasher(BuildHasherDefault::new()) });
+static TABLE: RwLock<Table> = RwLock::new(Table { last: 0, objects: HashMap::with_hasher(BuildHasherDefault::new()) });
 
 /// Something that C can hold a handle of.
 pub trait Handle: Sized {
