@@ -19,8 +19,8 @@ SKIPPED = 77
 UNITS, FEW, MANY = 40, 4, 14
 # Function of hooks.c: what it does to a unit, and the most instructions that may take.
 BOUNDS = {
-    "forward": ("pre_forward and post_forward", 2000),
-    "backward": ("pre_backward, two gradients of 272 elements in all, and post_backward", 6500),
+    "forward": ("pre_forward and post_forward", 1300),
+    "backward": ("pre_backward, two gradients of 272 elements in all, and post_backward", 4600),
 }
 
 

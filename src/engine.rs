@@ -346,12 +346,19 @@ impl Engine {
         self.number
     }
 
+    #[inline]
     fn lock(&self) -> Result<Locked<'_>> {
+        // Whoever gets it is not inside of a hook, which runs under it.
+        let state = self.state.try_lock().or_else(|_| self.wait_for_lock())?;
+        Ok(Locked { engine: self, state })
+    }
+
+    #[cold]
+    fn wait_for_lock(&self) -> Result<MutexGuard<'_, State>> {
         if hook::inside(self.number) {
             return Err(err!(InvalidState, "a communication hook cannot call the engine that it was called by"));
         }
-        let locked = self.state.lock().map(|state| Locked { engine: self, state });
-        locked.map_err(|_| err!(Panic, "the engine is unusable: an earlier call on it failed inside"))
+        self.state.lock().map_err(|_| err!(Panic, "the engine is unusable: an earlier call on it failed inside"))
     }
 }
 

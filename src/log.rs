@@ -3,7 +3,7 @@
 //! A callback may call anything, so it must not run under a lock: C functions run inside [`deferred`], which hands
 //! messages on when the function's work is done and its locks are released.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::Write;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -78,8 +78,10 @@ pub fn set_callback(callback: Option<LogCallback>) {
 }
 
 thread_local! {
-    /// What this thread has to say when the outermost `deferred` ends; None outside of one.
-    static PENDING: RefCell<Option<Vec<(Level, String)>>> = const { RefCell::new(None) };
+    /// How many `deferred` this thread is inside of, one in the other, and whether it has something to say.
+    static INSIDE: (Cell<u32>, Cell<bool>) = const { (Cell::new(0), Cell::new(false)) };
+    /// What it has to say when the outermost ends.
+    static PENDING: RefCell<Vec<(Level, String)>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Says that something may not be what was meant.
@@ -98,37 +100,50 @@ pub fn debug(message: impl FnOnce() -> String) {
 }
 
 /// At once, or when the `deferred` that this thread is in has ended. What is below the threshold costs one load.
+#[inline]
 fn say(level: Level, message: impl FnOnce() -> String) {
-    if (level as i32) < threshold() {
-        return;
+    /// Apart from the callers' paths, which seldom say anything.
+    #[cold]
+    #[inline(never)]
+    fn say_now(level: Level, message: impl FnOnce() -> String) {
+        let message = message();
+        if INSIDE.with(|(depth, _)| depth.get() == 0) {
+            return deliver(level, &message);
+        }
+        INSIDE.with(|(_, pending)| pending.set(true));
+        PENDING.with_borrow_mut(|pending| pending.push((level, message)));
     }
-    let message = message();
-    let held = PENDING.with_borrow_mut(|pending| {
-        let held = pending.as_mut().map(|messages| messages.push((level, message.clone())));
-        held.is_some()
-    });
-    if !held {
-        deliver(level, &message);
+    if level as i32 >= threshold() {
+        say_now(level, message);
     }
 }
 
 /// Runs `f`, then hands on the messages it had; inside another `deferred` of this thread, that one does so.
 pub(crate) fn deferred<T>(f: impl FnOnce() -> T) -> T {
     /// Hands on when it is dropped, so that a panic loses no message.
-    struct Outermost;
-    impl Drop for Outermost {
+    struct Leave;
+    impl Drop for Leave {
         fn drop(&mut self) {
-            for (level, message) in PENDING.take().unwrap_or_default() {
-                deliver(level, &message);
+            let ends = INSIDE.with(|(depth, pending)| {
+                depth.set(depth.get() - 1);
+                depth.get() == 0 && pending.get()
+            });
+            if ends {
+                hand_on();
             }
         }
     }
-    let begins = PENDING.with_borrow_mut(|pending| match pending {
-        Some(_) => false,
-        None => pending.replace(Vec::new()).is_none(),
-    });
-    let _outermost = begins.then(|| Outermost);
+    INSIDE.with(|(depth, _)| depth.set(depth.get() + 1));
+    let _leave = Leave;
     f()
+}
+
+#[cold]
+fn hand_on() {
+    INSIDE.with(|(_, pending)| pending.set(false));
+    for (level, message) in PENDING.take() {
+        deliver(level, &message);
+    }
 }
 
 /// Without a lock of this file: the callback may set another one.

@@ -82,6 +82,9 @@ impl UnitPlan {
 
     /// Bytes of what an all-gather fills where bytes move: the unit buffer, with 16-bit parameters in 16 bits.
     pub fn gathered_bytes(&self, params: &[ParamPlan]) -> usize {
+        if self.compute_bytes == 0 {
+            return self.bytes();
+        }
         let narrow = self.params.iter().filter(|p| params[**p as usize].compute != DType::F32);
         self.bytes() - narrow.map(|p| 2 * self.layout.numels[params[*p as usize].index]).sum::<usize>()
     }

@@ -4,14 +4,14 @@ use super::engine::EngineObject;
 use crate::checkpoint::Job;
 use crate::comm::Communicator;
 use crate::engine::FullParams;
-use crate::error::{err, Result};
+use crate::error::{err, Error, Result};
 use crate::module::ModuleTree;
 use crate::optim::Optimizer;
 use crate::scaler::GradScaler;
 use crate::trace::Trace;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::sync::{Arc, Mutex, OnceLock, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 /// A communicator: how this process and the other ranks reach each other.
 pub struct fsdp_comm_t {
@@ -53,7 +53,6 @@ pub struct fsdp_grad_scaler_t {
     _opaque: [u8; 0],
 }
 
-#[derive(Clone)]
 enum Object {
     Comm(Arc<dyn Communicator>),
     Model(Arc<Mutex<ModuleTree>>),
@@ -80,10 +79,9 @@ impl Object {
     }
 }
 
-#[derive(Default)]
 struct Table {
     last: usize,
-    objects: HashMap<usize, Object, BuildHasherDefault<NumberHasher>>,
+    objects: HashMap<usize, AnyObject, BuildHasherDefault<NumberHasher>>,
 }
 
 /// Handles are numbers of our own making, looked up in every call: no hash against malice is needed.
@@ -107,10 +105,7 @@ impl Hasher for NumberHasher {
     }
 }
 
-fn table() -> &'static RwLock<Table> {
-    static TABLE: OnceLock<RwLock<Table>> = OnceLock::new();
-    TABLE.get_or_init(RwLock::default)
-}
+static TABLE: RwLock<Table> = RwLock::new(Table { last: 0, objects: HashMap::with_hasher(BuildHasherDefault::new()) });
 
 /// Something that C can hold a handle of.
 pub trait Handle: Sized {
@@ -154,32 +149,35 @@ handle!(fsdp_grad_scaler_t, GradScaler, Arc<GradScaler>, "a gradient scaler");
 
 /// Puts an object into the table. Numbers are never used again.
 pub fn insert<H: Handle>(object: H::Object) -> *mut H {
-    let mut table = table().write().unwrap_or_else(|e| e.into_inner());
+    let mut table = TABLE.write().unwrap_or_else(|e| e.into_inner());
     // Steps of 16 keep a handle from looking like a small integer or an index.
     table.last += 16;
     let id = table.last;
-    table.objects.insert(id, H::wrap(object).0);
+    table.objects.insert(id, H::wrap(object));
     id as *mut H
 }
 
 /// The object a handle stands for.
 pub fn get<H: Handle>(handle: *const H) -> Result<H::Object> {
-    let kind = H::KIND;
-    if handle.is_null() {
-        return Err(err!(InvalidArgument, "the handle of {kind} is NULL"));
+    let table = TABLE.read().unwrap_or_else(|e| e.into_inner());
+    let object = table.objects.get(&(handle as usize));
+    object.and_then(H::pick).ok_or_else(|| wrong(handle as usize, H::KIND, object))
+}
+
+/// Why a number is no handle of `kind`: `object` is what it is a handle of.
+#[cold]
+fn wrong(handle: usize, kind: &str, object: Option<&AnyObject>) -> Error {
+    match object {
+        _ if handle == 0 => err!(InvalidArgument, "the handle of {kind} is NULL"),
+        None => err!(InvalidHandle, "the handle is not that of {kind}: it was destroyed or never existed"),
+        Some(other) => err!(InvalidHandle, "the handle is not that of {kind}, but of {}", other.0.kind()),
     }
-    let table = table().read().unwrap_or_else(|e| e.into_inner());
-    let Some(object) = table.objects.get(&(handle as usize)) else {
-        return Err(err!(InvalidHandle, "the handle is not that of {kind}: it was destroyed or never existed"));
-    };
-    H::pick(&AnyObject(object.clone()))
-        .ok_or_else(|| err!(InvalidHandle, "the handle is not that of {kind}, but of {}", object.kind()))
 }
 
 /// Takes an object out of the table; what else still uses it keeps it alive. A stale or wrong handle does nothing.
 pub fn remove<H: Handle>(handle: *mut H) {
     if get(handle as *const H).is_ok() {
-        let object = table().write().unwrap_or_else(|e| e.into_inner()).objects.remove(&(handle as usize));
+        let object = TABLE.write().unwrap_or_else(|e| e.into_inner()).objects.remove(&(handle as usize));
         // Dropped here, after the lock: dropping an object may take long.
         drop(object);
     }

@@ -2,7 +2,7 @@
 
 use crate::error::{err, Error, Result, Status};
 use crate::log;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{c_char, CStr, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
@@ -66,28 +66,36 @@ const _: () = assert!(
 
 thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
+    /// Whether it is not "": a call that succeeds asks no more of it.
+    static FAILED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs `f` and turns its outcome into a status; a panic becomes FSDP_ERR_PANIC.
+#[inline]
 pub fn boundary(f: impl FnOnce() -> Result<()>) -> fsdp_status_t {
-    let outcome = catch_unwind(AssertUnwindSafe(|| log::deferred(f))).unwrap_or_else(|panic| {
+    let outcome = catch_unwind(AssertUnwindSafe(|| log::deferred(f)));
+    if matches!(outcome, Ok(Ok(()))) && !FAILED.get() {
+        return FSDP_OK;
+    }
+    remember(outcome)
+}
+
+/// The status of an outcome, whose message becomes the thread's last.
+#[cold]
+#[inline(never)]
+fn remember(outcome: std::thread::Result<Result<()>>) -> fsdp_status_t {
+    let outcome = outcome.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
         Err(err!(Panic, "internal error, please report it: {text}"))
     });
-    LAST_ERROR.with_borrow_mut(|last| match outcome {
-        Ok(()) => {
-            // Allocates, so only where there is something to forget.
-            if !last.is_empty() {
-                *last = CString::default();
-            }
-            FSDP_OK
-        }
-        Err(Error { status, message }) => {
-            *last = CString::new(message.replace('\0', "?")).unwrap_or_default();
-            status as i32
-        }
-    })
+    let (status, message) = match outcome {
+        Ok(()) => (Status::Ok, String::new()),
+        Err(Error { status, message }) => (status, message),
+    };
+    FAILED.set(!message.is_empty());
+    LAST_ERROR.set(CString::new(message.replace('\0', "?")).unwrap_or_default());
+    status as i32
 }
 
 /// Runs the body of a function that returns no status. The last error message stays, so that a host can free things

@@ -200,10 +200,8 @@ impl Communicator for Single {
         let mut state = self.working()?;
         let first = state.slots.get(slots as usize).map(|units| units.start);
         let first = first.ok_or_else(|| err!(InvalidArgument, "the gradient slots are not of this communicator"))?;
-        let (mine, others): (Vec<Pending>, Vec<Pending>) =
-            state.pending.drain(..).partition(|p| p.ticket.slots == slots);
-        state.pending = others;
-        for pending in mine {
+        while let Some(next) = state.pending.iter().position(|p| p.ticket.slots == slots) {
+            let pending = state.pending.remove(next);
             let unit = (pending.tag.unit - first) as usize;
             let dtype = pending.tag.dtype;
             let elements = pending.tag.bytes as usize / dtype.size();

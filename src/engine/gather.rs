@@ -134,12 +134,17 @@ impl Engine {
     }
 
     /// Gives back what is here of units that were resharded. After an error of a collective it stays.
+    #[inline]
     pub(super) fn release_resharded(&self, state: &mut State) {
         if let Some(gpu) = &self.gpu {
             // What fails here has broken the queues: the next call says so.
             let _ = gpu.release(&state.units, &state.groups);
-            return;
+        } else if !state.gathers.here.is_empty() {
+            self.release_gathered(state);
         }
+    }
+
+    fn release_gathered(&self, state: &mut State) {
         let State { gathers, units, groups, .. } = state;
         gathers.here.retain_mut(|gathered| {
             let unit = &units[gathered.unit as usize];

@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <thread>
 
 #include "fsdp/fsdp.hpp"
@@ -185,8 +186,8 @@ class TouchedTags {
 /// touch what they were given; not for _backward, which runs a whole backward pass, nor for
 /// operators of others, which may call modules.
 inline bool is_closed(const c10::OperatorHandle& op) {
-  const std::string& name = op.operator_name().name;
-  return name.compare(0, 6, "aten::") == 0 && name != "aten::_backward";
+  const std::string_view name = op.operator_name().name;
+  return name.substr(0, 6) == "aten::" && name != "aten::_backward";
 }
 
 /// The boxed kernel behind every operator that has a tagged tensor among its arguments, and behind
@@ -201,7 +202,7 @@ inline void tag_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys
     const c10::IValue& value = (*stack)[first + i];
     if (value.isTensor()) {
       touched.touch(op, value.toTensor(), is_written(arguments[i]));
-    } else if (value.isTensorList() || value.isOptionalTensorList()) {
+    } else if (value.isList() && (value.isTensorList() || value.isOptionalTensorList())) {
       const bool writes = is_written(arguments[i]);
       for (const c10::IValue& element : value.toListRef()) {
         if (element.isTensor()) touched.touch(op, element.toTensor(), writes);
@@ -284,6 +285,14 @@ inline const DispatchTable& dispatch_table() {
 inline at::DataPtr tagged_pointer(void* data, StorageTag* tag, at::Device device) {
   tag->retain();
   return at::DataPtr(data, tag, dispatch_table().deleter, device);
+}
+
+/// Lets a storage made by tagged_storage point to `data` (borrowed) from here on.
+inline void point_at(c10::StorageImpl& storage, void* data) {
+  at::DataPtr& pointer = storage._mutable_data_ptr_no_checks();
+  const c10::DeleterFnPtr deleter = pointer.get_deleter();
+  const at::Device device = pointer.device();
+  pointer = at::DataPtr(data, pointer.release_context(), deleter, device);
 }
 
 /// A storage of `bytes` bytes at `data` (borrowed) on `device` that carries `tag`.

@@ -36,10 +36,7 @@ class FusedOptimizer {
   }
 
   /// Makes every `.grad` undefined, as the handle's. Local.
-  void zero_grad() {
-    for (auto& param : state_->params) param.shard.mutable_grad().reset();
-    state_->engine().zero_grad();
-  }
+  void zero_grad() { state_->zero_grad(); }
 
   /// The learning rate. Local.
   double lr() const { return optimizer_.lr(); }

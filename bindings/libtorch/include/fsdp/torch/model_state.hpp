@@ -44,6 +44,7 @@ struct ParamState {
   c10::intrusive_ptr<torch::autograd::Node> node;
   bool requires_grad = false;  ///< as the engine knows it
   bool arrived = false;        ///< has a gradient since its unit's last reduction
+  bool in_engine = true;       ///< the engine may have a gradient of earlier backwards
   at::Tensor grad_view = {};   ///< of the gradient shard, for the shard's `.grad`
   PlacedGradient placed = {};  ///< computed where it is collected, on its way to the node
 };
@@ -207,7 +208,8 @@ class ModelState final : public UnitHost,
       param.arrived = false;
       if (param.leaf.requires_grad()) ++param.unit->expected;
       // While the iteration of an earlier backward is open, nobody has seen its gradients yet.
-      if (!iteration_open_ && !holds_our_gradient(param, static_cast<std::uint32_t>(i))) {
+      if (!iteration_open_ && param.in_engine &&
+          !holds_our_gradient(param, static_cast<std::uint32_t>(i))) {
         engine().clear_grad(static_cast<std::uint32_t>(i));
       }
     }
@@ -262,12 +264,20 @@ class ModelState final : public UnitHost,
     if (!failed_) return;
     engine().communicator().barrier();
     engine().finish_forward();
-    engine().zero_grad();
+    zero_grad();
     failed_ = false;
     iteration_open_ = false;
     writes->on_closed();
-    for (ParamState& param : params) param.shard.mutable_grad().reset();
     restore_poison();
+  }
+
+  /// Makes every `.grad` of the shards undefined, and the engine forget its own. Local.
+  void zero_grad() {
+    engine().zero_grad();
+    for (ParamState& param : params) {
+      param.shard.mutable_grad().reset();
+      param.in_engine = false;
+    }
   }
 
   /// Puts back the `.grad` of the module's own parameters that zero_grad() has dropped.
@@ -455,6 +465,7 @@ class ModelState final : public UnitHost,
 
   void publish_gradient(std::uint32_t index) {
     const Shard shard = engine().shard(index);
+    params[index].in_engine = shard.grad != nullptr;
     if (shard.grad == nullptr) return;
     at::Tensor& grad = params[index].shard.mutable_grad();
     if (!grad.defined()) {

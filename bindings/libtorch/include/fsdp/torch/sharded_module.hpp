@@ -112,10 +112,7 @@ class ShardedModule {
   }
 
   /// Makes every `.grad` of parameters() undefined. Local.
-  void zero_grad() {
-    for (auto& param : state_->params) param.shard.mutable_grad().reset();
-    state_->engine().zero_grad();
-  }
+  void zero_grad() { state_->zero_grad(); }
 
   // ---- when units are resharded, and which backwards reduce ----
 

@@ -72,6 +72,20 @@ struct UnitFace {
   std::vector<UnitParam> params;  ///< by offset
   c10::intrusive_ptr<c10::StorageImpl> storage;
   const c10::StorageImpl* address = nullptr;  ///< its, also after it was given up
+  std::string sharded_message = {};  ///< what it says while sharded; it has that itself then
+
+  /// Every access to the data that does not go through an operator throws `message`.
+  void forbid(std::string message) {
+    point_at(*storage, nullptr);
+    storage->release_data_and_set_meta_custom_data_ptr_error_msg_(std::move(message));
+  }
+
+  /// The data is at `data`. Only after forbid(), whose message is kept.
+  void allow(void* data) {
+    sharded_message = *std::move(storage->get_extra_meta().custom_data_ptr_error_msg_);
+    storage->clear_data_ptr_access_error_msg_();
+    point_at(*storage, data);
+  }
 };
 
 inline std::string operator_name(const c10::OperatorHandle& op) { return op.operator_name().name; }
@@ -99,7 +113,10 @@ class UnitStorage final : public StorageTag {
       face->storage = tagged_storage(nullptr, face->bytes, this, device_);
       face->address = face->storage.get();
     }
-    mark_sharded();
+    forbid_access("the parameters of unit '" + this->name +
+                  "' are sharded: their data cannot be read here. Call the model through the "
+                  "handle that fsdp::fully_shard returned, and read shards through its "
+                  "parameters()");
   }
 
   void before_operator(const c10::OperatorHandle& op, const c10::TensorImpl& tensor,
@@ -148,23 +165,18 @@ class UnitStorage final : public StorageTag {
       copies = static_cast<char*>(tensor.data) + tensor.byte_offset -
                engine.param_info(first).compute_offset;
     }
-    for (const auto& [face, data] : {std::pair(&buffer_, buffer), std::pair(&copies_, copies)}) {
-      if (face->params.empty()) continue;
-      face->storage->clear_data_ptr_access_error_msg_();
-      face->storage->set_data_ptr_noswap(tagged_pointer(data, this, device_));
-    }
+    if (!buffer_.params.empty()) buffer_.allow(buffer);
+    if (!copies_.params.empty()) copies_.allow(copies);
     unsharded_ = true;
   }
 
-  /// From here on every access to the data that does not go through an operator throws.
+  /// Ends what unshard() began: from here on every access to the data that does not go through an
+  /// operator throws.
   void mark_sharded() {
-    if (sharded_message_.empty()) {
-      sharded_message_ = "the parameters of unit '" + name +
-                         "' are sharded: their data cannot be read here. Call the model through "
-                         "the handle that fsdp::fully_shard returned, and read shards through its "
-                         "parameters()";
+    for (UnitFace* face : {&buffer_, &copies_}) {
+      if (!face->params.empty()) face->forbid(std::move(face->sharded_message));
     }
-    forbid_access(sharded_message_);
+    unsharded_ = false;
   }
 
   /// The handle is gone: every later use is an error that says so. The shards stay.
@@ -244,15 +256,13 @@ class UnitStorage final : public StorageTag {
   void forbid_access(const std::string& message) {
     for (UnitFace* face : {&buffer_, &copies_}) {
       if (face->params.empty()) continue;
-      face->storage->set_data_ptr_noswap(tagged_pointer(nullptr, this, device_));
-      face->storage->release_data_and_set_meta_custom_data_ptr_error_msg_(message);
+      face->forbid(message);
     }
     unsharded_ = false;
   }
 
   UnitHost* host_;
   const char* ended_ = nullptr;  // why host_ is gone
-  std::string sharded_message_;
   std::shared_ptr<ShardedRoot> root_;
   const at::Device device_;
   UnitFace buffer_;
