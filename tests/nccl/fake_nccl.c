@@ -1,10 +1,12 @@
 /* An NCCL that is this process alone: every rank has what this one has or, if it was told so, ranks are threads that
  * meet in each collective (meeting.h). It works on host memory (the fake driver's), writes down what it is asked, and can
  * be told to be slow or to fail. Strict: a communicator that was destroyed, a
- * collective that is not in place, or a call while the last one is still at work is an error. */
+ * collective that is not in place, or a call while the last one is still at work is an error; what a call makes is there when it
+ * is done, not when it returns. */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
+#include <limits.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -24,6 +26,9 @@ struct comm {
   /* NULL: every rank has what this one has. */
   struct meeting *meeting;
   int splits;
+  /* What the call at work gives when it is done, and where. */
+  void **result;
+  void *given;
 };
 
 typedef struct {
@@ -35,7 +40,7 @@ struct config {
   unsigned magic, version;
   int blocking, cga, min_ctas, max_ctas;
   const char *net_name;
-  int split_share;
+  int split_share, traffic_class;
 };
 
 static char lines[1 << 20];
@@ -43,6 +48,8 @@ static char failing[64], last_error[128];
 static int fail_code;
 static atomic_int slow_polls, async_code, alive, meets;
 static _Thread_local int grouped;
+/* Of this thread's group. */
+static _Thread_local struct comm *group_comm;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void note(const char *format, ...) {
@@ -112,9 +119,24 @@ static int begin(const char *name, struct comm *comm) {
   } while (0)
 
 static int work(struct comm *comm) {
-  if (grouped) return kSuccess;
+  if (grouped) {
+    group_comm = comm;
+    return kSuccess;
+  }
   comm->polls = slow_polls;
   return slow_polls ? kInProgress : kSuccess;
+}
+
+/* As work(), for a call that sets *result. */
+static int make_later(struct comm *comm, void **result, void *given) {
+  *result = NULL;
+  const int code = work(comm);
+  if (comm->polls) {
+    comm->result = result, comm->given = given;
+  } else {
+    *result = given;
+  }
+  return code;
 }
 
 static struct comm *make(int rank, int world) {
@@ -126,7 +148,7 @@ static struct comm *make(int rank, int world) {
 
 static int is_config(const struct config *c) {
   return c->magic == 0xcafebeef && c->size >= sizeof *c && c->version >= 21800 && c->blocking == 0 && c->net_name == NULL &&
-         c->split_share == 0;
+         c->split_share == 0 && c->traffic_class == INT_MIN;
 }
 
 int ncclGetVersion(int *version) {
@@ -157,18 +179,21 @@ int ncclCommSplit(struct comm *comm, int color, int key, struct comm **made, str
   BEGIN(comm);
   if (!is_config(config)) return kInvalidArgument;
   note("split color %d key %d", color, key);
-  *made = make(comm->rank, comm->world);
+  struct comm *part = make(comm->rank, comm->world);
   if (comm->meeting) {
     char id[160];
     snprintf(id, sizeof id, "%.120s/%d", comm->meeting->id, comm->splits++);
-    (*made)->meeting = find_meeting(id, comm->world);
+    part->meeting = find_meeting(id, comm->world);
   }
-  return work(comm);
+  return make_later(comm, (void **)made, part);
 }
 
 int ncclCommGetAsyncError(struct comm *comm, int *code) {
   if (!comm || !comm->alive) return kInvalidArgument;
-  if (comm->polls > 0) comm->polls--;
+  if (comm->polls > 0 && --comm->polls == 0 && comm->result) {
+    *comm->result = comm->given;
+    comm->result = NULL;
+  }
   *code = async_code ? async_code : comm->polls ? kInProgress : kSuccess;
   return kSuccess;
 }
@@ -207,8 +232,10 @@ int ncclGroupStart(void) {
 int ncclGroupEnd(void) {
   note("group end");
   grouped = 0;
+  struct comm *comm = group_comm;
+  group_comm = NULL;
   BEGIN(NULL);
-  return slow_polls ? kInProgress : kSuccess;
+  return comm ? work(comm) : kSuccess;
 }
 
 static size_t size_of(int dtype) {
@@ -342,10 +369,9 @@ int ncclCommWindowRegister(struct comm *comm, void *data, size_t size, void **ha
   BEGIN(comm);
   if (flags != 1 || !know_piece(data, size, comm)) return kInvalidArgument;
   note("window %zu", size);
-  *handle = data;
   struct meeting *m = comm->meeting;
   if (m && !(come(m, comm->rank, data, size) && come(m, comm->rank, NULL, 0))) return kInternal;
-  return work(comm);
+  return make_later(comm, handle, data);
 }
 
 int ncclCommWindowDeregister(struct comm *comm, void *handle) {
