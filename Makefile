@@ -83,7 +83,7 @@ install: build ## Install library, headers, tool, CMake package and pkg-config f
 
 clean: ## Remove what was built; what setup installed stays (make clean-all removes it too)
 	@if [ -d $(BUILD) ]; then find $(BUILD) -mindepth 1 -maxdepth 1 \
-		! -name venv ! -name libtorch ! -name debian ! -name text ! -name pytorch ! -name '*.stamp' -exec rm -rf {} +; fi
+		! -name venv ! -name libtorch ! -name nvrtc ! -name debian ! -name text ! -name pytorch ! -name '*.stamp' -exec rm -rf {} +; fi
 
 clean-all: ## Remove the build folder
 	@rm -rf $(BUILD)

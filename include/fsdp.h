@@ -834,7 +834,8 @@ typedef struct {
   uint32_t max_units_in_flight;
   /**
    * The host's stream (a cudaStream_t or CUstream of the GPU's primary context) until fsdp_engine_set_compute_stream says
-   * otherwise; NULL: the legacy default stream. It outlives the engine and its optimizers.
+   * otherwise; NULL: the legacy default stream. It outlives the engine and its optimizers. cudaStreamPerThread is
+   * FSDP_ERR_INVALID_ARGUMENT: it is another stream on every thread.
    */
   void *compute_stream;
   /**
@@ -1984,7 +1985,7 @@ fsdp_status_t fsdp_checkpoint_consolidate(const char *dir,
  * What the host launches from here on for this engine, it launches on `stream` (NULL: the legacy default stream): the new
  * stream starts after what the one before has been given so far. Call it before the engine's other functions where the
  * host's current stream may have changed (another thread, backward); nothing happens if it is the same. FSDP_ERR_UNSUPPORTED
- * for an engine on the CPU. Local; does not wait. Since 0.1.
+ * for an engine on the CPU, FSDP_ERR_INVALID_ARGUMENT for cudaStreamPerThread. Local; does not wait. Since 0.1.
  *
  * # Safety
  * `stream` is a stream of the engine's GPU as long as the engine and its optimizers live.

@@ -11,5 +11,5 @@ if ! "$TORCH_PYTHON" -c 'import torch' 2>/dev/null; then
 fi
 
 program=$BUILD/bench/bin/fsdp_bench_gpu
-step gpu_bench_build gpu_program "$program" bench/gpu/main.cpp -O2 -DNDEBUG || exit 1
+step gpu_bench_build gpu_program "$program" bench/gpu/main.cpp -O2 || exit 1
 exec python3 -B bench/gpu.py --program "$program" --torch-python "$TORCH_PYTHON" "$@"

@@ -20,7 +20,8 @@ gpu_program() {
     fi
     torch=$("$TORCH_PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__file__))') || return 1
     mkdir -p "$(dirname "$out")"
-    "${CXX:-g++}" -std=c++20 "$@" -I include -I bindings/cpp/include -I bindings/libtorch/include \
+    # NDEBUG as LibTorch was built: some of its inline functions differ without it.
+    "${CXX:-g++}" -std=c++20 -DNDEBUG "$@" -I include -I bindings/cpp/include -I bindings/libtorch/include \
         -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" "$source" -o "$out" \
         "$BUILD/lib/libfsdp.so.0" "$torch/lib/libtorch_cpu.so" "$torch/lib/libc10.so" -ldl -pthread \
         -Wl,--allow-shlib-undefined "-Wl,-rpath,$BUILD/lib:$torch/lib" >"$log" 2>&1 || { tail -n 40 "$log" >&2; return 1; }

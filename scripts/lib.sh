@@ -26,3 +26,20 @@ step() {
         return 1
     fi
 }
+
+# cuda_wheels FOLDER...: names what NVIDIA's wheels that are installed there have for tests: CUDA's run-time compiler, NCCL,
+# headers. What the user names, or an earlier folder has, stays.
+cuda_wheels() {
+    local folder file
+    for folder; do
+        for file in "$folder"/nvidia/*/lib/libnvrtc.so.[0-9]*; do
+            [ ! -f "$file" ] || export "FSDP_NVRTC_LIBRARY=${FSDP_NVRTC_LIBRARY:-$file}"
+        done
+        for file in "$folder"/nvidia/*/lib/libnccl.so.2; do
+            [ ! -f "$file" ] || export "FSDP_NCCL_LIBRARY=${FSDP_NCCL_LIBRARY:-$file}"
+        done
+        for file in "$folder"/nvidia/*/include; do
+            [ ! -d "$file" ] || export "FSDP_TEST_INCLUDE=${FSDP_TEST_INCLUDE:+$FSDP_TEST_INCLUDE:}$file"
+        done
+    done
+}

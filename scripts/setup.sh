@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the build needs and this machine lacks, under the build folder only; never needs root.
 #
-#   scripts/setup.sh [tools] [torch] [debian] [mpi]    (default: all of them)
+#   scripts/setup.sh [tools] [torch] [debian] [mpi] [nvrtc]    (default: all but nvrtc)
 #
 # tools  $BUILD/venv       cmake, ninja, pkgconf, matplotlib, from scripts/requirements/tools.txt
 # torch  $BUILD/libtorch   LibTorch from scripts/requirements/torch.txt, unless the user has one: TORCH_DIR or
@@ -12,6 +12,8 @@
 # mpi    $BUILD/debian     Open MPI, as scripts/requirements/mpi.txt lists it, unless an mpicc that works is there; and MPICH
 #                          (mpich.txt). Without
 #                          it the tests labelled mpi say so and are skipped: that is no error.
+# nvrtc  $BUILD/nvrtc      CUDA's run-time compiler, from scripts/requirements/nvrtc.txt, for `make test`. Without it the test
+#                          that compiles the GPU's kernels looks for another, or says so and is skipped: that is no error.
 #
 # BUILD (default: build) and PYTHON (default: python3) come from the environment. A part is done when its stamp
 # holds the checksum of its requirements; the stamp is written last and removed first, so that an interrupted
@@ -178,6 +180,25 @@ unpack_mpi() {
     fi
 }
 
+# Its absence is no error, as Open MPI's.
+setup_nvrtc() {
+    if is_done nvrtc || [ -f "$BUILD/nvrtc.missing" ]; then
+        return
+    fi
+    say "nvrtc: installing CUDA's run-time compiler into $BUILD/nvrtc (a download of 47 MB)"
+    begin nvrtc nvrtc
+    find_pip
+    if "${pip[@]}" install --disable-pip-version-check --no-deps --no-compile --target "$BUILD/nvrtc" \
+        -r "$requirements/nvrtc.txt" >"$BUILD/logs/nvrtc.log" 2>&1 </dev/null; then
+        finish nvrtc
+    else
+        rm -rf "$BUILD/nvrtc"
+        say "nvrtc: it could not be installed, so a test may be skipped (details: $BUILD/logs/nvrtc.log;" \
+            "remove $BUILD/nvrtc.missing to try again)"
+        touch "$BUILD/nvrtc.missing"
+    fi
+}
+
 need_python
 # A second make in the same tree waits instead of installing into the same folder.
 if command -v flock >/dev/null; then
@@ -187,7 +208,7 @@ fi
 [ $# -gt 0 ] || set -- tools torch debian mpi
 for part in "$@"; do
     case $part in
-    tools | torch | debian | mpi) "setup_$part" ;;
-    *) fail "unknown part '$part' (tools, torch, debian, mpi)" ;;
+    tools | torch | debian | mpi | nvrtc) "setup_$part" ;;
+    *) fail "unknown part '$part' (tools, torch, debian, mpi, nvrtc)" ;;
     esac
 done

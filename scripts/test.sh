@@ -28,7 +28,11 @@ checks check_headers
 
 echo "== cargo test"
 log=$BUILD/logs/cargo-test.log
-cargo test --profile testing --features cli --no-fail-fast 2>&1 | tee "$log" | grep -vE '^ +(Compiling|Running)|^$'
+scripts/setup.sh nvrtc
+{
+    cuda_wheels "$BUILD/nvrtc" "$BUILD/libtorch" "$BUILD"/pytorch/lib/python*/site-packages
+    cargo test --profile testing --features cli --no-fail-fast
+} 2>&1 | tee "$log" | grep -vE '^ +(Compiling|Running)|^$'
 status=${PIPESTATUS[0]}
 read -r ok bad ignored < <(awk '/^test result:/ { p += $4; f += $6; i += $8 } END { print p + 0, f + 0, i + 0 }' "$log")
 [ "$status" -ne 0 ] && [ "$bad" -eq 0 ] && bad=1

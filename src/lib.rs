@@ -38,6 +38,8 @@ pub mod error;
 pub mod forecast;
 mod gradients;
 mod halves;
+#[cfg(test)]
+mod headers;
 pub mod hook;
 pub mod layout;
 mod library;

@@ -147,6 +147,13 @@ macro_rules! functions {
         }
 
         impl $table {
+            /// Each function's name, what it takes and what it returns, as they are written here.
+            #[cfg(test)]
+            pub const DECLARED: &'static [(&'static str, &'static [&'static str], &'static str)] = &[
+                $((stringify!($name), &[$(stringify!($arg)),*], stringify!($ret)),)*
+                $((stringify!($maybe), &[$(stringify!($marg)),*], stringify!($mret)),)*
+            ];
+
             /// Looks all of them up.
             pub fn load(library: &$crate::library::Library) -> $crate::error::Result<$table> {
                 Ok($table {
@@ -233,5 +240,6 @@ mod tests {
             assert_eq!(table.labs.map(|f| f(-4)), Some(4));
         }
         assert!(table.fsdp_no_such_function.is_none());
+        assert_eq!(Some_::DECLARED[1], ("abs", &["i32"][..], "i32"));
     }
 }

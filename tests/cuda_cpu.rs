@@ -210,8 +210,13 @@ fn copies_streams_and_events() {
         assert!(event.is_done().unwrap());
         assert_eq!(gpu.get::<u8>(&b), data);
         // A stream that the host made stays the host's.
-        // SAFETY: the default stream.
-        let borrowed = unsafe { Stream::borrowed(gpu.stream.context(), std::ptr::null_mut()) };
+        // SAFETY: the default streams.
+        let borrow = |handle: usize| unsafe { Stream::borrowed(gpu.stream.context(), handle as *mut c_void) };
+        let borrowed = borrow(0).unwrap();
+        assert!(borrow(1).unwrap().raw().is_null(), "another name of the default stream");
+        let e = borrow(2).err().unwrap();
+        assert_eq!(e.status, Status::InvalidArgument);
+        assert!(e.message.contains("GPU 0") && e.message.contains("cudaStreamPerThread"), "{e}");
         // SAFETY: 256 bytes.
         unsafe { borrowed.fill(b.address(), 9, 256) }.unwrap();
         borrowed.synchronize().unwrap();
@@ -233,11 +238,16 @@ fn a_failure_says_what_was_done_and_on_which_gpu() {
         // SAFETY: four floats.
         let zero = || unsafe { gpu.kernels.zero(&gpu.stream, &[piece]) };
         type Call<'a> = &'a dyn Fn() -> fsdp::error::Result<()>;
-        let cases: [(&str, Call, &str); 4] = [
+        let cases: [(&str, Call, &str); 5] = [
             ("cuLaunchKernel", &zero, "launching fsdp_zero"),
             ("cuStreamSynchronize", &|| gpu.stream.synchronize(), "waiting for a stream"),
             ("cuEventCreate", &|| Event::new(gpu.stream.context()).map(|_| ()), "making an event"),
             ("cuModuleLoadData", &|| Kernels::load(gpu.stream.context()).map(|_| ()), "loading the kernels"),
+            (
+                "cuFuncLoad",
+                &|| Kernels::load(gpu.stream.context()).map(|_| ()),
+                "loading the kernel fsdp_cast_f32_bf16",
+            ),
         ];
         for (function, call, doing) in cases {
             fake.fail(function);

@@ -179,7 +179,7 @@ struct Lender(Mutex<HashMap<u64, DeviceMemory>>);
 impl DeviceAllocator for Lender {
     fn alloc(&self, bytes: usize, stream: *mut c_void) -> Option<u64> {
         // SAFETY: a stream of the engine's.
-        let stream = unsafe { Stream::borrowed(&Context::new(0).unwrap(), stream) };
+        let stream = unsafe { Stream::borrowed(&Context::new(0).unwrap(), stream) }.unwrap();
         let memory = DeviceMemory::new(&Source::Pool, &stream, bytes, "a lender").ok()?;
         let address = memory.address();
         self.0.lock().unwrap().insert(address, memory);

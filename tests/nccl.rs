@@ -118,11 +118,18 @@ fn slow_calls_are_polled_until_they_are_done() {
     let rank = Rank::new(0, 2);
     let memory = rank.put(&[1., 2., 3., 4.]);
     (0..3).for_each(|_| rank.gather(&memory, 2).unwrap());
+    // A communicator that is split off is there when the call is done, not when it returns.
     let part = rank.comm.split(0, 5, 0, 1).unwrap();
     assert_eq!((part.rank(), part.world_size()), (0, 1));
+    let parts = [0, 8].map(|at| Part { data: memory.address() + at, shard_len: 1, dtype: DType::F32 });
+    // SAFETY: the memory is large enough.
+    let both = || unsafe { rank.comm.all_gather(&What::of_unit(Kind::AllGather, "head"), &parts, &rank.stream) };
+    (0..2).for_each(|_| both().unwrap());
     drop((part, rank));
-    assert_eq!(fake.log()[4], "split color 0 key 5");
-    assert_eq!(fake.log()[5..], ["finalize", "destroy", "finalize", "destroy"]);
+    let log = fake.log();
+    assert_eq!(log[4], "split color 0 key 5");
+    assert_eq!(log.iter().filter(|line| *line == "group end").count(), 2);
+    assert_eq!(log[log.len() - 4..], ["finalize", "destroy", "finalize", "destroy"]);
     assert_eq!(fake.count("alive"), 0);
 }
 

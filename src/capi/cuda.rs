@@ -60,7 +60,8 @@ pub struct fsdp_cuda_config_t {
     /// and memory taken and given back as it is used for what the pool has no room for.
     pub max_units_in_flight: u32,
     /// The host's stream (a cudaStream_t or CUstream of the GPU's primary context) until fsdp_engine_set_compute_stream says
-    /// otherwise; NULL: the legacy default stream. It outlives the engine and its optimizers.
+    /// otherwise; NULL: the legacy default stream. It outlives the engine and its optimizers. cudaStreamPerThread is
+    /// FSDP_ERR_INVALID_ARGUMENT: it is another stream on every thread.
     pub compute_stream: *mut c_void,
     /// Milliseconds that a collective may take on the GPU once it is its turn; 0: 600,000.
     pub timeout_ms: i64,
@@ -127,7 +128,7 @@ unsafe impl Sized_ for fsdp_cuda_stats_t {
 /// What the host launches from here on for this engine, it launches on `stream` (NULL: the legacy default stream): the new
 /// stream starts after what the one before has been given so far. Call it before the engine's other functions where the
 /// host's current stream may have changed (another thread, backward); nothing happens if it is the same. FSDP_ERR_UNSUPPORTED
-/// for an engine on the CPU. Local; does not wait. Since 0.1.
+/// for an engine on the CPU, FSDP_ERR_INVALID_ARGUMENT for cudaStreamPerThread. Local; does not wait. Since 0.1.
 ///
 /// # Safety
 /// `stream` is a stream of the engine's GPU as long as the engine and its optimizers live.

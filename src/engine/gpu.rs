@@ -80,7 +80,7 @@ fn open_here(tree: &ModuleTree, config: &EngineConfig, cuda: &CudaConfig, world:
     refuse_device_memory(tree, Some(cuda.device))?;
     let context = Context::new(cuda.device)?;
     // SAFETY: the host's promise for the stream that it gives.
-    let stream = unsafe { Stream::borrowed(&context, cuda.compute_stream as *mut c_void) };
+    let stream = unsafe { Stream::borrowed(&context, cuda.compute_stream as *mut c_void) }?;
     let source = match &cuda.allocator {
         Some(allocator) => Source::Host(allocator.clone()),
         None => Source::pool(&context)?,

@@ -3,7 +3,8 @@
 // lists them.
 //
 // Strict where a driver is lenient: a call without a current context, an address that is not the device's, a stream or
-// event that is not there, a launch of the wrong size fail; writing past the end of memory ends the process.
+// event that is not there, a launch of the wrong size, or of a kernel that was not loaded before, fail; writing past the end
+// of memory ends the process.
 //
 // In the environment, FAKE_CUDA_DEVICES says how many GPUs there are (1). Each has 1 GiB.
 #include <cstdio>
@@ -21,7 +22,8 @@ namespace {
 
 using Code = int;
 constexpr Code kOk = 0, kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kNoDevice = 100, kInvalidDevice = 101,
-               kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500, kNotReady = 600, kIllegalAddress = 700;
+               kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500, kNotReady = 600, kIllegalAddress = 700,
+               kNotLoaded = 913;
 constexpr size_t kGuard = 64;
 constexpr unsigned char kCanary = 0xa5;
 
@@ -103,6 +105,14 @@ bool remove(std::set<void *> &things, void *thing) {
 bool waits(const std::string &kernel) { return kernel.rfind("fsdp_norm_", 0) == 0; }
 
 using Launcher = void (*)(void **);
+
+struct Function {
+  Launcher run;
+  void *module;
+  bool loaded;
+};
+std::map<void *, Function> functions;
+
 const std::map<std::string, Launcher> &kernels() {
   static const std::map<std::string, Launcher> all = {
 #define X(name) {#name, [](void **arguments) { launch(name, arguments, waits(#name)); }},
@@ -370,6 +380,14 @@ Code cuModuleLoadData(void **module, const void *image) {
 
 Code cuModuleUnload(void *module) {
   ENTER(true);
+  for (auto at = functions.begin(); at != functions.end();) {
+    if (at->second.module != module) {
+      ++at;
+      continue;
+    }
+    std::free(at->first);
+    at = functions.erase(at);
+  }
   return remove(modules, module) ? kOk : kInvalidHandle;
 }
 
@@ -377,7 +395,16 @@ Code cuModuleGetFunction(void **function, void *module, const char *name) {
   ENTER(true);
   auto found = kernels().find(name);
   if (!modules.count(module) || found == kernels().end()) return kNotFound;
-  *function = reinterpret_cast<void *>(found->second);
+  *function = std::malloc(1);
+  functions[*function] = {found->second, module, false};
+  return kOk;
+}
+
+Code cuFuncLoad(void *function) {
+  ENTER(true);
+  auto found = functions.find(function);
+  if (found == functions.end()) return kInvalidHandle;
+  found->second.loaded = true;
   return kOk;
 }
 
@@ -387,7 +414,10 @@ Code cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsig
   if (!is_stream(stream) || extra || shared || gx == 0 || gy == 0 || gz != 1 || bx != 256 || by != 1 || bz != 1) return kInvalidValue;
   gridDim = {gx, gy, gz};
   blockDim = {bx, by, bz};
-  reinterpret_cast<Launcher>(function)(arguments);
+  auto found = functions.find(function);
+  if (found == functions.end()) return kInvalidHandle;
+  if (!found->second.loaded) return kNotLoaded;
+  found->second.run(arguments);
   return kOk;
 }
 

@@ -1,10 +1,12 @@
 /* An NCCL that is this process alone: every rank has what this one has or, if it was told so, ranks are threads that
  * meet in each collective, or only where communicators are split (meeting.h). It works on host memory (the fake driver's), writes down what it is asked, and can
  * be told to be slow or to fail. Strict: a communicator that was destroyed, a
- * collective that is not in place, or a call while the last one is still at work is an error. */
+ * collective that is not in place, or a call while the last one is still at work is an error; what a call makes is there when it
+ * is done, not when it returns. */
 #ifndef _POSIX_C_SOURCE
 #define _POSIX_C_SOURCE 200809L
 #endif
+#include <limits.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -25,6 +27,9 @@ struct comm {
   struct meeting *meeting;
   /* They do in collectives, too; else every rank has what this one has. */
   int exchanges, splits;
+  /* What the call at work gives when it is done, and where. */
+  void **result;
+  void *given;
 };
 
 typedef struct {
@@ -36,7 +41,7 @@ struct config {
   unsigned magic, version;
   int blocking, cga, min_ctas, max_ctas;
   const char *net_name;
-  int split_share;
+  int split_share, traffic_class;
 };
 
 static char lines[1 << 20];
@@ -44,6 +49,8 @@ static char failing[64], last_error[128];
 static int fail_code;
 static atomic_int slow_polls, async_code, alive, meets;
 static _Thread_local int grouped;
+/* Of this thread's group. */
+static _Thread_local struct comm *group_comm;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void note(const char *format, ...) {
@@ -114,9 +121,24 @@ static int begin(const char *name, struct comm *comm) {
   } while (0)
 
 static int work(struct comm *comm) {
-  if (grouped) return kSuccess;
+  if (grouped) {
+    group_comm = comm;
+    return kSuccess;
+  }
   comm->polls = slow_polls;
   return slow_polls ? kInProgress : kSuccess;
+}
+
+/* As work(), for a call that sets *result. */
+static int make_later(struct comm *comm, void **result, void *given) {
+  *result = NULL;
+  const int code = work(comm);
+  if (comm->polls) {
+    comm->result = result, comm->given = given;
+  } else {
+    *result = given;
+  }
+  return code;
 }
 
 static struct comm *make(int rank, int world) {
@@ -128,7 +150,7 @@ static struct comm *make(int rank, int world) {
 
 static int is_config(const struct config *c) {
   return c->magic == 0xcafebeef && c->size >= sizeof *c && c->version >= 21800 && c->blocking == 0 && c->net_name == NULL &&
-         c->split_share == 0;
+         c->split_share == 0 && c->traffic_class == INT_MIN;
 }
 
 int ncclGetVersion(int *version) {
@@ -161,8 +183,7 @@ int ncclCommSplit(struct comm *comm, int color, int key, struct comm **made, str
   if (!is_config(config)) return kInvalidArgument;
   note("split color %d key %d", color, key);
   if (!comm->meeting) {
-    *made = make(comm->rank, comm->world);
-    return work(comm);
+    return make_later(comm, (void **)made, make(comm->rank, comm->world));
   }
   const struct part mine = {color, key};
   int rank, world;
@@ -171,15 +192,18 @@ int ncclCommSplit(struct comm *comm, int color, int key, struct comm **made, str
   if (!come(comm->meeting, comm->rank, NULL, 0)) return kInternal;
   char id[160];
   snprintf(id, sizeof id, "%.120s/%d.%d", comm->meeting->id, comm->splits++, color);
-  *made = make(rank, world);
-  (*made)->meeting = find_meeting(id, world);
-  (*made)->exchanges = comm->exchanges;
-  return work(comm);
+  struct comm *part = make(rank, world);
+  part->meeting = find_meeting(id, world);
+  part->exchanges = comm->exchanges;
+  return make_later(comm, (void **)made, part);
 }
 
 int ncclCommGetAsyncError(struct comm *comm, int *code) {
   if (!comm || !comm->alive) return kInvalidArgument;
-  if (comm->polls > 0) comm->polls--;
+  if (comm->polls > 0 && --comm->polls == 0 && comm->result) {
+    *comm->result = comm->given;
+    comm->result = NULL;
+  }
   *code = async_code ? async_code : comm->polls ? kInProgress : kSuccess;
   return kSuccess;
 }
@@ -218,8 +242,10 @@ int ncclGroupStart(void) {
 int ncclGroupEnd(void) {
   note("group end");
   grouped = 0;
+  struct comm *comm = group_comm;
+  group_comm = NULL;
   BEGIN(NULL);
-  return slow_polls ? kInProgress : kSuccess;
+  return comm ? work(comm) : kSuccess;
 }
 
 static size_t size_of(int dtype) {
@@ -366,10 +392,9 @@ int ncclCommWindowRegister(struct comm *comm, void *data, size_t size, void **ha
   BEGIN(comm);
   if (flags != 1 || !know_piece(data, size, comm)) return kInvalidArgument;
   note("window %zu", size);
-  *handle = data;
   struct meeting *m = comm->exchanges ? comm->meeting : NULL;
   if (m && !(come(m, comm->rank, data, size) && come(m, comm->rank, NULL, 0))) return kInternal;
-  return work(comm);
+  return make_later(comm, handle, data);
 }
 
 int ncclCommWindowDeregister(struct comm *comm, void *handle) {

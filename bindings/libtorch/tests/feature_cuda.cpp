@@ -522,8 +522,9 @@ int main(int argc, char** argv) {
   const int ranks = argc > 1 ? std::atoi(argv[1]) : 1;
   if (on_stand_in()) argc = 1;
   const std::vector<Part> parts = {
-      {"plain LibTorch", plain_libtorch},
+      // First: LibTorch has no tensor on the device yet.
       {"torch's optimizers", torch_optimizers},
+      {"plain LibTorch", plain_libtorch},
       {"the engine's optimizers", engine_optimizers},
       {"a model on the device", model_on_the_device},
       {"evaluation", evaluation},

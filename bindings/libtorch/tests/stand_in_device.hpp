@@ -9,6 +9,7 @@
 
 #define FSDP_TORCH_GPU stand_in::chosen_type()
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
@@ -24,6 +25,7 @@
 #include <torch/library.h>
 #include <torch/torch.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <optional>
 #include <stdexcept>
@@ -95,9 +97,13 @@ inline void release(void* memory) {
 inline thread_local c10::DeviceIndex current_device = 0;
 inline thread_local c10::StreamId current_streams[kDevices] = {};
 
+/// What LibTorch starts with a GPU's first tensor; memory is taken after that only.
+inline std::atomic<bool> initialized{false};
+
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(std::size_t bytes) override {
     const c10::Device device(kType, current_device);
+    if (!initialized) throw std::runtime_error("the allocator has not been initialized");
     if (bytes == 0) return {nullptr, device};
     enter();
     unsigned long long address = 0;
@@ -167,6 +173,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  void init() const override { initialized = true; }
 };
 
 /// Makes it the process's accelerator, which autograd has a thread and streams for.
@@ -188,6 +195,7 @@ inline at::Tensor as_cpu(const at::Tensor& tensor) {
 inline at::Tensor empty(c10::IntArrayRef sizes, std::optional<at::ScalarType> type,
                         std::optional<at::Layout>, std::optional<at::Device> device,
                         std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  at::globalContext().lazyInitDevice(kType);
   const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_generic(sizes, &allocator,
                                    c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
@@ -197,6 +205,7 @@ inline at::Tensor empty(c10::IntArrayRef sizes, std::optional<at::ScalarType> ty
 inline at::Tensor empty_strided(c10::IntArrayRef sizes, c10::IntArrayRef strides,
                                 std::optional<at::ScalarType> type, std::optional<at::Layout>,
                                 std::optional<at::Device> device, std::optional<bool>) {
+  at::globalContext().lazyInitDevice(kType);
   const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_strided_generic(sizes, strides, &allocator,
                                            c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),

@@ -20,8 +20,8 @@ const INVALID_ARGUMENT: Code = 4;
 const INVALID_USAGE: Code = 5;
 const TIMED_OUT: Code = 8;
 
-/// The head of ncclConfig_t, as it was in 2.18 and still is: a library reads as many bytes as `size` says and gives
-/// what follows its defaults.
+/// The head of ncclConfig_t, as it still is: a library reads as many bytes as `size` says and gives what follows its
+/// defaults. Its last number came with 2.26; to older ones it is padding.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct NcclConfig {
@@ -34,6 +34,7 @@ pub struct NcclConfig {
     max_ctas: c_int,
     net_name: *const c_char,
     pub split_share: c_int,
+    traffic_class: c_int,
 }
 
 impl NcclConfig {
@@ -49,6 +50,7 @@ impl NcclConfig {
             max_ctas: c_int::MIN,
             net_name: std::ptr::null(),
             split_share: 0,
+            traffic_class: c_int::MIN,
         }
     }
 }
@@ -175,18 +177,65 @@ pub fn status_of(code: Code) -> Status {
 
 #[cfg(test)]
 mod tests {
+    use super::super::register::SYMMETRIC;
+    use super::super::types::{number_of, HOST_IMMEDIATE, NCCL_AVG, NCCL_MAX, NCCL_SUM};
     use super::*;
-    use cudarc::nccl::sys::{ncclConfig_t, ncclDataType_t};
+    use crate::dtype::DType;
+    use crate::headers::Header;
     use std::mem::offset_of;
 
+    /// What nccl.h needs of the CUDA run time.
+    const SHIMS: &[(&str, &str)] = &[
+        (
+            "cuda_runtime.h",
+            "#include <stddef.h>\ntypedef struct CUstream_st* cudaStream_t;\n#define CUDART_VERSION 11000\n",
+        ),
+        ("cuda_fp16.h", ""),
+        ("cuda_bf16.h", ""),
+    ];
+
     #[test]
-    fn the_head_of_the_configuration_lies_as_in_the_header() {
-        assert_eq!(offset_of!(NcclConfig, magic), offset_of!(ncclConfig_t, magic));
-        assert_eq!(offset_of!(NcclConfig, version), offset_of!(ncclConfig_t, version));
-        assert_eq!(offset_of!(NcclConfig, blocking), offset_of!(ncclConfig_t, blocking));
-        assert_eq!(offset_of!(NcclConfig, net_name), offset_of!(ncclConfig_t, netName));
-        assert_eq!(offset_of!(NcclConfig, split_share), offset_of!(ncclConfig_t, splitShare));
-        assert_eq!(ncclDataType_t::ncclBfloat16 as i32, 9);
-        assert_eq!(size_of::<ncclUniqueId>(), 128);
+    fn declarations_agree_with_nccls_header() {
+        let numbers = [
+            ("ncclSuccess", SUCCESS),
+            ("ncclRemoteError", REMOTE_ERROR),
+            ("ncclInProgress", IN_PROGRESS),
+            ("ncclInvalidArgument", INVALID_ARGUMENT),
+            ("ncclInvalidUsage", INVALID_USAGE),
+            ("ncclSum", NCCL_SUM),
+            ("ncclMax", NCCL_MAX),
+            ("ncclAvg", NCCL_AVG),
+            ("ncclScalarHostImmediate", HOST_IMMEDIATE),
+            ("ncclUint8", number_of(DType::U8)),
+            ("ncclInt32", number_of(DType::I32)),
+            ("ncclInt64", number_of(DType::I64)),
+            ("ncclFloat16", number_of(DType::F16)),
+            ("ncclFloat32", number_of(DType::F32)),
+            ("ncclFloat64", number_of(DType::F64)),
+            ("ncclBfloat16", number_of(DType::BF16)),
+            ("ncclTimeout", TIMED_OUT),
+            ("NCCL_WIN_COLL_SYMMETRIC", SYMMETRIC),
+        ];
+        let config = NcclConfig::non_blocking();
+        let offsets = [
+            ("size", offset_of!(NcclConfig, size)),
+            ("magic", offset_of!(NcclConfig, magic)),
+            ("version", offset_of!(NcclConfig, version)),
+            ("blocking", offset_of!(NcclConfig, blocking)),
+            ("cgaClusterSize", offset_of!(NcclConfig, cga_cluster_size)),
+            ("minCTAs", offset_of!(NcclConfig, min_ctas)),
+            ("maxCTAs", offset_of!(NcclConfig, max_ctas)),
+            ("netName", offset_of!(NcclConfig, net_name)),
+            ("splitShare", offset_of!(NcclConfig, split_share)),
+            ("trafficClass", offset_of!(NcclConfig, traffic_class)),
+        ];
+        let mut facts: Vec<String> = numbers.map(|(name, number)| format!("{name} == {number}")).into();
+        facts.extend(offsets.map(|(name, at)| format!("offsetof(ncclConfig_t, {name}) == {at}")));
+        facts.push(format!("sizeof(ncclConfig_t) >= {}", config.size));
+        facts.push(format!("NCCL_API_MAGIC == {}u", config.magic));
+        facts.push(format!("NCCL_CONFIG_UNDEF_INT == {} - 1", config.traffic_class + 1));
+        facts.push(format!("NCCL_VERSION(2, 18, 0) == {}", config.version));
+        let (versions, functions) = ("NCCL_VERSION_CODE >= 22700", NcclFunctions::DECLARED);
+        Header { name: "nccl.h", versions, shims: SHIMS, functions, facts }.agrees();
     }
 }

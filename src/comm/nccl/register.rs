@@ -21,7 +21,7 @@ use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
 /// NCCL_WIN_COLL_SYMMETRIC: at the same offset on every rank.
-const SYMMETRIC: c_int = 1;
+pub(super) const SYMMETRIC: c_int = 1;
 /// What device memory is aligned to.
 const ALIGNMENT: usize = 256;
 

@@ -28,8 +28,9 @@ pub const SOURCES: [&str; 5] = [
 const OPTIONS: [&CStr; 2] = [c"--fmad=false", c"--std=c++17"];
 const MAGIC: &[u8; 8] = b"fsdpcu01";
 
-/// The machine code of all kernels for a GPU of this compute capability, as `cuModuleLoadData` takes it.
-pub fn image(capability: (i32, i32)) -> Result<Arc<Vec<u8>>> {
+/// The machine code of all kernels for a GPU of this compute capability, as `cuModuleLoadData` of a driver for this version
+/// of CUDA takes it.
+pub fn image(capability: (i32, i32), driver: (i32, i32)) -> Result<Arc<Vec<u8>>> {
     type Images = Mutex<Option<HashMap<(i32, i32), Arc<Vec<u8>>>>>;
     static IMAGES: Images = Mutex::new(None);
     // Held while it compiles: other threads want the same.
@@ -38,7 +39,7 @@ pub fn image(capability: (i32, i32)) -> Result<Arc<Vec<u8>>> {
     if let Some(image) = images.get(&capability) {
         return Ok(image.clone());
     }
-    let image = Arc::new(cached(cache_folder().as_deref(), capability, || compile(capability))?);
+    let image = Arc::new(cached(cache_folder().as_deref(), capability, driver, || compile(capability))?);
     images.insert(capability, image.clone());
     Ok(image)
 }
@@ -54,10 +55,13 @@ fn cache_folder() -> Option<PathBuf> {
 fn cached(
     folder: Option<&Path>,
     (major, minor): (i32, i32),
+    driver: (i32, i32),
     make: impl FnOnce() -> Result<Vec<u8>>,
 ) -> Result<Vec<u8>> {
     let mut all = SOURCES.concat();
     OPTIONS.iter().for_each(|option| all += &option.to_string_lossy());
+    // Hosts that share the folder may have drivers that do not load what another's compiler made.
+    all += &format!("driver {}.{}", driver.0, driver.1);
     let name = format!("kernels-sm{major}{minor}-{:032x}", xxh3_128(all.as_bytes()));
     let file = folder.map(|folder| folder.join(&name));
     if let Some(image) = file.as_deref().and_then(read) {
@@ -96,8 +100,8 @@ fn compile((major, minor): (i32, i32)) -> Result<Vec<u8>> {
     let wanted = major * 10 + minor;
     let known = compiler.architectures()?;
     match known.iter().rev().find(|arch| **arch <= wanted) {
-        Some(arch) if *arch == wanted => compile_for(compiler, &format!("sm_{arch}")),
-        Some(arch) => compile_for(compiler, &format!("compute_{arch}")),
+        Some(arch) if *arch == wanted => Ok(compile_for(compiler, &format!("sm_{arch}"), &[])?.code),
+        Some(arch) => Ok(compile_for(compiler, &format!("compute_{arch}"), &[])?.code),
         None => Err(err!(
             Unsupported,
             "the GPU's kernels cannot be compiled: {} knows no architecture that a GPU of compute capability \
@@ -107,13 +111,21 @@ fn compile((major, minor): (i32, i32)) -> Result<Vec<u8>> {
     }
 }
 
-/// Compiles for `sm_*` (machine code) or `compute_*` (PTX). An error has the compiler's messages.
-pub fn compile_for(compiler: &Compiler, arch: &str) -> Result<Vec<u8>> {
+/// What the compiler made of the kernels.
+pub struct Compiled {
+    pub code: Vec<u8>,
+    /// Its messages.
+    pub log: String,
+}
+
+/// Compiles for `sm_*` (machine code) or `compute_*` (PTX), with `more` options than the engine's. An error has the
+/// compiler's messages.
+pub fn compile_for(compiler: &Compiler, arch: &str, more: &[&CStr]) -> Result<Compiled> {
     let fns = &compiler.fns;
     let source = CString::new(SOURCES.concat()).expect("no NUL in the sources");
     let architecture = CString::new(format!("--gpu-architecture={arch}")).expect("no NUL in a number");
     let options: Vec<*const c_char> =
-        OPTIONS.iter().copied().chain([architecture.as_c_str()]).map(CStr::as_ptr).collect();
+        OPTIONS.iter().chain(more).copied().chain([architecture.as_c_str()]).map(CStr::as_ptr).collect();
     let mut program = std::ptr::null_mut();
     // SAFETY: texts end with NUL; there are no headers.
     let made = unsafe {
@@ -123,18 +135,19 @@ pub fn compile_for(compiler: &Compiler, arch: &str) -> Result<Vec<u8>> {
     compiler.check("compiling the GPU's kernels", made)?;
     // SAFETY: the program lives until it is destroyed below; the options until the call returns.
     let compiled = unsafe { (fns.nvrtcCompileProgram)(program, options.len() as i32, options.as_ptr()) };
+    let log = output(compiler, program, fns.nvrtcGetProgramLogSize, fns.nvrtcGetProgramLog).unwrap_or_default();
+    let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_string();
     let result = match compiler.check(format_args!("compiling the GPU's kernels for {arch}"), compiled) {
         Ok(()) if arch.starts_with("sm_") => output(compiler, program, fns.nvrtcGetCUBINSize, fns.nvrtcGetCUBIN),
         Ok(()) => output(compiler, program, fns.nvrtcGetPTXSize, fns.nvrtcGetPTX),
         Err(mut e) => {
-            let log = output(compiler, program, fns.nvrtcGetProgramLogSize, fns.nvrtcGetProgramLog).unwrap_or_default();
-            e.message += &format!("\n{}", String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']));
+            e.message += &format!("\n{log}");
             Err(e)
         }
     };
     // SAFETY: made above, destroyed once.
     unsafe { (fns.nvrtcDestroyProgram)(&mut program) };
-    result
+    Ok(Compiled { code: result?, log })
 }
 
 type Program = cudarc::nvrtc::sys::nvrtcProgram;
@@ -172,13 +185,14 @@ mod tests {
     fn images_are_kept_and_damaged_files_count_as_absent() {
         let folder = Folder(std::env::temp_dir().join(format!("fsdp-kernels-{}", std::process::id())));
         let made = Cell::new(0);
-        let get = |capability| {
-            cached(Some(&folder.0.join("cache")), capability, || {
+        let get_with = |capability: (i32, i32), driver| {
+            cached(Some(&folder.0.join("cache")), capability, driver, || {
                 made.set(made.get() + 1);
                 Ok(vec![capability.0 as u8; 1000])
             })
             .unwrap()
         };
+        let get = |capability| get_with(capability, (13, 0));
         for (capability, times) in [((8, 0), 1), ((8, 0), 1), ((9, 0), 2), ((8, 0), 2)] {
             assert_eq!(get(capability), vec![capability.0 as u8; 1000]);
             assert_eq!(made.get(), times);
@@ -196,13 +210,15 @@ mod tests {
             get((9, 0));
             assert_eq!(made.get(), 3 + i, "one of the two is made again, and kept");
         }
+        get_with((8, 0), (12, 8));
+        assert_eq!(made.get(), 5, "another driver may not load what is there");
     }
 
     #[test]
     fn a_cache_that_cannot_be_used_is_no_failure() {
         for folder in [None, Some(Path::new("/proc/fsdp"))] {
-            assert_eq!(cached(folder, (8, 0), || Ok(vec![1, 2])).unwrap(), [1, 2]);
-            let e = cached(folder, (8, 0), || Err(err!(Device, "no"))).unwrap_err();
+            assert_eq!(cached(folder, (8, 0), (13, 0), || Ok(vec![1, 2])).unwrap(), [1, 2]);
+            let e = cached(folder, (8, 0), (13, 0), || Err(err!(Device, "no"))).unwrap_err();
             assert_eq!(e.message, "no");
         }
     }

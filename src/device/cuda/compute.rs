@@ -61,7 +61,7 @@ impl Compute {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        let new = unsafe { Stream::borrowed(stream.context(), raw) };
+        let new = unsafe { Stream::borrowed(stream.context(), raw) }?;
         self.left.record(&stream)?;
         new.wait(&self.left)?;
         *stream = new;

@@ -19,7 +19,7 @@ const OUT_OF_MEMORY: Code = 2;
 const UNSUPPORTED: [Code; 7] = [34, 100, 209, 222, 801, 803, 804];
 
 functions! {
-    /// The driver's functions, by their C names.
+    /// The driver's functions, by their C names. Optional is what came with CUDA 12.4.
     pub struct DriverFunctions {
         fn cuInit(c_uint) -> Code;
         fn cuDriverGetVersion(*mut c_int) -> Code;
@@ -64,7 +64,9 @@ functions! {
             *mut *mut c_void
         ) -> Code;
     }
-    optional {}
+    optional {
+        fn cuFuncLoad(CUfunction) -> Code;
+    }
 }
 
 functions! {
@@ -234,5 +236,52 @@ impl Compiler {
             false => unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned(),
         };
         Err(err!(Device, "{doing}: {text}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{memory, stream};
+    use super::*;
+    use crate::headers::Header;
+    use cudarc::driver::sys::{CUdevice_attribute as A, CUmemPool_attribute};
+
+    #[test]
+    fn declarations_agree_with_the_drivers_header() {
+        let unsupported = [
+            "STUB_LIBRARY",
+            "NO_DEVICE",
+            "NO_BINARY_FOR_GPU",
+            "UNSUPPORTED_PTX_VERSION",
+            "NOT_SUPPORTED",
+            "SYSTEM_DRIVER_MISMATCH",
+            "COMPAT_NOT_SUPPORTED_ON_DEVICE",
+        ];
+        let mut facts: Vec<String> =
+            unsupported.iter().zip(UNSUPPORTED).map(|(name, code)| format!("CUDA_ERROR_{name} == {code}")).collect();
+        let numbers = [
+            ("CUDA_SUCCESS", SUCCESS),
+            ("CUDA_ERROR_OUT_OF_MEMORY", OUT_OF_MEMORY),
+            ("CUDA_ERROR_NOT_READY", stream::NOT_READY),
+            ("CU_STREAM_NON_BLOCKING", stream::NON_BLOCKING as i32),
+            ("CU_EVENT_DISABLE_TIMING", stream::DISABLE_TIMING as i32),
+            ("CU_MEMHOSTALLOC_PORTABLE", memory::PORTABLE as i32),
+            ("CU_MEMPOOL_ATTR_RELEASE_THRESHOLD", CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD as i32),
+            ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR", A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as i32),
+            ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR", A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as i32),
+            ("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT", A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as i32),
+            ("CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED", A::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED as i32),
+        ];
+        facts.extend(numbers.map(|(name, number)| format!("{name} == {number}")));
+        let (versions, functions) = ("CUDA_VERSION >= 12040", DriverFunctions::DECLARED);
+        facts.push(format!("CU_STREAM_LEGACY == (CUstream){:#x}", stream::LEGACY));
+        facts.push(format!("CU_STREAM_PER_THREAD == (CUstream){:#x}", stream::PER_THREAD));
+        Header { name: "cuda.h", versions, shims: &[], functions, facts }.agrees();
+    }
+
+    #[test]
+    fn declarations_agree_with_the_compilers_header() {
+        let functions = CompilerFunctions::DECLARED;
+        Header { name: "nvrtc.h", versions: "1", shims: &[], functions, facts: Vec::new() }.agrees();
     }
 }

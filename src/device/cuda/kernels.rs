@@ -104,7 +104,7 @@ unsafe impl Sync for Kernels {}
 impl Kernels {
     /// Compiles them, if no earlier process has, and loads them.
     pub fn load(context: &Arc<Context>) -> Result<Arc<Kernels>> {
-        let image = compile::image(context.info().capability)?;
+        let image = compile::image(context.info().capability, context.driver.version()?)?;
         let _current = context.enter()?;
         let mut kernels = Kernels { context: context.clone(), module: std::ptr::null_mut(), functions: Vec::new() };
         // SAFETY: an image as the compiler made it; PTX ends with NUL.
@@ -116,6 +116,13 @@ impl Kernels {
             let code =
                 unsafe { (context.driver.fns.cuModuleGetFunction)(&mut function, kernels.module, name.as_ptr()) };
             context.check(&format!("looking up the kernel {}", name.to_string_lossy()), code)?;
+            // Else it may be loaded when it is first launched, which may wait for the GPU, where a collective may be waiting for
+            // what this rank has not launched yet.
+            if let Some(load) = context.driver.fns.cuFuncLoad {
+                // SAFETY: a function of the module.
+                let code = unsafe { load(function) };
+                context.check(&format!("loading the kernel {}", name.to_string_lossy()), code)?;
+            }
             kernels.functions.push(function);
         }
         Ok(Arc::new(kernels))

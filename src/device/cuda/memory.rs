@@ -11,6 +11,9 @@ use cudarc::driver::sys::{CUdeviceptr, CUmemPool_attribute};
 use std::ffi::c_void;
 use std::sync::Arc;
 
+/// CU_MEMHOSTALLOC_PORTABLE: pinned for every context.
+pub(super) const PORTABLE: u32 = 1;
+
 /// A host's allocator of device memory.
 pub trait DeviceAllocator: Send + Sync {
     /// `bytes` (more than 0) that work on `stream` (a CUstream) may use from here on, at an address of a multiple of
@@ -127,8 +130,6 @@ unsafe impl Sync for PinnedMemory {}
 impl PinnedMemory {
     /// `bytes`, zero at first; `what` names the purpose in an error.
     pub fn zeroed(context: &Arc<Context>, bytes: usize, what: &str) -> Result<PinnedMemory> {
-        /// CU_MEMHOSTALLOC_PORTABLE: pinned for every context.
-        const PORTABLE: u32 = 1;
         let mut data = std::ptr::dangling_mut::<u64>().cast::<c_void>();
         if bytes > 0 {
             let _current = context.enter()?;

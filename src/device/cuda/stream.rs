@@ -1,17 +1,20 @@
 //! Streams and events of a GPU: what runs after what.
 
 use super::context::Context;
-use crate::error::Result;
+use crate::error::{err, Result};
 use cudarc::driver::sys::{CUevent, CUstream};
 use std::ffi::c_void;
 use std::sync::Arc;
 
 /// CU_STREAM_NON_BLOCKING: does not wait for the default stream.
-const NON_BLOCKING: u32 = 1;
+pub(super) const NON_BLOCKING: u32 = 1;
+/// CU_STREAM_LEGACY, the same as null, and CU_STREAM_PER_THREAD.
+pub(super) const LEGACY: usize = 1;
+pub(super) const PER_THREAD: usize = 2;
 /// CU_EVENT_DISABLE_TIMING.
-const DISABLE_TIMING: u32 = 2;
+pub(super) const DISABLE_TIMING: u32 = 2;
 /// CUDA_ERROR_NOT_READY.
-const NOT_READY: i32 = 600;
+pub(super) const NOT_READY: i32 = 600;
 
 /// Which work the GPU starts first when several streams have some ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,12 +53,25 @@ impl Stream {
         Ok(Arc::new(Stream { context: context.clone(), raw, owned: true }))
     }
 
-    /// A stream of the host's (a cudaStream_t or CUstream; null is the default stream).
+    /// A stream of the host's (a cudaStream_t or CUstream; null is the legacy default stream). `InvalidArgument` for the
+    /// per-thread default stream: its handle means another stream on every thread.
     ///
     /// # Safety
     /// `raw` is a stream of this context until the result is dropped.
-    pub unsafe fn borrowed(context: &Arc<Context>, raw: *mut c_void) -> Arc<Stream> {
-        Arc::new(Stream { context: context.clone(), raw: raw.cast(), owned: false })
+    pub unsafe fn borrowed(context: &Arc<Context>, raw: *mut c_void) -> Result<Arc<Stream>> {
+        let raw = match raw as usize {
+            LEGACY => std::ptr::null_mut(),
+            PER_THREAD => {
+                return Err(err!(
+                    InvalidArgument,
+                    "GPU {}: the compute stream is cudaStreamPerThread, which is another stream on every thread: give \
+                     one that was made",
+                    context.info().ordinal
+                ))
+            }
+            _ => raw.cast(),
+        };
+        Ok(Arc::new(Stream { context: context.clone(), raw, owned: false }))
     }
 
     pub fn context(&self) -> &Arc<Context> {

@@ -4,6 +4,7 @@
 // LibTorch without CUDA.
 #pragma once
 
+#include <ATen/Context.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -65,9 +66,9 @@ inline void load_cuda() {
   }
 }
 
-/// The device that `wanted` means, a GPU with its number (if it has none, the current one's).
-/// Throws UNSUPPORTED for one that is not here, or that models cannot be sharded on, saying why.
-/// Local.
+/// The device that `wanted` means, a GPU with its number (if it has none, the current one's), ready
+/// to be used. Throws UNSUPPORTED for one that is not here, or that models cannot be sharded on,
+/// saying why. Local.
 inline at::Device usable_device(at::Device wanted) {
   if (wanted.is_cpu()) return at::Device(at::kCPU);
   const std::string device = "device " + wanted.str() + " cannot be used";
@@ -89,6 +90,8 @@ inline at::Device usable_device(at::Device wanted) {
                                           std::to_string(count) + ", that LibTorch sees: " +
                                           std::to_string(seen));
   }
+  // A program's first tensor on a GPU does so, but its memory may be lent before there is one.
+  at::globalContext().lazyInitDevice(detail::kGpu);
   return at::Device(detail::kGpu, static_cast<c10::DeviceIndex>(index));
 }
 
@@ -129,11 +132,13 @@ class LentMemory {
     return *memory;
   }
 
-  /// `bytes` for work on the calling thread's current stream; null, with a warning that says what
-  /// LibTorch says, if there are none.
-  void* take(std::size_t bytes) noexcept {
+  /// `bytes` for work on `stream`, the calling thread's current one: LibTorch lends to no other.
+  /// Null, with a warning that says why, if there are none.
+  void* take(std::size_t bytes, void* stream) noexcept {
     try {
       const c10::DeviceGuard guard(device_);
+      TORCH_CHECK(stream == current_stream(device_),
+                  "the engine computes on another stream than the calling thread");
       at::DataPtr data = c10::GetAllocator(device_.type())->allocate(bytes);
       void* const address = data.get();
       const std::lock_guard<std::mutex> lock(mutex_);

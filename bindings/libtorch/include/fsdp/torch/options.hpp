@@ -169,8 +169,8 @@ inline fsdp_cuda_config_t gpu_config(at::Device device, const ShardOptions& opti
   config.registered_buffers = options.registered_buffers ? FSDP_REGISTERED_BUFFERS_ALWAYS
                                                          : FSDP_REGISTERED_BUFFERS_NEVER;
   config.compute_stream = current_stream(device);
-  config.alloc = [](void* memory, std::size_t bytes, void*) {
-    return static_cast<LentMemory*>(memory)->take(bytes);
+  config.alloc = [](void* memory, std::size_t bytes, void* stream) {
+    return static_cast<LentMemory*>(memory)->take(bytes, stream);
   };
   config.free = [](void* memory, void* address, std::size_t, void*) {
     static_cast<LentMemory*>(memory)->give_back(address);
