@@ -2208,6 +2208,32 @@ fsdp_status_t fsdp_engine_gather(fsdp_engine_t *engine,
                                  float *out);
 
 /**
+ * A block of at least `bytes` in this process's heap of huge pages, which has gradient shards as well: a host that has its
+ * activations there needs less memory in all, since they go while gradients come. Aligned to 64 bytes, contents undefined, of one
+ * owner, who gives it back with fsdp_heap_release. Meant for blocks of 64 KiB and more: each takes whole pages. What was
+ * released stays with the process for the next blocks, and goes back to the system when there are none. Local; any
+ * thread. FSDP_ERR_OUT_OF_MEMORY where addresses for the heap could not be reserved (`ulimit -v`) or are used up:
+ * twice the machine's memory. Since 0.1.
+ *
+ * # Safety
+ * `out_block` is NULL or writable.
+ */
+fsdp_status_t fsdp_heap_alloc(size_t bytes,
+                              void **out_block);
+
+/**
+ * Makes the caller an owner of the block that `address` lies in: 1, or 0 if it lies in none. A gradient shard is one from
+ * when fsdp_engine_shard says where it is until it is cleared; an owner keeps its memory beyond that. Local; any thread. Since 0.1.
+ */
+int32_t fsdp_heap_retain(const void *address);
+
+/**
+ * Gives up a share in the block that `address` lies in: 1, or 0 if it lies in none. The last owner frees it. Local; any thread.
+ * Since 0.1.
+ */
+int32_t fsdp_heap_release(const void *address);
+
+/**
  * Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32 (with
  * grads_in_param_dtype, too), before they are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
  * no gradient. Once a reduction: a unit that is reduced twice in a backward is seen twice, each time with what came

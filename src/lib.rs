@@ -40,6 +40,7 @@ mod gradients;
 mod halves;
 #[cfg(test)]
 mod headers;
+mod heap;
 pub mod hook;
 pub mod layout;
 mod library;

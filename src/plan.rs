@@ -273,17 +273,15 @@ impl Plan {
         std::iter::once(own).chain(tree.adopted().iter().flat_map(|m| m.stores.iter().cloned())).collect()
     }
 
-    /// The pieces of unit `u` that lie on this rank, to be reduced into its store's shards, which start at `grads`.
-    pub fn segments(&self, u: UnitId, rank: usize, grads: *mut f32) -> Vec<Segment> {
+    /// The pieces of unit `u` that lie on this rank, to be reduced to where [`Segment::out`] shall say.
+    pub fn segments(&self, u: UnitId) -> Vec<Segment> {
         let unit = &self.units[u as usize];
-        let shard = unit.layout.shard(rank);
         let mut segments = Vec::new();
         for (index, p) in unit.params.iter().enumerate() {
             let piece = &self.params[*p as usize].piece;
             if piece.len > 0 {
-                let at = unit.grad_offset + piece.unit_offset - shard.start;
                 let (offset, len) = (piece.unit_offset, piece.len);
-                let (narrow, out) = (unit.grad_dtype, grads.wrapping_add(at));
+                let (narrow, out) = (unit.grad_dtype, std::ptr::null_mut());
                 segments.push(Segment { param: index, offset, len, narrow, out, accumulate: false });
             }
         }

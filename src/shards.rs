@@ -13,8 +13,11 @@ use crate::mesh::Mesh;
 use crate::module::ModuleTree;
 use crate::plan::{Plan, UnitId, UnitPlan};
 use crate::precision::Cast;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+
+mod gradients;
+
+use gradients::GradShards;
 
 /// What this rank may do with a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,14 +40,11 @@ pub struct ShardStore {
     /// This rank's part of it.
     casts: Vec<Cast>,
     device: Arc<dyn Device>,
-    /// With CPU offload, and on a GPU, this rank's masters, laid out as `grads`.
+    /// With CPU offload, and on a GPU, this rank's masters, at the plan's `grad_offset`s.
     apart: Option<Apart>,
     home: Home,
-    /// This rank's gradient shards, at the plan's `grad_offset`s.
-    pub grads: Buffer,
-    /// By parameter of the engine that made the store: whether its gradient shard holds a value that the next
-    /// reduction adds to.
-    held: Vec<AtomicBool>,
+    /// This rank's gradient shards, by parameter of the engine that made the store.
+    pub grads: GradShards,
     phase: Mutex<Phase>,
 }
 
@@ -103,21 +103,12 @@ impl ShardStore {
             arena: comm.alloc_arena(bytes(plan.arena_bytes))?,
             copies: (bytes(plan.compute_bytes) > 0).then(|| comm.alloc_arena(plan.compute_bytes)).transpose()?,
             casts: casts.flat_map(|u| plan.casts(u)).collect(),
-            grads: device.alloc(home, plan.shard_elements, "the gradient shards")?,
+            grads: GradShards::new(plan, device.alloc(home, plan.shard_elements, "the gradient shards")?, in_arena),
             device,
             home,
-            held: plan.params.iter().map(|_| AtomicBool::new(false)).collect(),
             phase: Mutex::new(Phase::Writable),
             comm,
         })
-    }
-
-    pub fn holds(&self, param: usize) -> bool {
-        self.held[param].load(Ordering::Relaxed)
-    }
-
-    pub fn set_held(&self, param: usize, held: bool) {
-        self.held[param].store(held, Ordering::Relaxed);
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {

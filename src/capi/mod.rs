@@ -17,6 +17,7 @@ pub mod engine;
 pub mod engine_info;
 pub mod full;
 pub mod handle;
+pub mod heap;
 pub mod hook;
 mod host_table;
 pub mod iteration;

@@ -103,7 +103,7 @@ impl Engine {
     /// This rank's piece of a parameter and of its gradient.
     pub fn shard(&self, param: ParamId) -> Result<Shard> {
         let p = self.param(param)?;
-        let holds = self.store(p.unit).holds(p.store_param);
+        let holds = self.store(p.unit).grads.holds(p.store_param);
         let grad = if holds { self.shard_grad(p) } else { std::ptr::null_mut() };
         Ok(Shard { data: self.shard_data(param as usize), grad, len: p.piece.len })
     }
@@ -112,7 +112,7 @@ impl Engine {
     pub fn clear_grad(&self, param: ParamId) -> Result<()> {
         let p = self.param(param)?;
         let _one_at_a_time = self.lock()?;
-        self.store(p.unit).set_held(p.store_param, false);
+        self.store(p.unit).grads.clear(p.store_param);
         Ok(())
     }
 
@@ -121,7 +121,7 @@ impl Engine {
         let mut state = self.lock()?;
         state.gradients.discard_kept();
         state.gradients.take_reduced(self.plan());
-        self.plan().params.iter().for_each(|p| self.store(p.unit).set_held(p.store_param, false));
+        self.plan().params.iter().for_each(|p| self.store(p.unit).grads.clear(p.store_param));
         Ok(())
     }
 
@@ -145,13 +145,18 @@ impl Engine {
         self.store(p.unit).master_at(self.place_in_shards(p), offset)
     }
 
-    /// The first float of a parameter's piece among this rank's gradient shards.
-    pub(super) fn place_in_shards(&self, p: &ParamPlan) -> usize {
-        let unit = &self.plan().units[p.unit as usize];
-        unit.grad_offset + p.piece.unit_offset - unit.layout.shard(self.comm().rank()).start
+    /// The first float of a parameter's piece among this rank's shards.
+    fn place_in_shards(&self, p: &ParamPlan) -> usize {
+        self.plan().units[p.unit as usize].grad_offset + self.place_in_shard(p)
     }
 
+    /// Where a parameter's gradient shard is.
     pub(super) fn shard_grad(&self, p: &ParamPlan) -> *mut f32 {
-        self.store(p.unit).grads.as_ptr().wrapping_add(self.place_in_shards(p))
+        self.store(p.unit).grads.base(p.store_param).wrapping_add(self.place_in_shard(p))
+    }
+
+    /// The first float of a parameter's piece in this rank's shard of its unit.
+    fn place_in_shard(&self, p: &ParamPlan) -> usize {
+        p.piece.unit_offset - self.plan().units[p.unit as usize].layout.shard(self.comm().rank()).start
     }
 }

@@ -281,7 +281,7 @@ impl Engine {
     }
 
     pub(crate) fn has_grad(&self, param: ParamId) -> bool {
-        let held = |p: &crate::plan::ParamPlan| self.store(p.unit).holds(p.store_param);
+        let held = |p: &crate::plan::ParamPlan| self.store(p.unit).grads.holds(p.store_param);
         self.plan().params.get(param as usize).is_some_and(held)
     }
 

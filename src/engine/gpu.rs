@@ -174,7 +174,7 @@ impl Opened {
         let made = Pipeline::new(units.clone(), &limits).and_then(|pipeline| {
             let of_unit = |u: &crate::plan::UnitPlan| UnitShards {
                 masters: stores[u.store].master_at(u.grad_offset, 0) as u64,
-                grads: stores[u.store].grads.as_ptr().wrapping_add(u.grad_offset) as u64,
+                grads: stores[u.store].grads.fixed().wrapping_add(u.grad_offset) as u64,
             };
             let places: Vec<UnitShards> = plan.units.iter().map(of_unit).collect();
             let shards = Shards { units: &places, on_host: config.cpu_offload };

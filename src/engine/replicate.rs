@@ -53,7 +53,7 @@ impl Engine {
         let mut means: Vec<f32> = Vec::new();
         for p in params {
             let end = means.len() + p.piece.len;
-            if store.holds(p.store_param) {
+            if store.grads.holds(p.store_param) {
                 // SAFETY: the piece lies in this rank's gradient shards, which nobody else writes under the engine's lock.
                 means.extend_from_slice(unsafe { std::slice::from_raw_parts(self.shard_grad(p), p.piece.len) });
             }
@@ -68,9 +68,10 @@ impl Engine {
         let mut rest = &means[..];
         for p in params {
             let (mean, others) = rest.split_at(p.piece.len);
+            store.grads.open(p.store_param);
             // SAFETY: as above.
             unsafe { std::ptr::copy_nonoverlapping(mean.as_ptr(), self.shard_grad(p), mean.len()) };
-            store.set_held(p.store_param, true);
+            store.grads.hold(p.store_param);
             rest = others;
         }
         Ok(())

@@ -132,7 +132,7 @@ impl QueuedSlots {
         let mean = |p: &ParamPlan| Mean {
             at: p.piece.unit_offset - start,
             len: p.piece.len,
-            add: again || self.stores[unit as usize].holds(p.store_param),
+            add: again || self.stores[unit as usize].grads.holds(p.store_param),
         };
         let here = u.params.iter().map(|p| &plan.params[*p as usize]).filter(|p| p.piece.len > 0);
         let means: Vec<Mean> = here.map(mean).collect();
@@ -265,7 +265,7 @@ impl Reducer for QueuedSlots {
         })?;
         for (p, param) in plan.params.iter().enumerate() {
             if std::mem::take(&mut self.present[param.unit as usize][param.index]) {
-                self.stores[param.unit as usize].set_held(param.store_param, true);
+                self.stores[param.unit as usize].grads.hold(param.store_param);
                 self.reduced[p] = true;
             }
         }

@@ -53,6 +53,8 @@ struct Means {
     /// Of each unit's parameters: whether a mean was written since [`Gradients::take_reduced`].
     reduced: Vec<Vec<bool>>,
     segments: Vec<Vec<Segment>>,
+    /// The first element of this rank's shard of each unit.
+    starts: Vec<usize>,
     /// Of each unit's parameters: their number in the store.
     params: Vec<Vec<usize>>,
     stores: Vec<Arc<ShardStore>>,
@@ -67,16 +69,20 @@ unsafe impl Send for HostSlots {}
 impl ReduceTarget for Means {
     fn segments(&mut self, unit: usize) -> &[Segment] {
         self.began = self.timeline.as_ref().map_or(0, |_| timeline::now());
-        let (segments, params, store) = (&mut self.segments[unit], &self.params[unit], &self.stores[unit]);
-        for s in segments.iter_mut() {
-            s.accumulate = store.holds(params[s.param]);
+        let (segments, params, grads) = (&mut self.segments[unit], &self.params[unit], &self.stores[unit].grads);
+        if let Some(first) = segments.first() {
+            let shard = grads.open(params[first.param]);
+            for s in segments.iter_mut() {
+                s.out = shard.wrapping_add(s.offset - self.starts[unit]);
+                s.accumulate = grads.holds(params[s.param]);
+            }
         }
         segments
     }
 
     fn reduced(&mut self, unit: usize, present: &[bool]) {
         for (param, _) in self.params[unit].iter().zip(present).filter(|(_, present)| **present) {
-            self.stores[unit].set_held(*param, true);
+            self.stores[unit].grads.hold(*param);
         }
         for (reduced, present) in self.reduced[unit].iter_mut().zip(present) {
             *reduced |= present;
@@ -127,9 +133,8 @@ impl HostSlots {
             first_unit,
             means: Means {
                 reduced: plan.units.iter().map(|u| vec![false; u.params.len()]).collect(),
-                segments: (0..units)
-                    .map(|u| plan.segments(u, comm.rank(), of_unit(&plan.units[u as usize]).grads.as_ptr()))
-                    .collect(),
+                segments: (0..units).map(|u| plan.segments(u)).collect(),
+                starts: plan.units.iter().map(|u| u.layout.shard(comm.rank()).start).collect(),
                 params: plan.units.iter().map(|u| u.params.iter().map(numbers).collect()).collect(),
                 stores: plan.units.iter().map(of_unit).collect(),
                 timeline: None,

@@ -15,6 +15,7 @@
 #include "fsdp/error.hpp"
 #include "fsdp/full_params.hpp"
 #include "fsdp/grad_scaler.hpp"
+#include "fsdp/heap.hpp"
 #include "fsdp/log.hpp"
 #include "fsdp/model.hpp"
 #include "fsdp/optimizer.hpp"

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "fsdp/torch/host_heap.hpp"
 #include "fsdp/torch/materialize.hpp"
 #include "fsdp/torch/model_state.hpp"
 #include "fsdp/torch/options.hpp"
@@ -106,16 +107,6 @@ inline void install_parameters(const std::shared_ptr<ModelState>& state,
   });
 }
 
-/// Lets glibc's malloc keep freed memory for the optimizer's temporaries, which are as large as
-/// shards. What lies free at the end of its heap goes back to the system above twice the size of the
-/// largest block it has mapped and freed, of those up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): so
-/// one such block is. Without it an operator on a shard half as large may fault all its pages in
-/// again. Does nothing where the user has set the thresholds, or has another allocator.
-inline void raise_malloc_thresholds() {
-  constexpr std::int64_t kAlmostLargest = (32 << 20) - (64 << 10);
-  (void)at::empty({kAlmostLargest}, at::TensorOptions(at::kCPU).dtype(at::kByte));
-}
-
 /// Shards `module` in place over `options.comm` and returns what runs it. Collective. On error the
 /// module is unchanged.
 inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
@@ -146,7 +137,7 @@ inline std::shared_ptr<ModelState> shard_module(torch::nn::Module& module,
   }
   Engine engine(walk.model, options.comm, config);
   walk.release_data();
-  raise_malloc_thresholds();
+  if (options.host_heap && walk.device().is_cpu()) HostHeap::install();
   std::optional<SyncedBuffers> buffers;
   if (options.sync_module_states) buffers.emplace(walk, options.comm);
   if (options.reshard_after_forward) {

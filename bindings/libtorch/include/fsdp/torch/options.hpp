@@ -81,6 +81,11 @@ struct ShardOptions {
   /// parameters(), their gradients and the state of adamw() and sgd() lie in host memory, apart from
   /// the unit buffers on the device. On the CPU: a second copy of the shards, and the same results.
   bool cpu_offload = false;
+  /// Sharding a model on the CPU lets the process's CPU tensors of 64 KiB and more come from the heap
+  /// of fsdp.h (fsdp_heap_alloc) from then on, since activations then make room for gradients; its
+  /// memory stays with the process. False leaves LibTorch's allocator; so does an allocator of the
+  /// program's own, and memory is then higher by up to a rank's gradient shards.
+  bool host_heap = true;
   /// Modules that are left alone with all that is below them, and parameters likewise: they stay
   /// whole on every rank, and their gradients are not reduced. parameters() leaves them out; state
   /// dicts of whole tensors have them, checkpoints do not.

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "fsdp/heap.hpp"
 #include "fsdp/torch/device.hpp"
 #include "fsdp/torch/dispatch.hpp"
 
@@ -138,11 +139,16 @@ inline at::Tensor make_shard_leaf(const std::shared_ptr<ShardWrites>& writes, st
   return leaf;
 }
 
-/// A view of the gradient shard of `shard`, undefined while it has none. It keeps the engine alive;
-/// an ordinary tensor otherwise, which may be written at any time.
+/// A view of the gradient shard of `shard`, undefined while it has none. It keeps the engine alive,
+/// and the memory, though the gradient is cleared; an ordinary tensor otherwise, which may be
+/// written at any time.
 inline at::Tensor grad_shard_view(const std::shared_ptr<ShardWrites>& writes, const Shard& shard) {
   if (shard.grad == nullptr) return at::Tensor();
-  return at::from_blob(shard.grad, {shard.numel}, [writes](void*) {},
+  const bool in_heap = heap_retain(shard.grad);
+  const auto release = [writes, in_heap](void* data) {
+    if (in_heap) heap_release(data);
+  };
+  return at::from_blob(shard.grad, {shard.numel}, release,
                        at::TensorOptions(at::kFloat).device(writes->shard_device()),
                        writes->shard_device());
 }

@@ -1,0 +1,26 @@
+// Large blocks of memory that come and go within an iteration, in the heap that gradient shards share.
+#pragma once
+
+#include <fsdp.h>
+
+#include <cstddef>
+
+#include "fsdp/error.hpp"
+
+namespace fsdp {
+
+/// A block of one owner, aligned to 64 bytes, contents undefined: fsdp_heap_alloc. Local; any thread.
+inline void* heap_alloc(std::size_t bytes) {
+  void* block = nullptr;
+  check(fsdp_heap_alloc(bytes, &block));
+  return block;
+}
+
+/// One owner more of the block that `address` lies in; false if it lies in none. Local; any thread.
+inline bool heap_retain(const void* address) noexcept { return fsdp_heap_retain(address) != 0; }
+
+/// One owner less of the block that `address` lies in, whom the last one frees; false if it lies in
+/// none. Local; any thread.
+inline bool heap_release(const void* address) noexcept { return fsdp_heap_release(address) != 0; }
+
+}  // namespace fsdp

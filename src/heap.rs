@@ -1,0 +1,217 @@
+//! A heap of huge pages, for large blocks that come and go within an iteration: activations, temporaries of optimizers,
+//! gradient shards.
+//!
+//! These have their turns: gradient shards come while activations go, and are gone before the next ones come. So they share
+//! memory, if one allocator has them all and does not fragment; giving memory back to the system in between would cost
+//! more than most of what is done with it (bench/NOTES.md). Huge pages cost fewer page faults and misses of the TLB.
+//!
+//! Blocks are placed first-fit by address in one reserved range, in whole pages; free ranges that touch become one. The memory
+//! of what is free stays with the process until nothing lives. Blocks are counted: who shares one keeps it.
+
+use crate::comm::memory::{give_back, Mapping, PAGE};
+use crate::error::{err, Result};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// Blocks of fewer bytes are not worth a place here.
+pub const LEAST: usize = 64 << 10;
+
+/// Blocks do not all begin at the same place of a page: arrays that do get into each other's way in caches.
+const COLOURS: usize = PAGE / 64;
+
+/// See the module's text.
+pub struct Heap {
+    mapping: Mapping,
+    state: Mutex<State>,
+}
+
+struct Block {
+    bytes: usize,
+    owners: usize,
+}
+
+/// Offsets in the mapping and lengths, multiples of a page.
+struct State {
+    /// Free ranges by their start; no two touch.
+    free: BTreeMap<usize, usize>,
+    blocks: BTreeMap<usize, Block>,
+    /// Nothing was used behind it since nothing lived.
+    end: usize,
+    colour: usize,
+}
+
+impl Heap {
+    /// The process's heap; None where its range cannot be reserved (`ulimit -v`).
+    pub fn get() -> Option<&'static Heap> {
+        static HEAP: OnceLock<Option<Heap>> = OnceLock::new();
+        // Addresses for whatever fits in memory, and as many for holes.
+        let range = || {
+            // SAFETY: asks the system for two numbers.
+            let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+            2 * (pages.max(1) as usize) * (size.max(1) as usize)
+        };
+        HEAP.get_or_init(|| Heap::new(range()).ok()).as_ref()
+    }
+
+    /// `bytes`: a multiple of a page.
+    fn new(bytes: usize) -> Result<Heap> {
+        let mapping = Mapping::reserved(bytes)?;
+        mapping.advise_huge();
+        let state = State { free: BTreeMap::from([(0, bytes)]), blocks: BTreeMap::new(), end: 0, colour: 0 };
+        Ok(Heap { mapping, state: Mutex::new(state) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A block of one owner, aligned to 64 bytes. Its contents are undefined.
+    pub fn alloc(&self, bytes: usize) -> Result<*mut u8> {
+        let none = || err!(OutOfMemory, "a block of {bytes} bytes: the heap's {} are used up", self.mapping.bytes());
+        let mut state = self.state();
+        let colour = 64 * state.colour;
+        let len = bytes.checked_add(colour).and_then(|b| b.max(1).checked_next_multiple_of(PAGE)).ok_or_else(none)?;
+        let (at, room) = state.free.iter().find(|(_, room)| **room >= len).map(|(a, r)| (*a, *r)).ok_or_else(none)?;
+        state.free.remove(&at);
+        if room > len {
+            state.free.insert(at + len, room - len);
+        }
+        state.blocks.insert(at, Block { bytes: len, owners: 1 });
+        state.end = state.end.max(at + len);
+        // A step that has no factor in common with their number: all have their turn.
+        state.colour = (state.colour + 5) % COLOURS;
+        Ok(self.mapping.base().wrapping_add(at + colour))
+    }
+
+    /// One owner more of the block that `address` lies in; false if there is none.
+    pub fn retain(&self, address: *const u8) -> bool {
+        let Some(at) = self.offset(address) else { return false };
+        let mut state = self.state();
+        let block = state.block(at);
+        block.map(|(_, block)| block.owners += 1).is_some()
+    }
+
+    /// One owner less of the block that `address` lies in; false if there is none. The last one frees it.
+    pub fn release(&self, address: *const u8) -> bool {
+        let Some(at) = self.offset(address) else { return false };
+        let mut state = self.state();
+        let Some((start, block)) = state.block(at) else { return false };
+        block.owners -= 1;
+        if block.owners == 0 {
+            let bytes = block.bytes;
+            state.free(start, bytes);
+            if state.blocks.is_empty() {
+                // SAFETY: all of the mapping that was used; no block lives.
+                unsafe { give_back(self.mapping.base(), std::mem::take(&mut state.end)) };
+            }
+        }
+        true
+    }
+
+    fn offset(&self, address: *const u8) -> Option<usize> {
+        Some((address as usize).wrapping_sub(self.mapping.base() as usize)).filter(|at| *at < self.mapping.bytes())
+    }
+}
+
+impl State {
+    /// The block that has this byte, and its start.
+    fn block(&mut self, at: usize) -> Option<(usize, &mut Block)> {
+        let (start, block) = self.blocks.range_mut(..=at).next_back()?;
+        (at - start < block.bytes).then_some((*start, block))
+    }
+
+    fn free(&mut self, mut start: usize, bytes: usize) {
+        self.blocks.remove(&start);
+        let mut end = start + bytes;
+        if let Some((before, room)) = self.free.range(..start).next_back().map(|(a, r)| (*a, *r)) {
+            if before + room == start {
+                self.free.remove(&before);
+                start = before;
+            }
+        }
+        if let Some(room) = self.free.remove(&end) {
+            end += room;
+        }
+        self.free.insert(start, end - start);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn free_of(heap: &Heap) -> Vec<(usize, usize)> {
+        heap.state().free.iter().map(|(a, r)| (*a, *r)).collect()
+    }
+
+    #[test]
+    fn blocks_never_overlap_and_leave_one_free_range() {
+        let heap = Heap::new(64 << 20).unwrap();
+        let mut alive: Vec<(usize, usize)> = Vec::new();
+        let mut random = 7u64;
+        for step in 0..4000 {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let number = (random >> 33) as usize;
+            if number % 5 < 3 && alive.len() < 60 {
+                let bytes = number % 900_000;
+                let block = heap.alloc(bytes).unwrap();
+                assert_eq!(block as usize % 64, 0);
+                // SAFETY: the block has as many.
+                unsafe { block.write_bytes(step as u8, bytes) };
+                let mine = (block as usize, block as usize + bytes.max(1));
+                assert!(alive.iter().all(|other| mine.1 <= other.0 || other.1 <= mine.0), "step {step}");
+                alive.push(mine);
+            } else if !alive.is_empty() {
+                let (start, _) = alive.swap_remove(number % alive.len());
+                assert!(heap.release(start as *const u8));
+            }
+        }
+        alive.drain(..).for_each(|(start, _)| assert!(heap.release(start as *const u8)));
+        assert_eq!(free_of(&heap), [(0, 64 << 20)]);
+    }
+
+    #[test]
+    fn what_is_freed_is_used_again_from_the_lowest_address() {
+        let heap = Heap::new(16 << 20).unwrap();
+        let blocks: Vec<*mut u8> = (0..4).map(|_| heap.alloc(1 << 20).unwrap()).collect();
+        heap.release(blocks[1]);
+        let smaller = heap.alloc(1 << 19).unwrap();
+        assert!(blocks[0] < smaller && smaller < blocks[2]);
+    }
+
+    #[test]
+    fn a_block_lives_until_its_last_owner_has_let_go_by_any_address_in_it() {
+        let heap = Heap::new(16 << 20).unwrap();
+        let block = heap.alloc(1 << 20).unwrap();
+        assert!(heap.retain(block.wrapping_add((1 << 20) - 1)));
+        assert!(heap.release(block.wrapping_add(5000)));
+        // SAFETY: one owner is left.
+        unsafe { block.write(3) };
+        assert_eq!(free_of(&heap).len(), 1);
+        assert!(heap.release(block));
+        assert!(!heap.release(block) && !heap.retain(block));
+        assert_eq!(free_of(&heap), [(0, 16 << 20)]);
+    }
+
+    #[test]
+    fn memory_goes_back_when_nothing_lives() {
+        let heap = Heap::new(16 << 20).unwrap();
+        let block = heap.alloc(4 << 20).unwrap();
+        // SAFETY: the block has as many.
+        unsafe { block.write_bytes(7, 4 << 20) };
+        heap.release(block);
+        // SAFETY: a byte of the mapping; pages that went back read as zero.
+        assert_eq!(unsafe { block.wrapping_add(1 << 20).read() }, 0);
+    }
+
+    #[test]
+    fn other_memory_is_none_of_its_blocks_and_a_full_heap_says_so() {
+        let heap = Heap::new(1 << 20).unwrap();
+        let other = 7u8;
+        assert!(!heap.retain(&other) && !heap.release(&other) && !heap.release(std::ptr::null()));
+        assert!(heap.alloc(1 << 19).is_ok());
+        let e = heap.alloc(1 << 20).unwrap_err();
+        assert_eq!(e.status, crate::error::Status::OutOfMemory);
+        assert!(heap.alloc(usize::MAX).is_err());
+    }
+}
