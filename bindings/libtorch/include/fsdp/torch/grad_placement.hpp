@@ -27,7 +27,6 @@
 #include "fsdp/fsdp.hpp"
 #include "fsdp/torch/accumulator.hpp"
 #include "fsdp/torch/dispatch.hpp"
-#include "fsdp/torch/tensors.hpp"
 
 namespace fsdp::detail {
 
@@ -48,9 +47,9 @@ class PlacedGradient {
   /// Nothing lives in the place.
   bool vacant() const noexcept { return data_ == nullptr || storage_.expired(); }
 
-  /// A tensor of `type` in the place, which is at `data` and has room for it.
-  at::Tensor make(void* data, at::IntArrayRef sizes, at::ScalarType type) {
-    at::Tensor tensor = at::from_blob(data, sizes, type);
+  /// A tensor in the place, which is at `data` and has room for it.
+  at::Tensor make(float* data, at::IntArrayRef sizes) {
+    at::Tensor tensor = at::from_blob(data, sizes, at::kFloat);
     data_ = data;
     bytes_ = tensor.nbytes();
     storage_ = tensor.storage().getWeakStorageImpl();
@@ -88,7 +87,7 @@ class PlacedGradient {
     return tensor._base().use_count() == 1 && tensor.storage().use_count() == 2;
   }
 
-  void* data_ = nullptr;
+  float* data_ = nullptr;
   std::size_t bytes_ = 0;
   c10::weak_intrusive_ptr<c10::StorageImpl> storage_{c10::intrusive_ptr<c10::StorageImpl>()};
 };
@@ -118,9 +117,8 @@ class GradPlacement final : public ResultPlacer,
     if (op == product) {
       const at::Tensor a = torch::jit::peek(*stack, 0, 2).toTensor();
       const at::Tensor b = torch::jit::peek(*stack, 1, 2).toTensor();
-      const at::ScalarType type = a.scalar_type();
-      if (!is_plain(a, type) || !is_plain(b, type) || !fits(a.size(0), b.size(1))) return false;
-      std::optional<at::Tensor> place = reserve(type);
+      if (!is_plain(a) || !is_plain(b) || !fits(a.size(0), b.size(1))) return false;
+      std::optional<at::Tensor> place = reserve();
       if (!place) return done();
       at::mm_out(*place, a, b);
       return give(stack, 2, std::move(*place));
@@ -132,11 +130,11 @@ class GradPlacement final : public ResultPlacer,
       const std::int64_t padding = torch::jit::peek(*stack, 3, 6).toSymInt().expect_int();
       const bool scaled = torch::jit::peek(*stack, 4, 6).toBool();
       const bool sparse = torch::jit::peek(*stack, 5, 6).toBool();
-      if (grad.dim() == 0 || !is_plain(grad, at::kFloat) || padding >= 0 || scaled || sparse ||
+      if (grad.dim() == 0 || !is_plain(grad) || padding >= 0 || scaled || sparse ||
           !fits(count, grad.size(-1))) {
         return false;
       }
-      std::optional<at::Tensor> place = reserve(at::kFloat);
+      std::optional<at::Tensor> place = reserve();
       if (!place) return done();
       // As embedding_dense_backward: row by row, in the order of the indices.
       place->zero_().index_add_(0, indices.reshape(-1), grad.reshape({-1, grad.size(-1)}));
@@ -150,21 +148,21 @@ class GradPlacement final : public ResultPlacer,
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   }
 
-  static bool is_plain(const at::Tensor& tensor, at::ScalarType type) {
+  static bool is_plain(const at::Tensor& tensor) {
     return tensor.layout() == at::kStrided && tensor.device().is_cpu() &&
-           tensor.scalar_type() == type;
+           tensor.scalar_type() == at::kFloat;
   }
 
   bool fits(std::int64_t rows, std::int64_t columns) const {
     return leaf_->size(0) == rows && leaf_->size(1) == columns;
   }
 
-  /// The place, if it is of this type and no gradient is there to add to.
-  std::optional<at::Tensor> reserve(at::ScalarType type) {
+  /// The place, if no gradient is there to add to.
+  std::optional<at::Tensor> reserve() {
     const auto [region, accumulate] = engine_->reserve_grad(param_);
-    if (accumulate || scalar_type_of(region.dtype) != type) return std::nullopt;
+    if (accumulate) return std::nullopt;
     char* const data = static_cast<char*>(region.data) + region.byte_offset;
-    return placed_->make(data, leaf_->sizes(), type);
+    return placed_->make(reinterpret_cast<float*>(data), leaf_->sizes());
   }
 
   bool give(torch::jit::Stack* stack, std::size_t arguments, at::Tensor result) {

@@ -100,8 +100,7 @@ class UnitStorage final : public StorageTag {
   /// will be on `device`.
   UnitStorage(UnitHost* host, std::shared_ptr<ShardedRoot> root, std::uint32_t index,
               const std::string& name, UnitFace buffer, UnitFace copies, at::Device device)
-      : StorageTag(nullptr, /*follows_results=*/device.is_cpu() &&
-                                (has_large(buffer) || has_large(copies))),
+      : StorageTag(nullptr, /*follows_results=*/device.is_cpu() && has_large(buffer)),
         index(index),
         name(name.empty() ? "(root)" : name),
         host_(host),
