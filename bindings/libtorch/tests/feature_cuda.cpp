@@ -257,25 +257,6 @@ void gradient_scaler(const fsdp::Communicator& comm) {
       3e-2);
 }
 
-/// A block that was sharded and trained before is a part of the whole model.
-void a_part_first(const fsdp::Communicator& comm) {
-  same_on_both(comm, [](Trial& trial) {
-    Net net = trial.net();
-    fsdp::ShardedModule<BlockImpl> block = fsdp::fully_shard(net->block1, trial.options());
-    const auto first = harness::sgd()(block.parameters());
-    for (int step = 0; step < 2; ++step) {
-      block.zero_grad();
-      const at::Tensor input = torch::full({6, 24}, 0.5 + step).to(trial.device);
-      block.forward(input).pow(2).mean().backward();
-      first->step();
-    }
-    Model model = fsdp::fully_shard(net, trial.options());
-    trial.record.add_model("whole", model);
-    const auto adamw = harness::adamw()(model.parameters());
-    trial.train(model, *adamw, 3);
-  });
-}
-
 // ---- values ----
 
 void without_storage(const fsdp::Communicator& comm) {
@@ -505,10 +486,6 @@ void errors(const fsdp::Communicator& comm) {
     Model model = fsdp::fully_shard(trial.net(), trial.options());
     REQUIRE_THROWS(model->forward(trial.input(1)), "is sharded", "outside");
     REQUIRE_THROWS(model.register_comm_hook([](fsdp::UnitGradientTensors&) {}), "hook");
-    // What was sharded cannot be sharded again there.
-    options = trial.options();
-    options.wrap = {};
-    REQUIRE_THROWS(fsdp::fully_shard(model.module(), options), "sharded");
     // None of it is in the way of training.
     trial.loss(model, 1).backward();
     REQUIRE(model.named_parameters()["tied"].grad().defined());
@@ -538,7 +515,6 @@ int main(int argc, char** argv) {
       {"models without storage", without_storage},
       {"whole parameters", whole_parameters},
       {"CPU offload", cpu_offload},
-      {"a part first", a_part_first},
       {"checkpoints", checkpoints},
       {"gradients of a unit together", gradients_together},
       {"streams and threads", streams},
