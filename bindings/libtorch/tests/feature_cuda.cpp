@@ -257,6 +257,27 @@ void gradient_scaler(const fsdp::Communicator& comm) {
       3e-2);
 }
 
+/// A block that was sharded and trained before is a part of the whole model.
+void a_part_first(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Net net = trial.net();
+    fsdp::ShardedModule<BlockImpl> block = fsdp::fully_shard(net->block1, trial.options());
+    const auto first = harness::sgd()(block.parameters());
+    for (int step = 0; step < 2; ++step) {
+      block.zero_grad();
+      const at::Tensor input = torch::full({6, 24}, 0.5 + step).to(trial.device);
+      block.forward(input).pow(2).mean().backward();
+      first->step();
+    }
+    fsdp::ShardOptions options = trial.options();
+    options.wrap = {};  // the block is a unit already
+    Model model = fsdp::fully_shard(net, options);
+    trial.record.add_model("whole", model);
+    const auto adamw = harness::adamw()(model.parameters());
+    trial.train(model, *adamw, 3);
+  });
+}
+
 // ---- values ----
 
 void without_storage(const fsdp::Communicator& comm) {
@@ -515,6 +536,7 @@ int main(int argc, char** argv) {
       {"models without storage", without_storage},
       {"whole parameters", whole_parameters},
       {"CPU offload", cpu_offload},
+      {"a part first", a_part_first},
       {"checkpoints", checkpoints},
       {"gradients of a unit together", gradients_together},
       {"streams and threads", streams},
