@@ -2942,12 +2942,15 @@ fsdp_status_t fsdp_engine_accumulate_grad(fsdp_engine_t *engine,
                                           const fsdp_tensor_t *grad);
 
 /**
- * This rank's piece of a parameter and of its gradient. Local. Since 0.1.
+ * This rank's piece of a parameter and of its gradient, whose address holds until the gradient is cleared (or longer:
+ * fsdp_heap_retain). Local. Since 0.1.
  *
  * # Safety
  * `out` is NULL or writable.
  */
-fsdp_status_t fsdp_engine_shard(const fsdp_engine_t *engine, uint32_t param, fsdp_shard_t *out);
+fsdp_status_t fsdp_engine_shard(const fsdp_engine_t *engine,
+                                uint32_t param,
+                                fsdp_shard_t *out);
 
 /**
  * Forgets a parameter's gradient: the next reduction overwrites it. Local. Since 0.1.

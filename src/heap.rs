@@ -5,12 +5,15 @@
 //! memory, if one allocator has them all and does not fragment; giving memory back to the system in between would cost
 //! more than most of what is done with it (bench/NOTES.md). Huge pages cost fewer page faults and misses of the TLB.
 //!
-//! Blocks are placed first-fit by address in one reserved range, in whole pages; free ranges that touch become one. The memory
-//! of what is free stays with the process until nothing lives. Blocks are counted: who shares one keeps it.
+//! Blocks are placed best-fit in one reserved range, in whole pages, at the lowest address where several fit as well; free
+//! ranges that touch become one. What is freed keeps its memory for the next block there, but all memory together is not more than the most
+//! that lived at once: beyond that huge pages in which nothing lives are given back, the highest first. So only holes that
+//! nothing fits in cost page faults. Owners of blocks are counted: who shares one keeps it.
 
 use crate::comm::memory::{give_back, Mapping, PAGE};
 use crate::error::{err, Result};
-use std::collections::BTreeMap;
+use crate::memory::HUGE_PAGE;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Blocks of fewer bytes are not worth a place here.
@@ -21,7 +24,10 @@ const COLOURS: usize = PAGE / 64;
 
 /// See the module's text.
 pub struct Heap {
-    mapping: Mapping,
+    _mapping: Mapping,
+    /// The first huge page of the mapping, and the bytes from there that are used.
+    base: usize,
+    bytes: usize,
     state: Mutex<State>,
 }
 
@@ -35,8 +41,15 @@ struct State {
     /// Free ranges by their start; no two touch.
     free: BTreeMap<usize, usize>,
     blocks: BTreeMap<usize, Block>,
-    /// Nothing was used behind it since nothing lived.
-    end: usize,
+    /// Of each huge page, how many bytes live.
+    live: Vec<u32>,
+    /// Huge pages that have memory though nothing in them lives.
+    warm: BTreeSet<usize>,
+    /// Huge pages that have memory.
+    resident: usize,
+    /// Bytes that live, and the most that did.
+    used: usize,
+    most: usize,
     colour: usize,
 }
 
@@ -55,10 +68,20 @@ impl Heap {
 
     /// `bytes`: a multiple of a page.
     fn new(bytes: usize) -> Result<Heap> {
-        let mapping = Mapping::reserved(bytes)?;
+        let mapping = Mapping::reserved(bytes + HUGE_PAGE)?;
         mapping.advise_huge();
-        let state = State { free: BTreeMap::from([(0, bytes)]), blocks: BTreeMap::new(), end: 0, colour: 0 };
-        Ok(Heap { mapping, state: Mutex::new(state) })
+        let base = (mapping.base() as usize).next_multiple_of(HUGE_PAGE);
+        let state = State {
+            free: BTreeMap::from([(0, bytes)]),
+            blocks: BTreeMap::new(),
+            live: vec![0; bytes.div_ceil(HUGE_PAGE)],
+            warm: BTreeSet::new(),
+            resident: 0,
+            used: 0,
+            most: 0,
+            colour: 0,
+        };
+        Ok(Heap { _mapping: mapping, base, bytes, state: Mutex::new(state) })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -67,20 +90,22 @@ impl Heap {
 
     /// A block of one owner, aligned to 64 bytes. Its contents are undefined.
     pub fn alloc(&self, bytes: usize) -> Result<*mut u8> {
-        let none = || err!(OutOfMemory, "a block of {bytes} bytes: the heap's {} are used up", self.mapping.bytes());
+        let none = || err!(OutOfMemory, "a block of {bytes} bytes: the heap's {} are used up", self.bytes);
         let mut state = self.state();
         let colour = 64 * state.colour;
         let len = bytes.checked_add(colour).and_then(|b| b.max(1).checked_next_multiple_of(PAGE)).ok_or_else(none)?;
-        let (at, room) = state.free.iter().find(|(_, room)| **room >= len).map(|(a, r)| (*a, *r)).ok_or_else(none)?;
+        let fits = state.free.iter().filter(|(_, room)| **room >= len);
+        let (at, room) = fits.min_by_key(|(_, room)| **room).map(|(a, r)| (*a, *r)).ok_or_else(none)?;
         state.free.remove(&at);
         if room > len {
             state.free.insert(at + len, room - len);
         }
         state.blocks.insert(at, Block { bytes: len, owners: 1 });
-        state.end = state.end.max(at + len);
+        state.live(at, len);
+        self.limit(&mut state);
         // A step that has no factor in common with their number: all have their turn.
         state.colour = (state.colour + 5) % COLOURS;
-        Ok(self.mapping.base().wrapping_add(at + colour))
+        Ok((self.base + at + colour) as *mut u8)
     }
 
     /// One owner more of the block that `address` lies in; false if there is none.
@@ -100,16 +125,28 @@ impl Heap {
         if block.owners == 0 {
             let bytes = block.bytes;
             state.free(start, bytes);
-            if state.blocks.is_empty() {
-                // SAFETY: all of the mapping that was used; no block lives.
-                unsafe { give_back(self.mapping.base(), std::mem::take(&mut state.end)) };
+            if state.used == 0 {
+                state.most = 0;
+                self.limit(&mut state);
             }
         }
         true
     }
 
+    /// Gives back what is more than the heap may have.
+    fn limit(&self, state: &mut State) {
+        let most = state.most;
+        while state.resident * HUGE_PAGE > most.next_multiple_of(HUGE_PAGE) {
+            let Some(page) = state.warm.pop_last() else { break };
+            state.resident -= 1;
+            let at = page * HUGE_PAGE;
+            // SAFETY: inside of the mapping; no block lives there.
+            unsafe { give_back((self.base + at) as *mut u8, HUGE_PAGE.min(self.bytes - at)) };
+        }
+    }
+
     fn offset(&self, address: *const u8) -> Option<usize> {
-        Some((address as usize).wrapping_sub(self.mapping.base() as usize)).filter(|at| *at < self.mapping.bytes())
+        Some((address as usize).wrapping_sub(self.base)).filter(|at| *at < self.bytes)
     }
 }
 
@@ -120,8 +157,27 @@ impl State {
         (at - start < block.bytes).then_some((*start, block))
     }
 
+    /// These bytes live.
+    fn live(&mut self, at: usize, len: usize) {
+        self.used += len;
+        self.most = self.most.max(self.used);
+        for (page, bytes) in parts(at, len) {
+            if self.live[page] == 0 && !self.warm.remove(&page) {
+                self.resident += 1;
+            }
+            self.live[page] += bytes;
+        }
+    }
+
     fn free(&mut self, mut start: usize, bytes: usize) {
         self.blocks.remove(&start);
+        self.used -= bytes;
+        for (page, bytes) in parts(start, bytes) {
+            self.live[page] -= bytes;
+            if self.live[page] == 0 {
+                self.warm.insert(page);
+            }
+        }
         let mut end = start + bytes;
         if let Some((before, room)) = self.free.range(..start).next_back().map(|(a, r)| (*a, *r)) {
             if before + room == start {
@@ -136,12 +192,26 @@ impl State {
     }
 }
 
+/// The huge pages that a range has bytes in, and how many.
+fn parts(at: usize, len: usize) -> impl Iterator<Item = (usize, u32)> {
+    (at / HUGE_PAGE..=(at + len - 1) / HUGE_PAGE).map(move |page| {
+        let (start, end) = (page * HUGE_PAGE, (page + 1) * HUGE_PAGE);
+        (page, (end.min(at + len) - start.max(at)) as u32)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn free_of(heap: &Heap) -> Vec<(usize, usize)> {
         heap.state().free.iter().map(|(a, r)| (*a, *r)).collect()
+    }
+
+    /// Those that have memory, and those of them in which nothing lives.
+    fn pages_of(heap: &Heap) -> (usize, usize) {
+        let state = heap.state();
+        (state.resident, state.warm.len())
     }
 
     #[test]
@@ -191,6 +261,22 @@ mod tests {
         assert!(heap.release(block));
         assert!(!heap.release(block) && !heap.retain(block));
         assert_eq!(free_of(&heap), [(0, 16 << 20)]);
+    }
+
+    #[test]
+    fn no_more_memory_is_kept_than_the_most_that_lived() {
+        let heap = Heap::new(1 << 30).unwrap();
+        // Two blocks of 10 huge pages and, between them, what keeps the hole from being larger.
+        let [first, _wall] = [0; 2].map(|_| heap.alloc(10 * HUGE_PAGE).unwrap());
+        // SAFETY: the block has as many.
+        unsafe { first.write_bytes(7, 10 * HUGE_PAGE) };
+        heap.release(first);
+        assert_eq!(pages_of(&heap), (21, 10));
+        // Fits in no hole: the hole's memory goes, but for a page that is a part of both blocks.
+        heap.alloc(11 * HUGE_PAGE).unwrap();
+        assert_eq!(pages_of(&heap), (22, 0));
+        // SAFETY: a byte of the mapping; pages that went back read as zero.
+        assert_eq!(unsafe { first.wrapping_add(HUGE_PAGE).read() }, 0);
     }
 
     #[test]

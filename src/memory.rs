@@ -3,6 +3,9 @@
 use crate::error::{Error, Result};
 use memmap2::MmapMut;
 
+/// Bytes of a huge page, on x86-64 and elsewhere where pages have 4 KiB.
+pub const HUGE_PAGE: usize = 2 << 20;
+
 /// `len` floats, zero at first.
 #[derive(Debug)]
 pub struct HostBuffer(Option<MmapMut>);

@@ -76,8 +76,10 @@ def measure(workload, commands, programs, data, logs, say, plan_bytes, starter=r
                "host_peak_pss_bytes": peak, "libraries_pss_bytes": known[kind], "own_bytes": peak - known[kind]}
         if name in workloads.OURS:
             optimizer = sum(rank["optimizer_bytes"] for rank in stats)
+            # Gradient shards, and what the optimizer needs beside them, come when activations have gone (src/heap.rs).
+            grads = sum(rank["grad_shard_bytes"] for rank in stats)
             row.update(plan_bytes=plan_bytes, activation_bytes=needed, optimizer_bytes=optimizer,
-                       expected_bytes=plan_bytes + needed + optimizer)
+                       expected_bytes=plan_bytes - grads + max(needed, grads + optimizer))
         rows.append(row)
         say(f"{workload.name:16} {name:15} peak PSS {peak / 1e6:8.1f} MB, without libraries {row['own_bytes'] / 1e6:8.1f} MB"
             + (f" (plan, activations, optimizer: {row['expected_bytes'] / 1e6:.1f} MB)" if name in workloads.OURS else ""))

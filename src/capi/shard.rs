@@ -150,7 +150,8 @@ pub unsafe extern "C" fn fsdp_engine_accumulate_grad(
     })
 }
 
-/// This rank's piece of a parameter and of its gradient. Local. Since 0.1.
+/// This rank's piece of a parameter and of its gradient, whose address holds until the gradient is cleared (or longer:
+/// fsdp_heap_retain). Local. Since 0.1.
 ///
 /// # Safety
 /// `out` is NULL or writable.

@@ -399,6 +399,41 @@ void library_containers(const fsdp::Communicator& comm) {
       sgd(), fsdp::wrap_always());
 }
 
+/// Large tensors and gradient shards share a heap; a gradient that somebody keeps stays what it was.
+void gradients_that_are_kept(const fsdp::Communicator& comm) {
+  const std::int64_t size = 512 * comm.world_size();
+  fsdp::ShardOptions options;
+  options.comm = comm;
+  auto model = fsdp::fully_shard(nn::Linear(512, size), options);
+  const auto in_heap = [](const at::Tensor& tensor) {
+    const void* data = tensor.const_data_ptr();
+    return fsdp::heap_retain(data) && fsdp::heap_release(data);
+  };
+  REQUIRE(in_heap(at::ones({512, 512})));
+  REQUIRE(!in_heap(at::ones({16})));
+  const auto backward = [&](int step) {
+    model.forward(batch_of(step, comm.rank(), {4, 512})).pow(2).sum().backward();
+  };
+  at::Tensor weight = model.parameters().front();
+  backward(0);
+  const at::Tensor kept = weight.grad();
+  REQUIRE(kept.defined() && in_heap(kept));
+  const at::Tensor wanted = kept.clone();
+  model.zero_grad();
+  // Takes what was freed, if the gradient's memory was.
+  const at::Tensor other = at::full({kept.numel()}, 7.0f);
+  backward(1);
+  REQUIRE(same_bits(kept, wanted));
+  REQUIRE(weight.grad().const_data_ptr() != kept.const_data_ptr());
+  REQUIRE(!same_bits(weight.grad(), wanted));
+  // Two backwards add where the first one's gradient is.
+  const at::Tensor first = weight.grad().clone();
+  const void* place = weight.grad().const_data_ptr();
+  backward(1);
+  REQUIRE(weight.grad().const_data_ptr() == place);
+  REQUIRE(at::allclose(weight.grad(), 2 * first));
+}
+
 int run_program(int argc, char** argv) {
   return main_of(argc, argv,
                  {{"MLP with SGD", [](auto comm) { mlp(comm, sgd()); }},
@@ -416,7 +451,8 @@ int run_program(int argc, char** argv) {
                   {"requires_grad flips", requires_grad_flips},
                   {"LSTM and attention", recurrent},
                   {"shared modules", shared_modules},
-                  {"Sequential", library_containers}});
+                  {"Sequential", library_containers},
+                  {"gradients that are kept", gradients_that_are_kept}});
 }
 
 const harness::Program program("feature_training", run_program);

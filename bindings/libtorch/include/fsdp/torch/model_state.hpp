@@ -470,8 +470,13 @@ class ModelState final : public UnitHost,
     at::Tensor& grad = params[index].shard.mutable_grad();
     if (!grad.defined()) {
       at::Tensor& view = params[index].grad_view;
-      if (!view.defined() || !is_shard_view(view, shard)) view = grad_shard_view(writes, shard);
-      grad = view;
+      if (view.defined() && is_shard_view(view, shard)) {
+        grad = view;
+        return;
+      }
+      bool moves = false;
+      grad = grad_shard_view(writes, shard, &moves);
+      view = moves ? at::Tensor() : grad;  // would keep memory that activations shall have
     } else if (!is_shard_view(grad, shard)) {
       grad.add_(grad_shard_view(writes, shard));  // a tensor of the user's own
     }

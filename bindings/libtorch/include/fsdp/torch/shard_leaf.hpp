@@ -141,10 +141,13 @@ inline at::Tensor make_shard_leaf(const std::shared_ptr<ShardWrites>& writes, st
 
 /// A view of the gradient shard of `shard`, undefined while it has none. It keeps the engine alive,
 /// and the memory, though the gradient is cleared; an ordinary tensor otherwise, which may be
-/// written at any time.
-inline at::Tensor grad_shard_view(const std::shared_ptr<ShardWrites>& writes, const Shard& shard) {
+/// written at any time. `moves`, if not null, says whether the gradient may be elsewhere once it was
+/// cleared.
+inline at::Tensor grad_shard_view(const std::shared_ptr<ShardWrites>& writes, const Shard& shard,
+                                  bool* moves = nullptr) {
   if (shard.grad == nullptr) return at::Tensor();
   const bool in_heap = heap_retain(shard.grad);
+  if (moves != nullptr) *moves = in_heap;
   const auto release = [writes, in_heap](void* data) {
     if (in_heap) heap_release(data);
   };
