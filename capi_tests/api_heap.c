@@ -20,6 +20,11 @@ int main(void) {
   CHECK_EQ(fsdp_heap_retain(block), 0);
   CHECK_EQ(fsdp_heap_release(block), 0);
   CHECK_EQ(fsdp_heap_release(other), 1);
+  /* Its memory goes back, and is zero when it comes again. */
+  fsdp_heap_trim();
+  CHECK_OK(fsdp_heap_alloc(bytes, &other));
+  for (size_t i = 0; i < bytes; i++) CHECK(((char *)other)[i] == 0);
+  CHECK_EQ(fsdp_heap_release(other), 1);
   /* Other memory. */
   CHECK_EQ(fsdp_heap_retain(&block), 0);
   CHECK_EQ(fsdp_heap_release(&block), 0);

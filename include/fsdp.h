@@ -2211,8 +2211,8 @@ fsdp_status_t fsdp_engine_gather(fsdp_engine_t *engine,
  * A block of at least `bytes` in this process's heap of huge pages, which has gradient shards as well: a host that has its
  * activations there needs less memory in all, since they go while gradients come. Aligned to 64 bytes, contents undefined, of one
  * owner, who gives it back with fsdp_heap_release. Meant for blocks of 64 KiB and more: each takes whole pages. What was
- * released stays with the process for the next blocks, and goes back to the system when there are none. Local; any
- * thread. FSDP_ERR_OUT_OF_MEMORY where addresses for the heap could not be reserved (`ulimit -v`) or are used up:
+ * released stays with the process for the next blocks, as much as lived at once, until fsdp_heap_trim or until an engine is
+ * destroyed. Local; any thread. FSDP_ERR_OUT_OF_MEMORY where addresses for the heap could not be reserved (`ulimit -v`) or are used up:
  * twice the machine's memory. Since 0.1.
  *
  * # Safety
@@ -2232,6 +2232,11 @@ int32_t fsdp_heap_retain(const void *address);
  * Since 0.1.
  */
 int32_t fsdp_heap_release(const void *address);
+
+/**
+ * Gives what is free in the heap back to the system. Destroying an engine does, too. Local; any thread. Since 0.1.
+ */
+void fsdp_heap_trim(void);
 
 /**
  * Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32 (with

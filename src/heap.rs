@@ -125,12 +125,15 @@ impl Heap {
         if block.owners == 0 {
             let bytes = block.bytes;
             state.free(start, bytes);
-            if state.used == 0 {
-                state.most = 0;
-                self.limit(&mut state);
-            }
         }
         true
+    }
+
+    /// Gives back all that is free; what lives now is the most that did.
+    pub fn trim(&self) {
+        let mut state = self.state();
+        state.most = state.used;
+        self.limit(&mut state);
     }
 
     /// Gives back what is more than the heap may have.
@@ -280,14 +283,21 @@ mod tests {
     }
 
     #[test]
-    fn memory_goes_back_when_nothing_lives() {
+    fn memory_goes_back_when_it_is_trimmed() {
         let heap = Heap::new(16 << 20).unwrap();
         let block = heap.alloc(4 << 20).unwrap();
         // SAFETY: the block has as many.
         unsafe { block.write_bytes(7, 4 << 20) };
+        let next = heap.alloc(64).unwrap();
         heap.release(block);
-        // SAFETY: a byte of the mapping; pages that went back read as zero.
-        assert_eq!(unsafe { block.wrapping_add(1 << 20).read() }, 0);
+        // SAFETY: bytes of the mapping; pages that went back read as zero.
+        let read = || unsafe { block.wrapping_add(1 << 20).read() };
+        assert_eq!(read(), 7);
+        heap.trim();
+        assert_eq!((read(), pages_of(&heap)), (0, (1, 0)));
+        heap.release(next);
+        heap.trim();
+        assert_eq!(pages_of(&heap), (0, 0));
     }
 
     #[test]

@@ -8,8 +8,8 @@ use std::ffi::c_void;
 /// A block of at least `bytes` in this process's heap of huge pages, which has gradient shards as well: a host that has its
 /// activations there needs less memory in all, since they go while gradients come. Aligned to 64 bytes, contents undefined, of one
 /// owner, who gives it back with fsdp_heap_release. Meant for blocks of 64 KiB and more: each takes whole pages. What was
-/// released stays with the process for the next blocks, and goes back to the system when there are none. Local; any
-/// thread. FSDP_ERR_OUT_OF_MEMORY where addresses for the heap could not be reserved (`ulimit -v`) or are used up:
+/// released stays with the process for the next blocks, as much as lived at once, until fsdp_heap_trim or until an engine is
+/// destroyed. Local; any thread. FSDP_ERR_OUT_OF_MEMORY where addresses for the heap could not be reserved (`ulimit -v`) or are used up:
 /// twice the machine's memory. Since 0.1.
 ///
 /// # Safety
@@ -37,4 +37,12 @@ pub extern "C" fn fsdp_heap_retain(address: *const c_void) -> i32 {
 #[no_mangle]
 pub extern "C" fn fsdp_heap_release(address: *const c_void) -> i32 {
     Heap::get().is_some_and(|heap| heap.release(address.cast())) as i32
+}
+
+/// Gives what is free in the heap back to the system. Destroying an engine does, too. Local; any thread. Since 0.1.
+#[no_mangle]
+pub extern "C" fn fsdp_heap_trim() {
+    if let Some(heap) = Heap::get() {
+        heap.trim();
+    }
 }

@@ -113,8 +113,12 @@ impl Unit {
     }
 }
 
-impl Drop for Unit {
+impl Drop for GradShards {
     fn drop(&mut self) {
-        self.release();
+        self.units.iter().for_each(Unit::release);
+        // The training that the heap's memory was kept for is over.
+        if let Some(heap) = Heap::get().filter(|_| self.units.iter().any(|u| u.in_heap)) {
+            heap.trim();
+        }
     }
 }

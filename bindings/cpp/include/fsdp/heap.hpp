@@ -23,4 +23,7 @@ inline bool heap_retain(const void* address) noexcept { return fsdp_heap_retain(
 /// none. Local; any thread.
 inline bool heap_release(const void* address) noexcept { return fsdp_heap_release(address) != 0; }
 
+/// Gives what is free in the heap back to the system. Local; any thread.
+inline void heap_trim() noexcept { fsdp_heap_trim(); }
+
 }  // namespace fsdp
