@@ -70,8 +70,13 @@ impl GradShards {
     /// It holds nothing any more. With a unit's last one its block is released.
     pub fn clear(&self, param: usize) {
         let Param { held, unit } = &self.params[param];
-        if held.swap(false, Relaxed) && self.units[*unit].holding.fetch_sub(1, Relaxed) == 1 {
-            self.units[*unit].release();
+        let unit = &self.units[*unit];
+        if held.swap(false, Relaxed) {
+            unit.holding.fetch_sub(1, Relaxed);
+        }
+        // A block that was opened and got nothing goes, too.
+        if unit.holding.load(Relaxed) == 0 {
+            unit.release();
         }
     }
 
@@ -106,10 +111,11 @@ impl GradShards {
 
 impl Unit {
     fn release(&self) {
-        let block = self.block.swap(std::ptr::null_mut(), Relaxed);
-        if let Some(heap) = Heap::get().filter(|_| !block.is_null()) {
-            heap.release(block.cast());
+        if self.block.load(Relaxed).is_null() {
+            return;
         }
+        let block = self.block.swap(std::ptr::null_mut(), Relaxed);
+        Heap::get().map(|heap| heap.release(block.cast()));
     }
 }
 
