@@ -53,10 +53,11 @@ struct State {
     colour: usize,
 }
 
+static HEAP: OnceLock<Option<Heap>> = OnceLock::new();
+
 impl Heap {
     /// The process's heap; None where its range cannot be reserved (`ulimit -v`).
     pub fn get() -> Option<&'static Heap> {
-        static HEAP: OnceLock<Option<Heap>> = OnceLock::new();
         // Addresses for whatever fits in memory, and as many for holes.
         let range = || {
             // SAFETY: asks the system for two numbers.
@@ -64,6 +65,11 @@ impl Heap {
             2 * (pages.max(1) as usize) * (size.max(1) as usize)
         };
         HEAP.get_or_init(|| Heap::new(range()).ok()).as_ref()
+    }
+
+    /// The process's heap, if there is one by now.
+    pub fn made() -> Option<&'static Heap> {
+        HEAP.get()?.as_ref()
     }
 
     /// `bytes`: a multiple of a page.

@@ -29,20 +29,20 @@ pub unsafe extern "C" fn fsdp_heap_alloc(bytes: usize, out_block: *mut *mut c_vo
 /// when fsdp_engine_shard says where it is until it is cleared; an owner keeps its memory beyond that. Local; any thread. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_heap_retain(address: *const c_void) -> i32 {
-    Heap::get().is_some_and(|heap| heap.retain(address.cast())) as i32
+    Heap::made().is_some_and(|heap| heap.retain(address.cast())) as i32
 }
 
 /// Gives up a share in the block that `address` lies in: 1, or 0 if it lies in none. The last owner frees it. Local; any thread.
 /// Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_heap_release(address: *const c_void) -> i32 {
-    Heap::get().is_some_and(|heap| heap.release(address.cast())) as i32
+    Heap::made().is_some_and(|heap| heap.release(address.cast())) as i32
 }
 
 /// Gives what is free in the heap back to the system. Destroying an engine does, too. Local; any thread. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_heap_trim() {
-    if let Some(heap) = Heap::get() {
+    if let Some(heap) = Heap::made() {
         heap.trim();
     }
 }

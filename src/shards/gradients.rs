@@ -115,7 +115,9 @@ impl Unit {
             return;
         }
         let block = self.block.swap(std::ptr::null_mut(), Relaxed);
-        Heap::get().map(|heap| heap.release(block.cast()));
+        if let Some(heap) = Heap::made() {
+            heap.release(block.cast());
+        }
     }
 }
 
@@ -123,8 +125,8 @@ impl Drop for GradShards {
     fn drop(&mut self) {
         self.units.iter().for_each(Unit::release);
         // The training that the heap's memory was kept for is over.
-        if let Some(heap) = Heap::get().filter(|_| self.units.iter().any(|u| u.in_heap)) {
-            heap.trim();
+        if self.units.iter().any(|u| u.in_heap) {
+            Heap::made().iter().for_each(|heap| heap.trim());
         }
     }
 }
