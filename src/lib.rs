@@ -17,8 +17,8 @@
 //! ```
 //!
 //! `mesh` says which ranks share shards and which are replicas, `precision` what parameters are computed in (`halves` rounds and widens), `device`
-//! where memory lies, `heap` where gradient shards and a host's activations take turns. `trace` records in which order a forward needs what; from that, `schedule` says what comes next.
-//! `hook`, `norm` and `scaler` are what happens to gradients before and after they are reduced. Messages for a person
+//! where memory lies, `heap` where gradient shards and a host's activations take turns. `trace` records in which order a
+//! forward needs what; from that, `schedule` says what comes next. `hook`, `norm` and `scaler` are what happens to gradients before and after they are reduced. Messages for a person
 //! go through `log`, and a timeline of all ranks through `timeline`. `pipeline` says what waits for what on a device
 //! whose collectives run beside its compute. `forecast` says what all of it will take and move, from the plan alone.
 //! `comm` connects ranks (`shm`: shared pages of one host; `host`: collectives that a host lends; `single`: one rank;
