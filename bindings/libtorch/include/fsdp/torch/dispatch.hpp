@@ -287,12 +287,12 @@ inline at::DataPtr tagged_pointer(void* data, StorageTag* tag, at::Device device
   return at::DataPtr(data, tag, dispatch_table().deleter, device);
 }
 
-/// Lets a storage made by tagged_storage point to `data` (borrowed) from here on.
+/// Lets a storage made by tagged_storage point to `data` (borrowed) from here on. Another thread's
+/// operator that meets it meanwhile finds the tag all the time.
 inline void point_at(c10::StorageImpl& storage, void* data) {
   at::DataPtr& pointer = storage._mutable_data_ptr_no_checks();
-  const c10::DeleterFnPtr deleter = pointer.get_deleter();
-  const at::Device device = pointer.device();
-  pointer = at::DataPtr(data, pointer.release_context(), deleter, device);
+  auto* const tag = static_cast<StorageTag*>(pointer.get_context());
+  pointer = tagged_pointer(data, tag, pointer.device());
 }
 
 /// A storage of `bytes` bytes at `data` (borrowed) on `device` that carries `tag`.
