@@ -6,9 +6,9 @@
 //! more than most of what is done with it (bench/NOTES.md). Huge pages cost fewer page faults and misses of the TLB.
 //!
 //! Blocks are placed best-fit in one reserved range, in whole pages, at the lowest address where several fit as well; free
-//! ranges that touch become one. What is freed keeps its memory for the next block there, but all memory together is not more than the most
-//! that lived at once: beyond that huge pages in which nothing lives are given back, the highest first. So only holes that
-//! nothing fits in cost page faults. Owners of blocks are counted: who shares one keeps it.
+//! ranges that touch become one. What is freed keeps its memory for the next block there, as long as all memory together is not
+//! more than the most that lived at once: beyond that huge pages in which nothing lives are given back, the highest first (what is
+//! free in the others comes on top). So only holes that nothing fits in cost page faults. Owners of blocks are counted: who shares one keeps it.
 
 use crate::comm::memory::{give_back, Mapping, PAGE};
 use crate::error::{err, Result};

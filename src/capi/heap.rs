@@ -25,8 +25,9 @@ pub unsafe extern "C" fn fsdp_heap_alloc(bytes: usize, out_block: *mut *mut c_vo
     })
 }
 
-/// Makes the caller an owner of the block that `address` lies in: 1, or 0 if it lies in none. A gradient shard is one from
-/// when fsdp_engine_shard says where it is until it is cleared; an owner keeps its memory beyond that. Local; any thread. Since 0.1.
+/// Makes the caller an owner of the block that `address` lies in: 1, or 0 if it lies in none. On the CPU a unit's
+/// gradient shards of 64 KiB and more are in one from when fsdp_engine_shard says where they are until all of them are cleared; an owner
+/// keeps their memory beyond that. Smaller ones have a fixed place and are in none. Local; any thread. Since 0.1.
 #[no_mangle]
 pub extern "C" fn fsdp_heap_retain(address: *const c_void) -> i32 {
     Heap::made().is_some_and(|heap| heap.retain(address.cast())) as i32
