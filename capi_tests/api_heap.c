@@ -3,8 +3,36 @@
 
 #include <string.h>
 
+static fsdp_heap_stats_t stats(void) {
+  fsdp_heap_stats_t now = {.struct_size = sizeof now};
+  CHECK_OK(fsdp_heap_stats(&now));
+  CHECK_EQ(now.struct_size, sizeof now);
+  return now;
+}
+
+static void counts(void) {
+  const size_t bytes = 3 << 20;
+  void *blocks[2];
+  for (int i = 0; i < 2; i++) CHECK_OK(fsdp_heap_alloc(bytes, &blocks[i]));
+  CHECK(stats().live_bytes >= 2 * bytes && stats().live_bytes < 3 * bytes);
+  CHECK_EQ(stats().peak_bytes, stats().live_bytes);
+  CHECK_EQ(stats().resident_bytes, 8 << 20);
+  CHECK_EQ(fsdp_heap_release(blocks[1]), 1);
+  CHECK(stats().live_bytes >= bytes && stats().live_bytes < 2 * bytes);
+  CHECK(stats().peak_bytes >= 2 * bytes);
+  CHECK_EQ(stats().resident_bytes, 8 << 20);
+  CHECK_EQ(fsdp_heap_release(blocks[0]), 1);
+  fsdp_heap_trim();
+  CHECK(stats().live_bytes == 0 && stats().peak_bytes == 0 && stats().resident_bytes == 0);
+  fsdp_heap_stats_t small = {.struct_size = 8};
+  CHECK_ERR(fsdp_heap_stats(&small), FSDP_ERR_INVALID_ARGUMENT, "fsdp_heap_stats_t.struct_size is 8");
+  CHECK_ERR(fsdp_heap_stats(NULL), FSDP_ERR_INVALID_ARGUMENT, "NULL");
+}
+
 int main(void) {
   const size_t bytes = 1 << 20;
+  CHECK(stats().live_bytes == 0 && stats().peak_bytes == 0 && stats().resident_bytes == 0);
+  counts();
   void *block = NULL, *other = NULL;
   CHECK_OK(fsdp_heap_alloc(bytes, &block));
   CHECK((uintptr_t)block % 64 == 0);

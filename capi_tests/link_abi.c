@@ -91,6 +91,12 @@ FIELD(fsdp_unit_gradients_t, count, 12);
 FIELD(fsdp_unit_gradients_t, name, 16);
 FIELD(fsdp_unit_gradients_t, gradients, 24);
 
+SIZE(fsdp_heap_stats_t, 32);
+FIELD(fsdp_heap_stats_t, struct_size, 0);
+FIELD(fsdp_heap_stats_t, live_bytes, 8);
+FIELD(fsdp_heap_stats_t, peak_bytes, 16);
+FIELD(fsdp_heap_stats_t, resident_bytes, 24);
+
 SIZE(fsdp_grad_scaler_config_t, 56);
 FIELD(fsdp_grad_scaler_config_t, struct_size, 0);
 FIELD(fsdp_grad_scaler_config_t, scale, 8);

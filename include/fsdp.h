@@ -1199,6 +1199,28 @@ typedef int32_t (*fsdp_full_state_fn)(uint32_t param,
                                       void *user_data);
 
 /**
+ * This process's heap of large blocks. Set struct_size before the call.
+ */
+typedef struct {
+  /**
+   * sizeof(fsdp_heap_stats_t).
+   */
+  size_t struct_size;
+  /**
+   * Bytes of the blocks that live, in whole pages.
+   */
+  uint64_t live_bytes;
+  /**
+   * The most of them at once since the last fsdp_heap_trim.
+   */
+  uint64_t peak_bytes;
+  /**
+   * Bytes of the huge pages that have memory: what lives, what is kept for the next blocks, and what lies between.
+   */
+  uint64_t resident_bytes;
+} fsdp_heap_stats_t;
+
+/**
  * One parameter's full gradient, in the parameter's shape.
  */
 typedef struct {
@@ -2238,6 +2260,14 @@ int32_t fsdp_heap_release(const void *address);
  * Gives what is free in the heap back to the system. Destroying an engine does, too. Local; any thread. Since 0.1.
  */
 void fsdp_heap_trim(void);
+
+/**
+ * What the heap has now. Zero before its first block. Local; any thread. Since 0.1.
+ *
+ * # Safety
+ * `out_stats` is NULL or writable for its struct_size.
+ */
+fsdp_status_t fsdp_heap_stats(fsdp_heap_stats_t *out_stats);
 
 /**
  * Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32 (with

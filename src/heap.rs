@@ -53,6 +53,17 @@ struct State {
     colour: usize,
 }
 
+/// What [`Heap::stats`] counts, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeapStats {
+    /// Of the blocks that live, in whole pages.
+    pub live: usize,
+    /// The most that lived at once since [`Heap::trim`].
+    pub peak: usize,
+    /// Of the huge pages that have memory.
+    pub resident: usize,
+}
+
 static HEAP: OnceLock<Option<Heap>> = OnceLock::new();
 
 impl Heap {
@@ -140,6 +151,11 @@ impl Heap {
         let mut state = self.state();
         state.most = state.used;
         self.limit(&mut state);
+    }
+
+    pub fn stats(&self) -> HeapStats {
+        let state = self.state();
+        HeapStats { live: state.used, peak: state.most, resident: state.resident * HUGE_PAGE }
     }
 
     /// Gives back what is more than the heap may have.

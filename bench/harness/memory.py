@@ -53,11 +53,14 @@ def libraries_of(name, command, world_size, logs, starter):
 
 def activations(workload, program, data, logs):
     """What forward and backward need besides parameters and gradients, summed over the ranks: the peak of as many processes
-    of the program of bench/step that compute unsharded and free each gradient at once, less libraries and parameters."""
+    of the program of bench/step that compute unsharded and free each gradient at once, less libraries and parameters. In two
+    parts: what lies in the heap, where gradient shards have their turns with it, and all else (small tensors, buffers of
+    the libraries, their code)."""
     command = [*program, "--system", "plain", *workload.arguments(data)]
-    peak, _ = peak_of("plain", command, workload.world_size, logs, ranks.start)
+    peak, stats = peak_of("plain", command, workload.world_size, logs, ranks.start)
     params = 4 * workloads.parameter_count(workload.model) * workload.world_size
-    return peak - libraries_of("plain", program, workload.world_size, logs, ranks.start) - params
+    in_heap = sum(rank["heap_bytes"] for rank in stats)
+    return in_heap, peak - libraries_of("plain", program, workload.world_size, logs, ranks.start) - params - in_heap
 
 
 def measure(workload, commands, programs, data, logs, say, plan_bytes, starter=ranks.start):
@@ -66,7 +69,7 @@ def measure(workload, commands, programs, data, logs, say, plan_bytes, starter=r
     rows, known = [], {}
     folder = logs / workload.name / "memory"
     folder.mkdir(parents=True, exist_ok=True)
-    needed = activations(workload, programs["bound"], data, folder)
+    in_heap, besides = activations(workload, programs["bound"], data, folder)
     for name, command in commands.items():
         peak, stats = peak_of(name, command, workload.world_size, folder, starter)
         kind = tuple(map(str, programs[name]))
@@ -78,8 +81,8 @@ def measure(workload, commands, programs, data, logs, say, plan_bytes, starter=r
             optimizer = sum(rank["optimizer_bytes"] for rank in stats)
             # Gradient shards, and what the optimizer needs beside them, come when activations have gone (src/heap.rs).
             grads = sum(rank["grad_shard_bytes"] for rank in stats)
-            row.update(plan_bytes=plan_bytes, activation_bytes=needed, optimizer_bytes=optimizer,
-                       expected_bytes=plan_bytes - grads + max(needed, grads + optimizer))
+            row.update(plan_bytes=plan_bytes, activation_bytes=in_heap + besides, optimizer_bytes=optimizer,
+                       expected_bytes=plan_bytes - grads + max(in_heap, grads + optimizer) + besides)
         rows.append(row)
         say(f"{workload.name:16} {name:15} peak PSS {peak / 1e6:8.1f} MB, without libraries {row['own_bytes'] / 1e6:8.1f} MB"
             + (f" (plan, activations, optimizer: {row['expected_bytes'] / 1e6:.1f} MB)" if name in workloads.OURS else ""))

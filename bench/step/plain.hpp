@@ -28,6 +28,7 @@ class Plain final : public System<Work> {
  public:
   Plain(const Arguments& args, const Work& work) : args_(args), work_(work) {
     load_parameters(*module_, args_.data);
+    fsdp::detail::HostHeap::install();
     for (const auto& param : module_->parameters()) {
       accumulators_.push_back(torch::autograd::impl::grad_accumulator(param));
       accumulators_.back()->add_post_hook(std::make_unique<FreeGradient>(param));
@@ -40,7 +41,9 @@ class Plain final : public System<Work> {
     return loss.template item<double>();
   }
 
-  std::string stats() override { return "{}"; }
+  std::string stats() override {
+    return "{\"heap_bytes\": " + std::to_string(fsdp::heap_stats().peak_bytes) + "}";
+  }
 
  private:
   const Arguments& args_;

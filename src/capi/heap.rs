@@ -1,9 +1,28 @@
 //! Large blocks of memory that come and go within an iteration.
 
-use super::status::{boundary, fsdp_status_t, out};
+use super::status::{boundary, fsdp_status_t, out, write_sized, Sized_};
 use crate::error::err;
 use crate::heap::Heap;
 use std::ffi::c_void;
+
+/// This process's heap of large blocks. Set struct_size before the call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fsdp_heap_stats_t {
+    /// sizeof(fsdp_heap_stats_t).
+    pub struct_size: usize,
+    /// Bytes of the blocks that live, in whole pages.
+    pub live_bytes: u64,
+    /// The most of them at once since the last fsdp_heap_trim.
+    pub peak_bytes: u64,
+    /// Bytes of the huge pages that have memory: what lives, what is kept for the next blocks, and what lies between.
+    pub resident_bytes: u64,
+}
+
+// SAFETY: plain numbers, struct_size first.
+unsafe impl Sized_ for fsdp_heap_stats_t {
+    const NAME: &'static str = "fsdp_heap_stats_t";
+}
 
 /// A block of at least `bytes` in this process's heap of huge pages, which has gradient shards as well: a host that has its
 /// activations there needs less memory in all, since they go while gradients come. Aligned to 64 bytes, contents undefined, of one
@@ -46,4 +65,23 @@ pub extern "C" fn fsdp_heap_trim() {
     if let Some(heap) = Heap::made() {
         heap.trim();
     }
+}
+
+/// What the heap has now. Zero before its first block. Local; any thread. Since 0.1.
+///
+/// # Safety
+/// `out_stats` is NULL or writable for its struct_size.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_heap_stats(out_stats: *mut fsdp_heap_stats_t) -> fsdp_status_t {
+    boundary(|| {
+        let stats = Heap::made().map(Heap::stats).unwrap_or_default();
+        let stats = fsdp_heap_stats_t {
+            struct_size: 0,
+            live_bytes: stats.live as u64,
+            peak_bytes: stats.peak as u64,
+            resident_bytes: stats.resident as u64,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { write_sized(out_stats, stats) }
+    })
 }

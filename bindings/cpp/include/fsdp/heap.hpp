@@ -26,4 +26,15 @@ inline bool heap_release(const void* address) noexcept { return fsdp_heap_releas
 /// Gives what is free in the heap back to the system. Local; any thread.
 inline void heap_trim() noexcept { fsdp_heap_trim(); }
 
+/// What the heap has; see fsdp_heap_stats_t.
+using HeapStats = fsdp_heap_stats_t;
+
+/// Local; any thread.
+inline HeapStats heap_stats() {
+  HeapStats stats{};
+  stats.struct_size = sizeof stats;
+  check(fsdp_heap_stats(&stats));
+  return stats;
+}
+
 }  // namespace fsdp
