@@ -84,12 +84,14 @@ SIZE(fsdp_full_gradient_t, 24);
 FIELD(fsdp_full_gradient_t, param, 0);
 FIELD(fsdp_full_gradient_t, data, 8);
 FIELD(fsdp_full_gradient_t, numel, 16);
-SIZE(fsdp_unit_gradients_t, 32);
+SIZE(fsdp_unit_gradients_t, 48);
 FIELD(fsdp_unit_gradients_t, struct_size, 0);
 FIELD(fsdp_unit_gradients_t, unit, 8);
 FIELD(fsdp_unit_gradients_t, count, 12);
 FIELD(fsdp_unit_gradients_t, name, 16);
 FIELD(fsdp_unit_gradients_t, gradients, 24);
+FIELD(fsdp_unit_gradients_t, device, 32);
+FIELD(fsdp_unit_gradients_t, cuda_stream, 40);
 
 SIZE(fsdp_heap_stats_t, 32);
 FIELD(fsdp_heap_stats_t, struct_size, 0);

@@ -802,7 +802,7 @@ typedef int32_t (*fsdp_module_init_fn)(const fsdp_module_init_t *init, void *use
  * fsdp_engine_gather) lie where the engine's shards do; full parameters, whole tensors of checkpoints and initializers'
  * tensors are in host memory.
  *
- * Refused on a GPU (FSDP_ERR_UNSUPPORTED): communication hooks. With several ranks units are unsharded and reduced in the same
+ * With several ranks units are unsharded and reduced in the same
  * order on every rank (reduced: of every shard group), whatever order_check says, and 16-bit gradients are summed by NCCL in that
  * type. A unit that is resharded over a number of ranks (fsdp_engine_set_reshard_after_forward) keeps a part of its unit buffer in
  * memory that is taken and given back as it is used. Engines that share shards (fsdp_model_add_sharded) are on one GPU, with the
@@ -1229,7 +1229,7 @@ typedef struct {
    */
   uint32_t param;
   /**
-   * numel floats, to be read and changed.
+   * numel floats, to be read and changed; on a GPU an address there.
    */
   float *data;
   /**
@@ -1262,6 +1262,14 @@ typedef struct {
    * `count` of them, in the order of the unit's parameters.
    */
   const fsdp_full_gradient_t *gradients;
+  /**
+   * Where they lie.
+   */
+  fsdp_device_t device;
+  /**
+   * On a GPU: the stream (a CUstream or cudaStream_t) that the hook puts its work on. NULL on the CPU.
+   */
+  void *cuda_stream;
 } fsdp_unit_gradients_t;
 
 /**
@@ -1269,6 +1277,12 @@ typedef struct {
  * that starts the unit's reduction, from within fsdp_engine_reduce, post_backward or finish_backward, with the engine
  * locked: a call on that engine from inside is FSDP_ERR_INVALID_STATE. Other libraries and other engines may be called;
  * it must not throw or unwind.
+ *
+ * On a GPU nobody waits: the gradients may not be there yet when the hook is called. On cuda_stream they are complete, and what
+ * the hook launches on that stream runs before the reduction does, which is launched there when it returns. Work on other
+ * streams the hook orders by events, after and before that one; memory that it takes for the work it gives back in the
+ * stream's order. The GPU's primary context is current. An engine's stream is the same in every call, and is there until the
+ * process ends.
  */
 typedef int32_t (*fsdp_comm_hook_fn)(const fsdp_unit_gradients_t *gradients, void *user_data);
 
@@ -2271,7 +2285,7 @@ fsdp_status_t fsdp_heap_stats(fsdp_heap_stats_t *out_stats);
 
 /**
  * Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32 (with
- * grads_in_param_dtype, too), before they are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
+ * grads_in_param_dtype and on a GPU, too), before they are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
  * no gradient. Once a reduction: a unit that is reduced twice in a backward is seen twice, each time with what came
  * since. NULL: no hook, as at first. A hook that fails makes the call that it was called by fail with
  * FSDP_ERR_CALLBACK, naming the unit, and aborts the communicator, so that every other rank gets FSDP_ERR_ABORTED with

@@ -318,9 +318,6 @@ impl Engine {
     /// Local. See [`crate::hook`].
     pub fn set_comm_hook(&self, hook: Option<HookFn>) -> Result<()> {
         let comms = self.model.mesh.comms();
-        if hook.is_some() && self.gpu.is_some() {
-            return Err(err!(Unsupported, "communication hooks are not called by engines on a GPU yet"));
-        }
         let hook = hook.map(|function| CommHook { engine: self.number, function, comms });
         // Dropped after the lock: dropping it may run code of the host.
         let _old = std::mem::replace(&mut self.lock()?.gradients.hook, hook);

@@ -20,6 +20,7 @@ use crate::hook::{CommHook, HookGradient, UnitGradients};
 use crate::plan::{Plan, UnitId, UnitPlan};
 use crate::precision;
 use crate::timeline::Timeline;
+use std::ffi::c_void;
 use std::sync::Arc;
 
 pub mod queued;
@@ -38,15 +39,25 @@ pub struct Place {
 // SAFETY: a plain address in memory that the reducer keeps; used under the engine's lock.
 unsafe impl Send for Place {}
 
+/// What a host does with gradients before they are reduced; it is given the stream to do it on, null on the CPU.
+pub type Change<'a> = &'a mut dyn FnMut(*mut c_void) -> Result<()>;
+
 /// Slots for full gradients, and what brings them to the shards.
 pub trait Reducer: Send {
     /// A slot for `unit`, which has elements and none now. May wait for one.
     fn acquire(&mut self, plan: &Plan, unit: UnitId) -> Result<Place>;
     /// The gradients in the unit's slot are not wanted.
     fn discard(&mut self, unit: UnitId, place: Place);
-    /// Starts the reduce-scatter of what the unit has collected: `held` says of each of its parameters what. The slot is the
-    /// unit's no more.
-    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, held: &[Held]) -> Result<()>;
+    /// Starts the reduce-scatter of what the unit has collected, after `change`: `held` says of each of its parameters what.
+    /// The slot is the unit's no more. `change` breaks the communicators if it fails.
+    fn start(
+        &mut self,
+        plan: &Plan,
+        unit: UnitId,
+        place: Place,
+        held: &[Held],
+        change: Option<Change<'_>>,
+    ) -> Result<()>;
     /// The unit, which could collect in 16 bits, uses float32 places of its slot.
     fn widened(&mut self, _plan: &Plan, _unit: UnitId, _place: Place) {}
     /// A unit without elements has nothing to send: its parameters have a gradient if they have one here.
@@ -221,34 +232,17 @@ impl Gradients {
             self.reducer.reduced(unit, &present);
             return Ok(());
         };
-        if let Err(e) = self.run_hook(plan, unit, place, &open.held) {
-            self.reducer.discard(unit, place);
-            return Err(e);
-        }
-        self.reducer.start(plan, unit, place, &open.held)?;
         let u = &plan.units[unit as usize];
+        let gradients = hook_gradients(u, place, &open.held);
+        let hook = self.hook.as_ref().filter(|_| !gradients.is_empty());
+        let mut change =
+            hook.map(|hook| |stream| hook.run(&UnitGradients { unit, name: &u.name, gradients: &gradients, stream }));
+        self.reducer.start(plan, unit, place, &open.held, change.as_mut().map(|change| change as Change<'_>))?;
         self.started = true;
         self.counters.reduce_scatters += 1;
         self.reductions[unit as usize] += 1;
         self.counters.reduce_scatter_bytes += (u.layout.len * u.reduce_dtype.size()) as u64;
         self.progress()
-    }
-
-    fn run_hook(&self, plan: &Plan, unit: UnitId, place: Place, held: &[Held]) -> Result<()> {
-        let Some(hook) = &self.hook else { return Ok(()) };
-        let u = &plan.units[unit as usize];
-        let there = held.iter().enumerate().filter(|(_, held)| held.is_there());
-        let gradients: Vec<HookGradient> = there
-            .map(|(index, _)| HookGradient {
-                param: u.params[index],
-                data: wide_place(u, place.data, index),
-                numel: u.layout.numels[index],
-            })
-            .collect();
-        if gradients.is_empty() {
-            return Ok(());
-        }
-        hook.run(&UnitGradients { unit, name: &u.name, gradients: &gradients })
     }
 
     /// Makes `unit` take part in its next reduction even if it has no gradient on this rank, so that the other ranks'
@@ -307,6 +301,17 @@ impl Gradients {
         self.open[unit as usize] = Some(OpenUnit { place, held, narrow, kept: false, touched: false });
         Ok(())
     }
+}
+
+/// The gradients that a unit holds in its slot, as hooks see them.
+fn hook_gradients(u: &UnitPlan, place: Place, held: &[Held]) -> Vec<HookGradient> {
+    let there = held.iter().enumerate().filter(|(_, held)| held.is_there());
+    let gradient = |(index, _)| HookGradient {
+        param: u.params[index],
+        data: wide_place(u, place.data, index),
+        numel: u.layout.numels[index],
+    };
+    there.map(gradient).collect()
 }
 
 /// A parameter's place in 16 bits in its unit's slot, which starts at `base`.

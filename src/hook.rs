@@ -1,10 +1,12 @@
-//! A host's communication hook: sees a unit's full gradients just before they are published, and may change them.
+//! A host's communication hook: sees a unit's full gradients just before they are published, and may change them. On a GPU it
+//! launches what changes them, on the stream that their reduction goes to.
 
 use crate::comm::Communicator;
-use crate::error::Result;
+use crate::error::{Error, Result, Status};
 use crate::module::ParamId;
 use crate::plan::UnitId;
 use std::cell::Cell;
+use std::ffi::c_void;
 use std::sync::Arc;
 
 /// One parameter's full gradient, in the parameter's shape.
@@ -21,6 +23,9 @@ pub struct UnitGradients<'a> {
     pub name: &'a str,
     /// In the order of the unit's parameters; only those present.
     pub gradients: &'a [HookGradient],
+    /// On a GPU, where the gradients lie then: the stream (a CUstream) that they are complete on, and reduced on afterwards.
+    /// Null on the CPU.
+    pub stream: *mut c_void,
 }
 
 /// The function itself.
@@ -41,8 +46,8 @@ pub struct CommHook {
 }
 
 impl CommHook {
-    /// Runs it. Calls on the same engine from inside can be recognized by [`inside`]. An error breaks the communicators: the
-    /// other ranks would wait for gradients that never come.
+    /// Runs it. Calls on the same engine from inside can be recognized by [`inside`]. An error is a `Callback`'s, and breaks the
+    /// communicators: the other ranks would wait for gradients that never come.
     pub fn run(&self, gradients: &UnitGradients) -> Result<()> {
         /// Leaves even if the function panics.
         struct Leave(u64);
@@ -55,6 +60,7 @@ impl CommHook {
         (self.function)(gradients).map_err(|e| {
             let unit = if gradients.name.is_empty() { "(root)" } else { gradients.name };
             let e = e.context(format!("the communication hook of unit \"{unit}\" failed"));
+            let e = Error { status: Status::Callback, ..e };
             self.comms.iter().for_each(|c| c.abort(&e.message));
             e
         })

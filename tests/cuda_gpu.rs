@@ -6,6 +6,8 @@ mod cuda;
 #[path = "cuda/engine.rs"]
 #[allow(dead_code)]
 mod engine;
+#[path = "cuda/hooks.rs"]
+mod hooks;
 #[path = "nccl/step.rs"]
 mod step;
 
@@ -19,6 +21,7 @@ use fsdp::device::cuda::{compile, devices, kernels, Compiler, Context};
 use fsdp::dtype::DType;
 use fsdp::engine::ReshardAfterForward;
 use fsdp::optim::{AdamWOptions, Rule, SgdOptions};
+use hooks::Change;
 use std::io::Write;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -205,6 +208,9 @@ fn cases(worlds: usize) -> Vec<(&'static str, Case)> {
     all
 }
 
+/// Hooks that they have.
+const HOOKS: [Option<Change>; 3] = [None, Some(Change::Scale(0.3)), Some(Change::Round)];
+
 /// NCCL sums in an order of its own, and multiplies before or after: the last bits differ, Adam's steps a little more.
 fn close(got: &[Vec<f32>], want: &[Vec<f32>], what: &str) {
     for (k, (got, want)) in got.iter().flatten().zip(want.iter().flatten()).enumerate() {
@@ -216,13 +222,16 @@ fn close(got: &[Vec<f32>], want: &[Vec<f32>], what: &str) {
 fn engines_on_a_gpu_train_as_on_the_cpu() {
     on_gpu(|_| {
         for (what, case) in cases(1) {
-            let run = |place: Place| {
-                let trainer = Trainer::new(single::init(), place, &case);
-                trainer.train();
-                trainer.engine.synchronize().unwrap();
-                trainer.pieces()
-            };
-            same(&run(Place::gpu()), &run(Place::Cpu), what);
+            for hook in HOOKS {
+                let run = |place: Place| {
+                    let trainer = Trainer::new(single::init(), place, &case);
+                    hook.iter().for_each(|change| drop(hooks::set(&trainer, *change)));
+                    trainer.train();
+                    trainer.engine.synchronize().unwrap();
+                    trainer.pieces()
+                };
+                same(&run(Place::gpu()), &run(Place::Cpu), &format!("{what}, hook {hook:?}"));
+            }
         }
     });
 }
@@ -262,6 +271,9 @@ fn train_as_rank(job: &str, rank: usize, world: usize) {
             let mut config = shm::Config::new(format!("{job}-{k}-{name}"), rank, world);
             config.timeout = Duration::from_secs(120);
             let trainer = Trainer::new(shm::init(&config).unwrap(), place, &case);
+            if k == 0 {
+                hooks::set(&trainer, Change::Scale(0.3));
+            }
             trainer.train();
             trainer.engine.synchronize().unwrap();
             trainer.pieces()

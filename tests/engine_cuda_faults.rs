@@ -58,7 +58,6 @@ fn what_a_gpu_cannot_do_is_refused_by_name() {
         EngineConfig { cuda: Some(CudaConfig { device: 7, ..CudaConfig::default() }), ..EngineConfig::default() };
     refused(make(single::init(), absent.clone()).map(drop), "there is no GPU 7: this process sees 1");
     let engine = make(single::init(), EngineConfig::default()).unwrap();
-    refused(engine.set_comm_hook(Some(Arc::new(|_| Ok(())))), "communication hooks");
     let cpu = Trainer::new(single::init(), Place::Cpu, &Case::new(EngineConfig::default(), adamw()));
     // SAFETY: it is not used.
     refused(unsafe { cpu.engine.set_compute_stream(std::ptr::null_mut()) }, "computes on the CPU");

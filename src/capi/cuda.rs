@@ -36,7 +36,7 @@ pub const FSDP_REGISTERED_BUFFERS_ALWAYS: i32 = 2;
 /// fsdp_engine_gather) lie where the engine's shards do; full parameters, whole tensors of checkpoints and initializers'
 /// tensors are in host memory.
 ///
-/// Refused on a GPU (FSDP_ERR_UNSUPPORTED): communication hooks. With several ranks units are unsharded and reduced in the same
+/// With several ranks units are unsharded and reduced in the same
 /// order on every rank (reduced: of every shard group), whatever order_check says, and 16-bit gradients are summed by NCCL in that
 /// type. A unit that is resharded over a number of ranks (fsdp_engine_set_reshard_after_forward) keeps a part of its unit buffer in
 /// memory that is taken and given back as it is used. Engines that share shards (fsdp_model_add_sharded) are on one GPU, with the

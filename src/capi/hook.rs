@@ -3,6 +3,7 @@
 use super::handle::{fsdp_engine_t, get};
 use super::model::UserData;
 use super::status::{boundary, fsdp_status_t};
+use super::tensor::{fsdp_device_t, on};
 use crate::error::err;
 use crate::hook::{HookFn, UnitGradients};
 use std::ffi::{c_char, c_void, CString};
@@ -14,7 +15,7 @@ use std::sync::Arc;
 pub struct fsdp_full_gradient_t {
     /// The parameter's number.
     pub param: u32,
-    /// numel floats, to be read and changed.
+    /// numel floats, to be read and changed; on a GPU an address there.
     pub data: *mut f32,
     /// Elements; may be 0.
     pub numel: i64,
@@ -34,17 +35,27 @@ pub struct fsdp_unit_gradients_t {
     pub name: *const c_char,
     /// `count` of them, in the order of the unit's parameters.
     pub gradients: *const fsdp_full_gradient_t,
+    /// Where they lie.
+    pub device: fsdp_device_t,
+    /// On a GPU: the stream (a CUstream or cudaStream_t) that the hook puts its work on. NULL on the CPU.
+    pub cuda_stream: *mut c_void,
 }
 
 /// Compresses or changes a unit's gradients in place. Returns 0, or anything else when it has failed. Called in the thread
 /// that starts the unit's reduction, from within fsdp_engine_reduce, post_backward or finish_backward, with the engine
 /// locked: a call on that engine from inside is FSDP_ERR_INVALID_STATE. Other libraries and other engines may be called;
 /// it must not throw or unwind.
+///
+/// On a GPU nobody waits: the gradients may not be there yet when the hook is called. On cuda_stream they are complete, and what
+/// the hook launches on that stream runs before the reduction does, which is launched there when it returns. Work on other
+/// streams the hook orders by events, after and before that one; memory that it takes for the work it gives back in the
+/// stream's order. The GPU's primary context is current. An engine's stream is the same in every call, and is there until the
+/// process ends.
 pub type fsdp_comm_hook_fn =
     Option<unsafe extern "C" fn(gradients: *const fsdp_unit_gradients_t, user_data: *mut c_void) -> i32>;
 
 /// Calls `fn` on this rank with each unit's gradients just before they are reduced: all uses summed, float32 (with
-/// grads_in_param_dtype, too), before they are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
+/// grads_in_param_dtype and on a GPU, too), before they are rounded to reduce_dtype and before they are averaged over the ranks. Not called for a unit of which this rank has
 /// no gradient. Once a reduction: a unit that is reduced twice in a backward is seen twice, each time with what came
 /// since. NULL: no hook, as at first. A hook that fails makes the call that it was called by fail with
 /// FSDP_ERR_CALLBACK, naming the unit, and aborts the communicator, so that every other rank gets FSDP_ERR_ABORTED with
@@ -60,7 +71,7 @@ pub unsafe extern "C" fn fsdp_engine_set_comm_hook(
 ) -> fsdp_status_t {
     boundary(|| {
         let object = get(engine as *const fsdp_engine_t)?;
-        let user_data = UserData(user_data);
+        let (user_data, device) = (UserData(user_data), on(object.engine.gpu()));
         let hook = fn_.map(|function| -> HookFn {
             Arc::new(move |unit: &UnitGradients| {
                 let name = CString::new(unit.name).map_err(|_| err!(Panic, "a unit's name has a NUL"))?;
@@ -76,6 +87,8 @@ pub unsafe extern "C" fn fsdp_engine_set_comm_hook(
                     count: gradients.len() as u32,
                     name: name.as_ptr(),
                     gradients: gradients.as_ptr(),
+                    device,
+                    cuda_stream: unit.stream,
                 };
                 // SAFETY: the caller's promise; what the struct points to lives until the call returns.
                 match unsafe { function(&unit, user_data.get()) } {

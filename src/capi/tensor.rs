@@ -208,13 +208,18 @@ pub unsafe fn write_on(
     dtype: DType,
     shape: &[i64],
 ) -> Result<()> {
-    let mut description = describe(data, dtype, shape);
-    if let Some(gpu) = gpu {
-        description.device = fsdp_device_t { device_type: FSDP_DEVICE_CUDA, device_id: gpu as i32 };
-    }
+    let description = fsdp_tensor_t { device: on(gpu), ..describe(data, dtype, shape) };
     // SAFETY: the caller's promise.
     unsafe { out(tensor, "out") }?.write(description);
     Ok(())
+}
+
+/// A GPU in C's terms; None: the CPU.
+pub fn on(gpu: Option<usize>) -> fsdp_device_t {
+    match gpu {
+        Some(gpu) => fsdp_device_t { device_type: FSDP_DEVICE_CUDA, device_id: gpu as i32 },
+        None => fsdp_device_t { device_type: FSDP_DEVICE_CPU, device_id: 0 },
+    }
 }
 
 /// The dtype in C's terms.
@@ -239,7 +244,7 @@ pub fn optional_dtype(value: fsdp_dtype_t, what: &str) -> Result<Option<DType>> 
 pub fn describe(data: *mut u8, dtype: DType, shape: &[i64]) -> fsdp_tensor_t {
     fsdp_tensor_t {
         data: data.cast(),
-        device: fsdp_device_t { device_type: FSDP_DEVICE_CPU, device_id: 0 },
+        device: on(None),
         ndim: shape.len() as i32,
         dtype: c_dtype(dtype),
         shape: shape.as_ptr().cast_mut(),

@@ -9,7 +9,7 @@
 //! agreed on by all ranks: a unit that another group alone has reduced, or that an earlier backward has reduced within the
 //! groups only, is reduced once more, with zeros, so that what its gradient shards hold is averaged.
 
-use super::{Place, Reducer};
+use super::{Change, Place, Reducer};
 use crate::comm::nccl::{Mean, NcclQueues};
 use crate::comm::Held;
 use crate::error::{err, Error, Result, Status};
@@ -145,18 +145,35 @@ impl QueuedSlots {
         }
     }
 
-    fn launch(&mut self, plan: &Plan, what: Launched, slot: usize, present: &[bool]) -> Result<()> {
+    fn launch(
+        &mut self,
+        plan: &Plan,
+        what: Launched,
+        slot: usize,
+        present: &[bool],
+        change: Option<Change<'_>>,
+    ) -> Result<()> {
         let Launched { unit, averaged } = what;
         let began = self.timeline.as_ref().map_or(0, |_| timeline::now());
         let layout = &plan.units[unit as usize].layout;
         let absent = present.iter().enumerate().filter(|(_, present)| !**present);
         let absent: Vec<_> = absent.map(|(i, _)| layout.offsets[i]..layout.offsets[i] + layout.numels[i]).collect();
         let means = self.means(plan, unit);
-        self.shared.run(|pipeline, queues| {
+        let mut refused = false;
+        let launched = self.shared.run(|pipeline, queues| {
             queues.zero(slot, &absent)?;
             queues.set_means(unit, means, averaged);
-            pipeline.reduce(queues, unit)
-        })?;
+            pipeline.reduce_changed(queues, unit, |queues| {
+                let changed = change.map_or(Ok(()), |change| queues.on_reduce_stream(change));
+                changed.inspect_err(|e| refused = e.status == Status::Callback)
+            })
+        });
+        if refused {
+            // The hook's error is this call's; later ones get what it has broken the communicators with.
+            let Queued { failed, .. } = &mut *self.shared.lock();
+            *failed = self.mesh.world.async_error().or(failed.take());
+        }
+        launched?;
         self.present[unit as usize].iter_mut().zip(present).for_each(|(all, here)| *all |= here);
         self.launched.push(what);
         self.timeline.iter().for_each(|t| t.unit_span("reduce", unit, began));
@@ -167,7 +184,7 @@ impl QueuedSlots {
     fn launch_zeros(&mut self, plan: &Plan, what: Launched) -> Result<()> {
         let place = self.acquire(plan, what.unit)?;
         let none = vec![false; plan.units[what.unit as usize].params.len()];
-        self.launch(plan, what, place.slot, &none)
+        self.launch(plan, what, place.slot, &none, None)
     }
 
     /// Ranks tell each other what they have reduced and which gradients they had; then all have reduced the same. `average`:
@@ -235,10 +252,17 @@ impl Reducer for QueuedSlots {
         let _ = self.shared.run(|pipeline, queues| pipeline.discard(queues, unit));
     }
 
-    fn start(&mut self, plan: &Plan, unit: UnitId, place: Place, held: &[Held]) -> Result<()> {
+    fn start(
+        &mut self,
+        plan: &Plan,
+        unit: UnitId,
+        place: Place,
+        held: &[Held],
+        change: Option<Change<'_>>,
+    ) -> Result<()> {
         let present: Vec<bool> = held.iter().map(|h| h.is_there()).collect();
         let averaged = self.shared.averages();
-        self.launch(plan, Launched { unit, averaged }, place.slot, &present)
+        self.launch(plan, Launched { unit, averaged }, place.slot, &present, change)
     }
 
     fn reduced(&mut self, unit: UnitId, present: &[bool]) {

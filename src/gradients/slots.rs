@@ -9,7 +9,7 @@
 //! A slot for units that collect in 16 bits has addresses behind its own bytes for the same gradients in float32, and
 //! gives its memory back when it is free if it took some there.
 
-use super::{Place, Reducer};
+use super::{Change, Place, Reducer};
 use crate::comm::{reduce, Communicator, Held, Kind, ReduceTarget, Segment, Slots, Tag, Ticket};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -223,7 +223,18 @@ impl Reducer for HostSlots {
         self.beyond[slot] = plan.units[unit as usize].slot_room().saturating_sub(self.sizes[slot]);
     }
 
-    fn start(&mut self, plan: &Plan, unit: UnitId, Place { slot, .. }: Place, held: &[Held]) -> Result<()> {
+    fn start(
+        &mut self,
+        plan: &Plan,
+        unit: UnitId,
+        Place { slot, .. }: Place,
+        held: &[Held],
+        change: Option<Change<'_>>,
+    ) -> Result<()> {
+        if let Some(Err(e)) = change.map(|change| change(std::ptr::null_mut())) {
+            self.free(slot);
+            return Err(e);
+        }
         let u = &plan.units[unit as usize];
         let (layout, dtype) = (&u.layout, u.reduce_dtype);
         let bytes = (layout.len * dtype.size()) as u64;

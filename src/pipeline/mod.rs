@@ -7,7 +7,7 @@
 //! ```text
 //!   gather   all-gather of a unit      after compute has read what was in the buffer before, and has written the shards
 //!   compute  forward, backward, step   after the all-gather of the unit; gradients are written after the slot was reduced
-//!   reduce   reduce-scatter of a unit  after compute has written its gradients
+//!   reduce   reduce-scatter of a unit  after compute has written its gradients, and a host's hook has changed them here
 //! ```
 //!
 //! A unit that is resharded over a smaller group keeps a part of its buffer, which compute copies out of it; its next all-gather
@@ -316,9 +316,21 @@ impl Pipeline {
     /// After compute that completes the gradients of `unit`: launches their reduction. Nothing happens if none were
     /// collected.
     pub fn reduce(&mut self, queues: &mut dyn Queues, unit: UnitId) -> Result<()> {
+        self.reduce_changed(queues, unit, |_| Ok(()))
+    }
+
+    /// The same, and `change` gives [`Queue::Reduce`] what is done before with the gradients, which are complete there. If it
+    /// fails nothing is reduced, as after a launch that fails.
+    pub fn reduce_changed<Q: Queues + ?Sized>(
+        &mut self,
+        queues: &mut Q,
+        unit: UnitId,
+        change: impl FnOnce(&mut Q) -> Result<()>,
+    ) -> Result<()> {
         let Some(slot) = self.slots.place(unit) else { return Ok(()) };
         queues.record(Event::Filled(slot), Queue::Compute)?;
         queues.wait(Queue::Reduce, Event::Filled(slot))?;
+        change(queues)?;
         queues.reduce_scatter(unit, slot)?;
         queues.record(Event::Reduced(slot), Queue::Reduce)?;
         self.slots.set(slot, Use::Busy);

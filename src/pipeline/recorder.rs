@@ -26,6 +26,11 @@ pub enum Launch {
         unit: UnitId,
         slot: usize,
     },
+    /// A host's hook changes gradients.
+    Change {
+        unit: UnitId,
+        slot: usize,
+    },
     Forward {
         unit: UnitId,
         buffer: usize,
@@ -56,7 +61,7 @@ impl Launch {
     fn queue(self) -> Queue {
         match self {
             Launch::AllGather { .. } | Launch::GatherParts { .. } => Queue::Gather,
-            Launch::ReduceScatter { .. } => Queue::Reduce,
+            Launch::ReduceScatter { .. } | Launch::Change { .. } => Queue::Reduce,
             _ => Queue::Compute,
         }
     }
@@ -68,6 +73,7 @@ impl Launch {
             Launch::GatherParts { unit, buffer } => vec![(Memory::Part(unit), false), (Memory::Buffer(buffer), true)],
             Launch::Keep { unit, buffer } => vec![(Memory::Buffer(buffer), false), (Memory::Part(unit), true)],
             Launch::ReduceScatter { slot, .. } => vec![(Memory::Slot(slot), false), (Memory::GradientShards, true)],
+            Launch::Change { slot, .. } => vec![(Memory::Slot(slot), true)],
             Launch::Forward { buffer, .. } => vec![(Memory::Buffer(buffer), false)],
             Launch::Backward { buffer, slot, .. } => vec![(Memory::Buffer(buffer), false), (Memory::Slot(slot), true)],
             Launch::Take(Beyond::Buffer(b)) | Launch::GiveBack(Beyond::Buffer(b)) => vec![(Memory::Buffer(b), true)],

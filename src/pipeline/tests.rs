@@ -156,6 +156,77 @@ fn gradients_are_reduced_beside_the_backward_of_the_next_unit() {
     assert!(r.ordered(r.find(0, reduce_of(2)), r.find(0, backward_of(1))));
 }
 
+/// Reduces `unit`, after a hook.
+fn reduce_hooked(p: &mut Pipeline, r: &mut Recorder, unit: UnitId) {
+    let slot = p.slot(unit);
+    let change = |r: &mut Recorder| {
+        slot.iter().for_each(|slot| r.launch(Launch::Change { unit, slot: *slot }));
+        Ok(())
+    };
+    p.reduce_changed(r, unit, change).unwrap();
+}
+
+/// The backward of a chain of units, with hooks.
+fn hooked_backward(p: &mut Pipeline, r: &mut Recorder, units: u32) {
+    for unit in (0..units).rev() {
+        let buffer = p.unshard(r, unit, &[]).unwrap().unwrap();
+        let slot = p.collect(r, unit).unwrap().unwrap();
+        r.launch(Launch::Backward { unit, buffer, slot });
+        reduce_hooked(p, r, unit);
+        p.reshard(r, unit).unwrap();
+    }
+    p.finish_backward(r).unwrap();
+}
+
+#[test]
+fn a_hook_changes_gradients_between_their_backward_and_their_reduction_and_holds_nothing_else_up() {
+    let (mut p, mut r) = (pipeline(&[8; 4], &[8; 2], &[8; 2], 0), Recorder::default());
+    hooked_backward(&mut p, &mut r, 4);
+    let line = r.lines.iter().position(|l| l.contains("Backward")).unwrap();
+    let want = [
+        "Compute: Backward { unit: 3, buffer: 0, slot: 0 }",
+        "Compute: record Filled(0)",
+        "Reduce: wait Filled(0)",
+        "Reduce: Change { unit: 3, slot: 0 }",
+        "Reduce: ReduceScatter { unit: 3, slot: 0 }",
+        "Reduce: record Reduced(0)",
+        "Compute: record Released(0)",
+    ];
+    assert_eq!(r.lines[line..line + want.len()], want);
+    r.check().unwrap();
+    let change_of = |unit| move |l| matches!(l, Launch::Change { unit: u, .. } if u == unit);
+    for unit in 0..4 {
+        let (change, reduce) = (r.find(0, change_of(unit)), r.find(0, reduce_of(unit)));
+        assert!(r.ordered(r.find(0, backward_of(unit)), change) && r.ordered(change, reduce), "unit {unit}");
+        if unit > 0 {
+            assert!(r.beside(change, r.find(0, backward_of(unit - 1))), "unit {unit}");
+            assert!(r.beside(change, r.find(0, gather_of(unit - 1))), "unit {unit}");
+        }
+    }
+    // The slot's next gradients are written after the hook has changed its last.
+    assert!(r.ordered(r.find(0, change_of(3)), r.find(0, backward_of(1))));
+    // Each wait is needed with hooks, too; one that comes before the gradients are complete is found.
+    for forget in [|e| matches!(e, Event::Filled(_)), |e| matches!(e, Event::Reduced(_))] as [fn(Event) -> bool; 2] {
+        let (mut p, mut r) = (pipeline(&[8; 4], &[8; 2], &[8; 2], 0), Recorder::default());
+        r.forget = Some(forget);
+        hooked_backward(&mut p, &mut r, 4);
+        assert!(r.check().is_err());
+    }
+    let (mut p, mut r) = (pipeline(&[8], &[8], &[8], 0), Recorder::default());
+    let buffer = p.unshard(&mut r, 0, &[]).unwrap().unwrap();
+    let slot = p.collect(&mut r, 0).unwrap().unwrap();
+    r.launch(Launch::Backward { unit: 0, buffer, slot });
+    r.launch(Launch::Change { unit: 0, slot });
+    p.reduce(&mut r, 0).unwrap();
+    assert!(r.check().unwrap_err().message.contains("Slot(0)"));
+    // One that fails: nothing is reduced. One of a unit that has no gradients is not called.
+    let (mut p, mut r) = (pipeline(&[8], &[8], &[8], 0), Recorder::default());
+    p.reduce_changed(&mut r, 0, |_| panic!("there are no gradients")).unwrap();
+    p.collect(&mut r, 0).unwrap();
+    let e = p.reduce_changed(&mut r, 0, |_| Err(err!(Callback, "no"))).unwrap_err();
+    assert_eq!((e.status, count_of(&r, "ReduceScatter"), p.counts().reduce_scatters), (Status::Callback, 0, 0));
+}
+
 /// A step of two units, the second one resharded to a smaller group between its forward and its backward.
 fn step_in_a_group(p: &mut Pipeline, r: &mut Recorder) {
     for unit in 0..2 {
@@ -441,6 +512,7 @@ enum Act {
     Forward(u32, Vec<u32>),
     Backward(u32, Vec<u32>),
     Reduce(u32),
+    ReduceHooked(u32),
     Reshard(u32),
     ReshardTo(u32),
     Forget(u32),
@@ -454,7 +526,8 @@ fn act(units: u32) -> impl Strategy<Value = Act> {
     prop_oneof![
         4 => (0..units, next()).prop_map(|(u, n)| Act::Forward(u, n)),
         4 => (0..units, next()).prop_map(|(u, n)| Act::Backward(u, n)),
-        3 => (0..units).prop_map(Act::Reduce),
+        2 => (0..units).prop_map(Act::Reduce),
+        2 => (0..units).prop_map(Act::ReduceHooked),
         3 => (0..units).prop_map(Act::Reshard),
         2 => (0..units).prop_map(Act::ReshardTo),
         1 => (0..units).prop_map(Act::Forget),
@@ -500,6 +573,7 @@ proptest! {
                     }
                 }
                 Act::Reduce(unit) => p.reduce(&mut r, unit).unwrap(),
+                Act::ReduceHooked(unit) => reduce_hooked(&mut p, &mut r, unit),
                 Act::Reshard(unit) => p.reshard(&mut r, unit).unwrap(),
                 Act::ReshardTo(unit) => p.reshard_to(&mut r, unit, 0, 2).unwrap(),
                 Act::Forget(unit) => p.forget_part(&mut r, unit).unwrap(),

@@ -12,6 +12,8 @@
 #include <atomic>
 #include <cmath>
 #include <optional>
+#include <set>
+#include <stdexcept>
 
 namespace {
 
@@ -426,6 +428,91 @@ void gradients_together(const fsdp::Communicator& comm) {
   });
 }
 
+/// A hook sees gradients on the device, with the stream current that reduces them; what it leaves
+/// there is reduced.
+void hooks(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    Model model = fsdp::fully_shard(trial.net(), trial.options());
+    const auto sgd = harness::sgd()(model.parameters());
+    std::vector<std::string> seen;
+    std::set<void*> streams;
+    void* outside = nullptr;
+    const auto hook = [&](fsdp::UnitGradientTensors& unit) {
+      for (std::size_t i = 0; i < unit.names.size(); ++i) {
+        seen.push_back(unit.name + ": " + unit.names[i]);
+        at::Tensor& gradient = unit.gradients[i];
+        REQUIRE(gradient.device() == trial.device && gradient.scalar_type() == at::kFloat);
+        REQUIRE(unit.names[i] != "block1.up.weight" || gradient.size(0) == 73);
+        gradient.copy_((gradient * 0.5).add_(0.25));  // memory of its own on the way
+      }
+      if (!trial.device.is_cpu()) streams.insert(fsdp::detail::current_stream(trial.device));
+    };
+    const auto train = [&] {
+      if (!trial.device.is_cpu()) outside = fsdp::detail::current_stream(trial.device);
+      model.register_comm_hook(hook);
+      trial.train(model, *sgd, 2);
+      if (trial.device.is_cpu()) return;
+      REQUIRE(fsdp::detail::current_stream(trial.device) == outside);
+      REQUIRE(streams.size() == 1 && streams.count(outside) == 0 && streams.count(nullptr) == 0);
+    };
+    train();
+    if (trial.device.is_cpu()) {
+      train();
+    } else {
+      const auto* devices = c10::impl::getDeviceGuardImpl(trial.device.type());
+      const c10::StreamGuard another(devices->getStreamFromGlobalPool(trial.device));
+      train();
+    }
+    {
+      const auto unreduced = model.no_sync();
+      const std::size_t before = seen.size();
+      trial.backward(model, 20);
+      REQUIRE(seen.size() == before);
+    }
+    trial.backward(model, 21);
+    trial.record.add_model("reduced together", model);
+    model.register_comm_hook({});
+    const std::size_t calls = seen.size();
+    trial.train(model, *sgd, 1);
+    REQUIRE(seen.size() == calls);
+    trial.record.add("gradients seen", static_cast<double>(calls));
+
+    // What it has rounded is what is reduced: exactly, where there is one rank.
+    model.register_comm_hook([](fsdp::UnitGradientTensors& unit) {
+      for (at::Tensor& g : unit.gradients) g.copy_(g.to(at::kBFloat16));
+    });
+    model.zero_grad();
+    trial.loss(model, 30).backward();
+    for (const at::Tensor& shard : model.parameters()) {
+      if (!shard.grad().defined() || trial.comm.world_size() > 1) continue;
+      const at::Tensor rounded = shard.grad().to(at::kBFloat16).to(at::kFloat);
+      REQUIRE(rounded.cpu().equal(shard.grad().cpu()));
+    }
+  });
+}
+
+/// What one rank's hook throws ends every rank's backward. Where ranks wait for each other in each
+/// launch, as NCCL's do not, each is alone.
+void failing_hook(const fsdp::Communicator& comm) {
+  same_on_both(comm, [](Trial& trial) {
+    trial.record.add("nothing", 0.0);
+    if (trial.device.is_cpu()) return;
+    const int rank = trial.comm.rank();
+    Trial other{trial.comm.split(on_stand_in() ? rank : 0, rank), trial.device, {}};
+    Model model = fsdp::fully_shard(other.net(), other.options());
+    const bool fails = other.comm.rank() == other.comm.world_size() - 1;
+    model.register_comm_hook([&](fsdp::UnitGradientTensors& unit) {
+      if (fails && unit.name == "block1") throw std::runtime_error("the compressor is full");
+    });
+    const at::Tensor loss = other.loss(model, 1);
+    if (fails) {
+      REQUIRE_THROWS(loss.backward(), "the compressor is full");
+    } else {
+      REQUIRE_THROWS(loss.backward(), "block1", "communication hook");
+    }
+  });
+}
+
 // ---- streams, memory, errors ----
 
 /// Training on other streams and threads than the model was made on.
@@ -506,7 +593,6 @@ void errors(const fsdp::Communicator& comm) {
 
     Model model = fsdp::fully_shard(trial.net(), trial.options());
     REQUIRE_THROWS(model->forward(trial.input(1)), "is sharded", "outside");
-    REQUIRE_THROWS(model.register_comm_hook([](fsdp::UnitGradientTensors&) {}), "hook");
     // None of it is in the way of training.
     trial.loss(model, 1).backward();
     REQUIRE(model.named_parameters()["tied"].grad().defined());
@@ -539,6 +625,8 @@ int main(int argc, char** argv) {
       {"a part first", a_part_first},
       {"checkpoints", checkpoints},
       {"gradients of a unit together", gradients_together},
+      {"communication hooks", hooks},
+      {"a hook that fails", failing_hook},
       {"streams and threads", streams},
       {"memory as planned", memory},
       {"memory that NCCL knows", registered_memory},

@@ -147,6 +147,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void* getStreamNativeHandle(const c10::Stream stream) const override {
     static void* const streams[kStreams] = {nullptr, make(), make()};
+    // One that LibTorch has not made has its address for its number, as for CUDA.
+    if (stream.id() >= kStreams) return reinterpret_cast<void*>(stream.id());
     return streams[stream.id()];
   }
   c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }

@@ -28,6 +28,7 @@ use crate::pipeline::{compute_dtypes, Beyond, Event, Limits, Queue, Queues};
 use crate::plan::{Plan, UnitId};
 use cudarc::driver::sys::CUdeviceptr;
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -116,8 +117,8 @@ impl NcclQueues {
             ));
         }
         let context = compute.context();
-        let stream = || Stream::new(&context, Priority::Highest);
-        let (gather_stream, reduce_stream) = (stream()?, stream()?);
+        let gather_stream = Stream::new(&context, Priority::Highest)?;
+        let reduce_stream = Stream::kept(&context).map_or_else(|| Stream::new(&context, Priority::Highest), Ok)?;
         let memory = |sizes: &[usize], registered: Option<&[CUdeviceptr]>, what: &str| {
             let fixed: Vec<Place> = match registered {
                 Some(places) => places.iter().map(|address| Place::Registered(*address)).collect(),
@@ -207,6 +208,14 @@ impl NcclQueues {
     /// What all-gathers are called from here on, and how they are compared: the same on every rank. Local.
     pub fn set_gathering(&mut self, kind: Kind, check: Check) {
         self.gathering = (kind, check);
+    }
+
+    /// Calls `f` with the stream (a CUstream) that reductions go to, and the GPU's context current. The stream is there for ever:
+    /// who was told of it may keep memory for work on it, as LibTorch's allocator does.
+    pub fn on_reduce_stream(&self, f: &mut dyn FnMut(*mut c_void) -> Result<()>) -> Result<()> {
+        let _current = self.context.enter()?;
+        self.reduce_stream.keep();
+        f(self.reduce_stream.raw().cast())
     }
 
     /// Bytes of unit buffers and slots that NCCL's communicators know.

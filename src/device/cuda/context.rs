@@ -114,6 +114,11 @@ impl Context {
         &self.info
     }
 
+    /// Whether it is the same GPU's.
+    pub fn is(&self, other: &Context) -> bool {
+        self.raw == other.raw
+    }
+
     /// Makes the context this thread's current one until the result is dropped.
     pub fn enter(&self) -> Result<Current<'_>> {
         let mut now = std::ptr::null_mut();

@@ -4,7 +4,7 @@ use super::context::Context;
 use crate::error::{err, Result};
 use cudarc::driver::sys::{CUevent, CUstream};
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// CU_STREAM_NON_BLOCKING: does not wait for the default stream.
 pub(super) const NON_BLOCKING: u32 = 1;
@@ -23,6 +23,9 @@ pub enum Priority {
     /// For collectives: they need few multiprocessors, and compute waits for them.
     Highest,
 }
+
+/// See [`Stream::keep`].
+static KEPT: Mutex<Vec<Arc<Stream>>> = Mutex::new(Vec::new());
 
 /// Work that runs in order. One that was made here is destroyed when dropped, after its work is done.
 pub struct Stream {
@@ -72,6 +75,22 @@ impl Stream {
             _ => raw.cast(),
         };
         Ok(Arc::new(Stream { context: context.clone(), raw, owned: false }))
+    }
+
+    /// It is there for ever from here on.
+    pub fn keep(self: &Arc<Self>) {
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        if !kept.iter().any(|stream| Arc::ptr_eq(stream, self)) {
+            kept.push(self.clone());
+        }
+    }
+
+    /// One of the context that is there for ever and that nobody uses any more. Of those that are kept all are equal: for
+    /// collectives.
+    pub fn kept(context: &Context) -> Option<Arc<Stream>> {
+        let kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_free = |stream: &&Arc<Stream>| stream.context.is(context) && Arc::strong_count(stream) == 1;
+        kept.iter().find(is_free).cloned()
     }
 
     pub fn context(&self) -> &Arc<Context> {

@@ -7,6 +7,7 @@
 #include <ATen/Context.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/Stream.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <dlfcn.h>
 #include <link.h>
@@ -116,6 +117,18 @@ inline at::Tensor tensor_at(void* data, at::IntArrayRef sizes, at::ScalarType ty
 inline void* current_stream(at::Device device) {
   const auto* devices = c10::impl::getDeviceGuardImpl(device.type());
   return devices->getStreamNativeHandle(devices->getStream(device));
+}
+
+/// A stream of the driver's on a GPU, which LibTorch has not made, as LibTorch knows it. Throws
+/// UNSUPPORTED with a LibTorch that does not know it so.
+inline c10::Stream stream_at(void* stream, at::Device device) {
+  // CUDA's getStreamFromExternal() says the same: the number of such a stream is its address.
+  const c10::Stream known(c10::Stream::UNSAFE, device, reinterpret_cast<c10::StreamId>(stream));
+  if (c10::impl::getDeviceGuardImpl(device.type())->getStreamNativeHandle(known) != stream) {
+    throw Error(FSDP_ERR_UNSUPPORTED, "this LibTorch has another number than its address for a "
+                                      "stream of the engine's on " + device.str());
+  }
+  return known;
 }
 
 /// LibTorch's memory of one GPU, lent to engines, so that one allocator has all of it. There for

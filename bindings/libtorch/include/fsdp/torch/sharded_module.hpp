@@ -215,8 +215,9 @@ class ShardedModule {
   }
 
   /// Calls `hook` with each unit's gradients on this rank just before they are reduced; an empty
-  /// one removes it. It runs inside backward, and may not touch the model's parameters or this
-  /// handle.
+  /// one removes it. It runs inside backward, on a GPU with the stream current that they are reduced
+  /// on (what it does on other streams it orders after and before that one), and may not touch the
+  /// model's parameters or this handle.
   /// What it throws ends this rank's backward, and aborts the communicator, so that every other
   /// rank gets an error that names the unit. Lost when the module is sharded again. Local; see
   /// fsdp_engine_set_comm_hook.
@@ -406,8 +407,7 @@ class ShardedModule {
 /// error the module is unchanged. Collective.
 ///
 /// On a GPU the operators of forward and backward, and writes of shards, go to LibTorch's current
-/// streams, which may be others from call to call. A model that is sharded there cannot be sharded
-/// again, and has no communication hooks.
+/// streams, which may be others from call to call.
 template <class Impl>
 ShardedModule<Impl> fully_shard(std::shared_ptr<Impl> module, const ShardOptions& options) {
   if (module == nullptr) throw Error(FSDP_ERR_INVALID_ARGUMENT, "fully_shard: the module is null");
