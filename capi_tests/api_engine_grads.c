@@ -167,6 +167,79 @@ static void adding(void) {
   toy_destroy(toy);
 }
 
+/* Several at once are as one after the other; with one that is wrong none is taken. */
+static void together(void) {
+  toy_t toy = toy_create(), singly = toy_create();
+  float grad[21];
+  int64_t shape[2] = {7, 3}, ten[1] = {10}, five[1] = {5}, four[1] = {4}, none[2] = {0, 2};
+  for (int i = 0; i < 21; i++) grad[i] = (float)i / 3;
+  const uint32_t params[4] = {TOY_V, TOY_WEIGHT, TOY_EMPTY, TOY_BIAS};
+  fsdp_tensor_t grads[4];
+  grads[0] = tensor_f32(grad, 1, ten);
+  grads[1] = tensor_f32(grad, 2, shape);
+  grads[2] = tensor_f32(NULL, 2, none);
+  grads[3] = tensor_f32(grad, 1, five);
+  CHECK_ERR(fsdp_engine_accumulate_grads(toy.engine, params, grads, 4), FSDP_ERR_INVALID_STATE,
+            "\"a.x.v\"");
+  toy_forward(toy.engine);
+  toy_forward(singly.engine);
+  CHECK_OK(fsdp_engine_pre_backward(toy.engine, TOY_A));
+  CHECK_OK(fsdp_engine_pre_backward(singly.engine, TOY_A));
+
+  uint32_t bad[4];
+  fsdp_tensor_t tensors[4];
+  memcpy(bad, params, sizeof bad);
+  memcpy(tensors, grads, sizeof tensors);
+#define CHECK_REFUSED(status, text) \
+  CHECK_ERR(fsdp_engine_accumulate_grads(toy.engine, bad, tensors, 4), status, text)
+  bad[3] = TOY_PARAMS;
+  CHECK_REFUSED(FSDP_ERR_INVALID_ARGUMENT, "parameter 5");
+  bad[3] = TOY_FROZEN;
+  tensors[3] = tensor_f32(grad, 1, four);
+  CHECK_REFUSED(FSDP_ERR_INVALID_STATE, "\"a.frozen\"");
+  bad[3] = TOY_V;
+  tensors[3] = tensor_f32(grad, 1, ten);
+  CHECK_REFUSED(FSDP_ERR_INVALID_ARGUMENT, "two gradients of \"a.x.v\"");
+  bad[3] = TOY_BIAS;
+  CHECK_REFUSED(FSDP_ERR_INVALID_ARGUMENT, "\"bias\" is float32 of shape [10]");
+  tensors[3] = tensor_f32(NULL, 1, five);
+  CHECK_REFUSED(FSDP_ERR_INVALID_ARGUMENT, "\"bias\" has elements but its data is NULL");
+  tensors[3] = tensor_f32(grad, 1, five);
+  tensors[3].device.device_type = FSDP_DEVICE_CUDA;
+  CHECK_REFUSED(FSDP_ERR_INVALID_ARGUMENT, "\"bias\" is on GPU 0");
+#undef CHECK_REFUSED
+  CHECK_ERR(fsdp_engine_accumulate_grads(toy.engine, NULL, grads, 4), FSDP_ERR_INVALID_ARGUMENT,
+            "params is NULL");
+  CHECK_ERR(fsdp_engine_accumulate_grads(toy.engine, params, NULL, 4), FSDP_ERR_INVALID_ARGUMENT,
+            "grads is NULL");
+  CHECK_BAD_ENGINES(fsdp_engine_accumulate_grads(engine, params, grads, 4));
+  CHECK_OK(fsdp_engine_accumulate_grads(toy.engine, NULL, NULL, 0));
+  /* None of it was taken: what comes now is the first. */
+  for (int i = 0; i < 4; i++) {
+    fsdp_tensor_t region;
+    int32_t accumulate = -1;
+    CHECK_OK(fsdp_engine_reserve_grad(toy.engine, params[i], &region, &accumulate));
+    CHECK_EQ(accumulate, 0);
+  }
+
+  for (int times = 0; times < 2; times++) {
+    CHECK_OK(fsdp_engine_accumulate_grads(toy.engine, params, grads, 4));
+    for (int i = 0; i < 4; i++)
+      CHECK_OK(fsdp_engine_accumulate_grad(singly.engine, params[i], &grads[i]));
+  }
+  CHECK_OK(fsdp_engine_finish_backward(toy.engine));
+  CHECK_OK(fsdp_engine_finish_backward(singly.engine));
+  for (uint32_t p = 0; p < TOY_PARAMS; p++) {
+    const fsdp_shard_t a = toy_shard(toy.engine, p), b = toy_shard(singly.engine, p);
+    CHECK((a.grad == NULL) == (b.grad == NULL));
+    CHECK((a.grad == NULL) == (p == TOY_FROZEN));
+    for (int64_t i = 0; a.grad != NULL && i < a.numel; i++) CHECK(a.grad[i] == b.grad[i]);
+  }
+  CHECK(toy_shard(toy.engine, TOY_V).grad[9] == 6);
+  toy_destroy(toy);
+  toy_destroy(singly);
+}
+
 /* With one slot, nested units that collect at once overflow into private memory; the results are
  * the same. */
 static void with_few_slots(void) {
@@ -196,6 +269,7 @@ int main(void) {
   regions();
   reserved_regions();
   adding();
+  together();
   with_few_slots();
   return 0;
 }

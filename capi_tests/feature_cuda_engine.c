@@ -200,6 +200,49 @@ static void addresses(fsdp_engine_t *engine, lender_t *lender) {
   take_back(lender, grad, 21 * sizeof(float), NULL);
 }
 
+/* Gradients of all units in one launch for each of their types. */
+static void together(void) {
+  lender_t lender = lender_open();
+  const fsdp_cuda_config_t cuda = FSDP_CUDA_CONFIG_INIT;
+  trainer_t t = trainer_open(&cuda, 0);
+  fsdp_engine_t *engine = t.toy.engine;
+  long (*calls)(const char *);
+  *(void **)&calls = dlsym(dlopen(getenv("FSDP_CUDA_LIBRARY"), RTLD_NOW), "fake_cuda_calls");
+  CHECK(calls != NULL);
+  int64_t shape[2] = {7, 3}, ten[1] = {10}, five[1] = {5}, none[2] = {0, 2};
+  float *floats = (float *)lend(&lender, 21 * sizeof(float), NULL);
+  uint16_t *halves = (uint16_t *)lend(&lender, 10 * sizeof(uint16_t), NULL);
+  for (int i = 0; i < 21; i++) floats[i] = 3;
+  for (int i = 0; i < 10; i++) halves[i] = 0x4000; /* 2 in bfloat16 */
+  const uint32_t params[4] = {TOY_BIAS, TOY_WEIGHT, TOY_V, TOY_EMPTY};
+  fsdp_tensor_t grads[4];
+  grads[0] = tensor_f32(floats, 1, five);
+  grads[1] = tensor_f32(floats, 2, shape);
+  grads[2] = tensor_of(halves, 1, ten, FSDP_DTYPE_BFLOAT, 16);
+  grads[3] = tensor_f32(NULL, 2, none);
+  for (int i = 0; i < 4; i++) grads[i].device.device_type = FSDP_DEVICE_CUDA;
+  toy_forward(engine);
+  for (uint32_t unit = 0; unit < TOY_UNITS; unit++) CHECK_OK(fsdp_engine_pre_backward(engine, unit));
+  grads[2].device.device_id = 1;
+  CHECK_ERR(fsdp_engine_accumulate_grads(engine, params, grads, 4), FSDP_ERR_INVALID_ARGUMENT,
+            "the gradient of \"a.x.v\" is on GPU 1: the engine needs it on GPU 0");
+  grads[2].device.device_id = 0;
+  for (int times = 0; times < 2; times++) {
+    const long before = calls("cuLaunchKernel");
+    CHECK_OK(fsdp_engine_accumulate_grads(engine, params, grads, 4));
+    CHECK_EQ(calls("cuLaunchKernel") - before, 2);
+  }
+  CHECK_OK(fsdp_engine_finish_backward(engine));
+  CHECK_OK(fsdp_engine_synchronize(engine));
+  for (int i = 0; i < 21; i++) CHECK_EQ(toy_shard(engine, TOY_WEIGHT).grad[i], 6);
+  for (int i = 0; i < 10; i++) CHECK_EQ(toy_shard(engine, TOY_V).grad[i], 4);
+  for (int i = 0; i < 5; i++) CHECK_EQ(toy_shard(engine, TOY_BIAS).grad[i], 6);
+  CHECK(toy_shard(engine, TOY_EMPTY).grad != NULL);
+  take_back(&lender, floats, 21 * sizeof(float), NULL);
+  take_back(&lender, halves, 10 * sizeof(uint16_t), NULL);
+  trainer_close(&t);
+}
+
 /* What the engine has taken is what the plan says; the optimizer's states are aligned besides. */
 static void figures(const trainer_t *t, const lender_t *lender, int cpu_offload) {
   fsdp_plan_request_t request = FSDP_PLAN_REQUEST_INIT;
@@ -353,6 +396,7 @@ int main(void) {
   trained(0, 0);
   trained(0, 1);
   trained(1, 1);
+  together();
   trained_by_ranks();
   refused();
   return 0;

@@ -2982,7 +2982,8 @@ fsdp_status_t fsdp_engine_reserve_grad(fsdp_engine_t *engine,
 /**
  * Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
  * the call) in float32 to what this backward has collected for the parameter. On a GPU it lies there, and what is launched on
- * the compute stream reads it. Otherwise as fsdp_engine_param_grad. Since 0.1.
+ * the compute stream reads it: several are quicker together (fsdp_engine_accumulate_grads). Otherwise as
+ * fsdp_engine_param_grad. Since 0.1.
  *
  * # Safety
  * `grad` is NULL or describes readable memory.
@@ -2990,6 +2991,19 @@ fsdp_status_t fsdp_engine_reserve_grad(fsdp_engine_t *engine,
 fsdp_status_t fsdp_engine_accumulate_grad(fsdp_engine_t *engine,
                                           uint32_t param,
                                           const fsdp_tensor_t *grad);
+
+/**
+ * fsdp_engine_accumulate_grad of `count` parameters, each of them once: grads[i] is the gradient of params[i]. All arguments
+ * are looked at before anything changes: with an error that names a parameter no gradient was taken. On a GPU they are taken
+ * by one launch for each dtype, however many they are. Since 0.1.
+ *
+ * # Safety
+ * `params` and `grads` point to `count` readable elements (NULL if it is 0), as of fsdp_engine_accumulate_grad.
+ */
+fsdp_status_t fsdp_engine_accumulate_grads(fsdp_engine_t *engine,
+                                           const uint32_t *params,
+                                           const fsdp_tensor_t *grads,
+                                           size_t count);
 
 /**
  * This rank's piece of a parameter and of its gradient, whose address holds until the gradient is cleared (or longer:

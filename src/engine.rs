@@ -45,7 +45,7 @@ mod replicate;
 mod stats;
 mod values;
 
-pub use access::Shard;
+pub use access::{FullGradient, Shard};
 pub use full::{FullOptions, FullParams};
 pub use gpu::CudaStats;
 pub use regroup::ReshardAfterForward;

@@ -83,6 +83,8 @@ fn every_option_gives_the_cpus_bits() {
     let config = EngineConfig { param_dtype: Some(DType::BF16), ..EngineConfig::default() };
     equal(&[1, 2], &Case { clip: Some(0.5), ..base(config.clone()) }, "clipped", |_| ());
     equal(&[1, 3], &Case { micro: 3, ..base(config.clone()) }, "accumulated in shards", |_| ());
+    let together = Case { together: true, micro: 2, sync: false, ..base(config.clone()) };
+    equal(ALL, &together, "gradients given at once", |_| ());
     let few = EngineConfig { gradient_slots: 1, ..config.clone() };
     equal(&[1, 3], &Case { micro: 3, sync: false, ..base(few) }, "accumulated unsharded", |t| {
         assert!(t.engine.cuda_stats().is_err() || t.engine.stats().unwrap().gradients.overflow_peak > 0);

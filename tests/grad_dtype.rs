@@ -7,7 +7,7 @@ use common::{engine, numel, ranks, SHAPES};
 use fsdp::comm::Communicator;
 use fsdp::config::{EngineConfig, Strategy};
 use fsdp::dtype::DType;
-use fsdp::engine::Engine;
+use fsdp::engine::{Engine, FullGradient};
 use fsdp::error::Status;
 use fsdp::hook::{HookFn, UnitGradients};
 use half::{bf16, f16};
@@ -49,13 +49,34 @@ fn wide(dtype: DType, bits: u16) -> f32 {
     }
 }
 
-/// Gives a parameter a gradient as C's accumulate_grad does, in 16 bits or in float32.
-fn give(engine: &Engine, p: usize, dtype: DType, seed: usize) {
+/// The bytes of a gradient, in 16 bits or in float32.
+fn bytes(p: usize, dtype: DType, seed: usize) -> Vec<u32> {
     let grad: Vec<f32> = (0..numel(SHAPES[p].1)).map(|i| gradient(seed, i)).collect();
     let narrow: Vec<u16> = grad.iter().map(|x| bits(dtype, *x)).collect();
-    let data: *const u8 = if dtype == DType::F32 { grad.as_ptr().cast() } else { narrow.as_ptr().cast() };
+    match dtype {
+        DType::F32 => grad.iter().map(|x| x.to_bits()).collect(),
+        _ => narrow.chunks(2).map(|two| u32::from(two[0]) | u32::from(*two.last().unwrap()) << 16).collect(),
+    }
+}
+
+/// Gives a parameter a gradient as C's accumulate_grad does.
+fn give(engine: &Engine, p: usize, dtype: DType, seed: usize) {
+    let data = bytes(p, dtype, seed);
     // SAFETY: as long as the parameter, of this type.
-    unsafe { engine.accumulate_grad(p as u32, dtype, data) }.unwrap();
+    unsafe { engine.accumulate_grad(p as u32, dtype, data.as_ptr().cast()) }.unwrap();
+}
+
+/// Gives several at once.
+fn give_together(engine: &Engine, grads: &[(usize, DType, usize)]) {
+    let data: Vec<Vec<u32>> = grads.iter().map(|(p, dtype, seed)| bytes(*p, *dtype, *seed)).collect();
+    let full = |((p, dtype, _), data): (&(usize, DType, usize), &Vec<u32>)| FullGradient {
+        param: *p as u32,
+        dtype: *dtype,
+        data: data.as_ptr().cast(),
+    };
+    let full: Vec<FullGradient> = grads.iter().zip(&data).map(full).collect();
+    // SAFETY: as above.
+    unsafe { engine.accumulate_grads(&full) }.unwrap();
 }
 
 /// The same in place, as a host does that is given a region: values of `dtype`, whatever the region's type.
@@ -81,19 +102,20 @@ fn write(engine: &Engine, p: usize, dtype: DType, seed: usize) -> DType {
 }
 
 /// One rank's gradients of a backward: all ways to give them, different ones on different ranks. Returns how many regions
-/// were in 16 bits.
-fn backward(engine: &Engine, rank: usize, step: usize, compute: DType) -> usize {
+/// were in 16 bits. `together`: what is given by itself is given at once.
+fn backward(engine: &Engine, rank: usize, step: usize, compute: DType, together: bool) -> usize {
     let mut narrow = 0;
     for u in [2u32, 1, 0] {
         engine.unshard(u).unwrap();
+        let mut later = Vec::new();
         for p in engine.unit(u).unwrap().params.clone() {
             let p = p as usize;
             let seed = 1 + rank * 31 + step * 7 + p * 3;
             match (rank * 5 + step * 3 + p) % 8 {
                 0 => {}
-                1 => give(engine, p, compute, seed),
+                1 => later.push((p, compute, seed)),
                 2 => [seed, seed + 1].iter().for_each(|s| give(engine, p, compute, *s)),
-                3 => give(engine, p, DType::F32, seed),
+                3 => later.push((p, DType::F32, seed)),
                 4 => [compute, DType::F32].iter().for_each(|d| give(engine, p, *d, seed)),
                 5 => {
                     for s in seed..seed + 3 {
@@ -107,6 +129,10 @@ fn backward(engine: &Engine, rank: usize, step: usize, compute: DType) -> usize 
                 }
                 _ => narrow += usize::from(write(engine, p, compute, seed) == compute),
             }
+        }
+        match together {
+            true => give_together(engine, &later),
+            false => later.into_iter().for_each(|(p, dtype, seed)| give(engine, p, dtype, seed)),
         }
     }
     narrow
@@ -131,10 +157,10 @@ fn run(comm: &Arc<dyn Communicator>, config: &EngineConfig, mode: Mode) -> (Vec<
         if mode == Mode::Accumulated {
             engine.set_requires_gradient_sync(step % 3 == 2).unwrap();
         }
-        narrow += backward(&engine, rank, step, compute);
+        narrow += backward(&engine, rank, step, compute, config.grads_in_param_dtype);
         if mode == Mode::ReducedTwice {
             [2, 1, 0].iter().for_each(|u| engine.reduce(*u).unwrap());
-            narrow += backward(&engine, rank, step + 100, compute);
+            narrow += backward(&engine, rank, step + 100, compute, config.grads_in_param_dtype);
         }
         if mode == Mode::GivenUp && step == 1 {
             engine.finish_forward().unwrap();

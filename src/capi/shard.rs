@@ -2,10 +2,10 @@
 
 use super::engine::{with, EngineObject};
 use super::handle::{fsdp_engine_t, get};
-use super::status::{boundary, fsdp_status_t, out};
+use super::status::{boundary, fsdp_status_t, out, pieces};
 use super::tensor::{self, fsdp_tensor_t, HostTensor};
 use crate::dtype::DType;
-use crate::engine::Engine;
+use crate::engine::{Engine, FullGradient};
 use crate::error::{err, Result};
 use crate::gradients::Region;
 
@@ -112,7 +112,8 @@ unsafe fn gradient_region(
 
 /// Adds a full gradient (contiguous, of the parameter's shape; float32 or what the parameter is computed in; borrowed for
 /// the call) in float32 to what this backward has collected for the parameter. On a GPU it lies there, and what is launched on
-/// the compute stream reads it. Otherwise as fsdp_engine_param_grad. Since 0.1.
+/// the compute stream reads it: several are quicker together (fsdp_engine_accumulate_grads). Otherwise as
+/// fsdp_engine_param_grad. Since 0.1.
 ///
 /// # Safety
 /// `grad` is NULL or describes readable memory.
@@ -124,30 +125,65 @@ pub unsafe extern "C" fn fsdp_engine_accumulate_grad(
 ) -> fsdp_status_t {
     boundary(|| {
         let object = get(engine as *const fsdp_engine_t)?;
-        let p = object.engine.param(param)?;
-        let name = format!("the gradient of \"{}\"", p.fqn);
         // SAFETY: the caller's promise.
-        let (grad, gpu) = unsafe { HostTensor::read_anywhere(grad, &name) }?;
-        if gpu != object.engine.gpu() {
-            let on = |gpu: Option<usize>| gpu.map_or("in host memory".to_string(), |gpu| format!("on GPU {gpu}"));
-            let (there, here) = (on(gpu), on(object.engine.gpu()));
-            return Err(err!(InvalidArgument, "{name} is {there}: the engine needs it {here}"));
-        }
-        if (grad.dtype != DType::F32 && grad.dtype != p.compute) || grad.shape != p.shape {
-            return Err(err!(
-                InvalidArgument,
-                "{name} is {} of shape {:?}, the parameter is {} of shape {:?}",
-                grad.dtype,
-                grad.shape,
-                p.compute,
-                p.shape
-            ));
-        }
-        // SAFETY: the caller's promise; NULL with elements is refused.
-        let data = unsafe { grad.slice(&name) }?;
-        // SAFETY: as large as the parameter: the shapes are equal.
-        unsafe { object.engine.accumulate_grad(param, grad.dtype, data.as_ptr()) }
+        let FullGradient { dtype, data, .. } = unsafe { full_gradient(&object.engine, param, grad) }?;
+        // SAFETY: as large as the parameter.
+        unsafe { object.engine.accumulate_grad(param, dtype, data) }
     })
+}
+
+/// fsdp_engine_accumulate_grad of `count` parameters, each of them once: grads[i] is the gradient of params[i]. All arguments
+/// are looked at before anything changes: with an error that names a parameter no gradient was taken. On a GPU they are taken
+/// by one launch for each dtype, however many they are. Since 0.1.
+///
+/// # Safety
+/// `params` and `grads` point to `count` readable elements (NULL if it is 0), as of fsdp_engine_accumulate_grad.
+#[no_mangle]
+pub unsafe extern "C" fn fsdp_engine_accumulate_grads(
+    engine: *mut fsdp_engine_t,
+    params: *const u32,
+    grads: *const fsdp_tensor_t,
+    count: usize,
+) -> fsdp_status_t {
+    boundary(|| {
+        let object = get(engine as *const fsdp_engine_t)?;
+        // SAFETY: the caller's promise.
+        let (params, grads) = unsafe { (pieces(params, count, "params")?, pieces(grads, count, "grads")?) };
+        // SAFETY: as above.
+        let read = |(param, grad): (&u32, &fsdp_tensor_t)| unsafe { full_gradient(&object.engine, *param, grad) };
+        let grads = params.iter().zip(grads).map(read).collect::<Result<Vec<_>>>()?;
+        // SAFETY: each as large as its parameter.
+        unsafe { object.engine.accumulate_grads(&grads) }
+    })
+}
+
+/// A gradient that fits its parameter and the engine.
+///
+/// # Safety
+/// `grad` is NULL or describes readable memory.
+unsafe fn full_gradient(engine: &Engine, param: u32, grad: *const fsdp_tensor_t) -> Result<FullGradient> {
+    let p = engine.param(param)?;
+    let name = format!("the gradient of \"{}\"", p.fqn);
+    // SAFETY: the caller's promise.
+    let (grad, gpu) = unsafe { HostTensor::read_anywhere(grad, &name) }?;
+    if gpu != engine.gpu() {
+        let on = |gpu: Option<usize>| gpu.map_or("in host memory".to_string(), |gpu| format!("on GPU {gpu}"));
+        let (there, here) = (on(gpu), on(engine.gpu()));
+        return Err(err!(InvalidArgument, "{name} is {there}: the engine needs it {here}"));
+    }
+    if (grad.dtype != DType::F32 && grad.dtype != p.compute) || grad.shape != p.shape {
+        return Err(err!(
+            InvalidArgument,
+            "{name} is {} of shape {:?}, the parameter is {} of shape {:?}",
+            grad.dtype,
+            grad.shape,
+            p.compute,
+            p.shape
+        ));
+    }
+    // SAFETY: the caller's promise; NULL with elements is refused.
+    let data = unsafe { grad.slice(&name) }?;
+    Ok(FullGradient { param, dtype: grad.dtype, data: data.as_ptr() })
 }
 
 /// This rank's piece of a parameter and of its gradient, whose address holds until the gradient is cleared (or longer:

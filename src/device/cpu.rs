@@ -1,6 +1,6 @@
 //! The CPU as a device: its memory is the host's, so both homes are the same kind, and an upload is a copy.
 
-use super::{Buffer, Device, Floats, Home, Update, UpdateRule};
+use super::{Buffer, Device, Floats, Given, Home, Update, UpdateRule};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::memory::HostBuffer;
@@ -31,12 +31,14 @@ impl Device for Cpu {
         Ok(())
     }
 
-    unsafe fn accumulate(&self, dtype: DType, from: *const u8, to: *mut f32, len: usize, add: bool) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match add {
-                false => precision::widen(dtype, from, to, len),
-                true => precision::add(dtype, from, to, len),
+    unsafe fn accumulate(&self, dtype: DType, given: &[Given]) -> Result<()> {
+        for Given { from, to, len, add } in given.iter().copied() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                match add {
+                    false => precision::widen(dtype, from, to, len),
+                    true => precision::add(dtype, from, to, len),
+                }
             }
         }
         Ok(())

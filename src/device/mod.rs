@@ -51,6 +51,17 @@ pub struct Floats {
     pub len: usize,
 }
 
+/// Elements of a gradient that a host gives.
+#[derive(Clone, Copy, Debug)]
+pub struct Given {
+    pub from: *const u8,
+    /// Floats of the device.
+    pub to: *mut f32,
+    pub len: usize,
+    /// To be added; else to be written.
+    pub add: bool,
+}
+
 /// One parameter's piece in an optimizer's step: memory of the device.
 #[derive(Clone, Copy, Debug)]
 pub struct Update {
@@ -101,11 +112,11 @@ pub trait Device: Send + Sync {
     /// `from` is readable for as many.
     unsafe fn get(&self, from: *const u8, to: &mut [u8]) -> Result<()>;
 
-    /// Writes `len` elements of `dtype` to `to`, or adds them in float32.
+    /// Widens or adds, in float32, gradients of `dtype` on the device; all at once.
     ///
     /// # Safety
-    /// As [`Device::put`], with `from` on the device.
-    unsafe fn accumulate(&self, dtype: DType, from: *const u8, to: *mut f32, len: usize, add: bool) -> Result<()>;
+    /// Of each as [`Device::put`], with `from` on the device. No two are written to the same place.
+    unsafe fn accumulate(&self, dtype: DType, given: &[Given]) -> Result<()>;
 
     /// Multiplies all by `factor`.
     ///

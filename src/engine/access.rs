@@ -1,6 +1,7 @@
 //! Parameters and gradients as a host reaches them: full ones in an iteration, this rank's pieces at any time.
 
-use super::{Engine, Locked};
+use super::{Engine, Locked, State};
+use crate::device::Given;
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::gradients::Region;
@@ -16,6 +17,15 @@ pub struct Shard {
     pub grad: *mut f32,
     /// Elements of each.
     pub len: usize,
+}
+
+/// A full gradient that a host has: the parameter's elements, of `dtype`, in its shape's order.
+#[derive(Clone, Copy, Debug)]
+pub struct FullGradient {
+    pub param: ParamId,
+    pub dtype: DType,
+    /// On the device.
+    pub data: *const u8,
 }
 
 impl Engine {
@@ -53,6 +63,12 @@ impl Engine {
     fn may_get_gradient(&self, param: ParamId) -> Result<(&ParamPlan, Locked<'_>)> {
         let p = self.param(param)?;
         let state = self.lock()?;
+        self.check_gets_gradient(&state, param)?;
+        Ok((p, state))
+    }
+
+    fn check_gets_gradient(&self, state: &State, param: ParamId) -> Result<()> {
+        let p = self.param(param)?;
         if !state.requires_grad[param as usize] {
             return Err(err!(InvalidState, "parameter \"{}\" does not require a gradient", p.fqn));
         }
@@ -63,7 +79,18 @@ impl Engine {
                 p.fqn
             ));
         }
-        Ok((p, state))
+        Ok(())
+    }
+
+    /// An error if a parameter's gradient cannot be of this type.
+    fn check_gradient_dtype(&self, param: ParamId, dtype: DType) -> Result<()> {
+        let p = self.param(param)?;
+        if dtype != DType::F32 && dtype != p.compute {
+            let (f32, compute) = (DType::F32, p.compute);
+            let or = if compute == f32 { String::new() } else { format!(" or {compute}, which it is computed in") };
+            return Err(err!(InvalidArgument, "the gradient of \"{}\" is {dtype}: it can be {f32}{or}", p.fqn));
+        }
+        Ok(())
     }
 
     /// Adds `grad` (the parameter's `numel` elements of `dtype`, in its shape's order) in float32 to what this backward has
@@ -72,30 +99,71 @@ impl Engine {
     /// # Safety
     /// `grad` must be readable for the parameter's elements, and aligned for them; on a GPU: its memory, on compute.
     pub unsafe fn accumulate_grad(&self, param: ParamId, dtype: DType, grad: *const u8) -> Result<()> {
-        let p = self.param(param)?;
-        if dtype != DType::F32 && dtype != p.compute {
-            let (f32, compute) = (DType::F32, p.compute);
-            let or = if compute == f32 { String::new() } else { format!(" or {compute}, which it is computed in") };
-            return Err(err!(InvalidArgument, "the gradient of \"{}\" is {dtype}: it can be {f32}{or}", p.fqn));
-        }
-        let region = {
+        self.check_gradient_dtype(param, dtype)?;
+        let (p, region) = {
             let (p, mut state) = self.may_get_gradient(param)?;
-            state.gradients.region(self.plan(), p.unit, p.index, dtype)?
+            (p, state.gradients.region(self.plan(), p.unit, p.index, dtype)?)
         };
-        let len = self.plan().units[p.unit as usize].layout.numels[p.index];
-        if len == 0 {
-            return Ok(());
+        // SAFETY: the caller's promise.
+        match unsafe { self.given(p, dtype, grad, region) } {
+            // SAFETY: the region has room for the parameter, and no peer reads it before its unit is reduced.
+            Some(given) => unsafe { self.device.accumulate(dtype, &[given]) },
+            None => Ok(()),
         }
-        // SAFETY: the region has room for the parameter, and no peer reads it before its unit is reduced; `grad` is the
-        // caller's promise.
-        unsafe {
-            match region.dtype {
-                DType::F32 => self.device.accumulate(dtype, grad, region.data.cast(), len, region.held),
-                // As it is, and the first: on the CPU only.
-                _ => {
-                    std::ptr::copy_nonoverlapping(grad, region.data, len * dtype.size());
-                    Ok(())
-                }
+    }
+
+    /// The same for several parameters, each once: nothing has changed if one of them cannot get its gradient. On a GPU one
+    /// launch for each type that they have.
+    ///
+    /// # Safety
+    /// Of each as [`Engine::accumulate_grad`].
+    pub unsafe fn accumulate_grads(&self, grads: &[FullGradient]) -> Result<()> {
+        grads.iter().try_for_each(|g| self.check_gradient_dtype(g.param, g.dtype))?;
+        let mut params: Vec<ParamId> = grads.iter().map(|g| g.param).collect();
+        params.sort_unstable();
+        if let Some(twice) = params.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(err!(
+                InvalidArgument,
+                "two gradients of \"{}\" were given at once: give one after the other",
+                self.param(twice[0])?.fqn
+            ));
+        }
+        let mut state = self.lock()?;
+        grads.iter().try_for_each(|g| self.check_gets_gradient(&state, g.param))?;
+        let mut all: [(DType, Vec<Given>); 3] = [DType::F32, DType::BF16, DType::F16].map(|dtype| (dtype, Vec::new()));
+        for g in grads {
+            let p = self.param(g.param)?;
+            let region = state.gradients.reserve(self.plan(), p.unit, p.index, g.dtype)?;
+            // SAFETY: the caller's promise.
+            let given = unsafe { self.given(p, g.dtype, g.data, region) };
+            all.iter_mut().filter(|(dtype, _)| *dtype == g.dtype).for_each(|(_, of_dtype)| of_dtype.extend(given));
+        }
+        for (dtype, given) in all.iter().filter(|(_, given)| !given.is_empty()) {
+            // SAFETY: as in `accumulate_grad`; regions do not overlap.
+            unsafe { self.device.accumulate(*dtype, given) }?;
+        }
+        for g in grads {
+            let p = self.param(g.param)?;
+            // Counts from here on.
+            state.gradients.region(self.plan(), p.unit, p.index, g.dtype)?;
+        }
+        Ok(())
+    }
+
+    /// What is left to do for a gradient that goes to `region`.
+    ///
+    /// # Safety
+    /// As [`Engine::accumulate_grad`].
+    unsafe fn given(&self, p: &ParamPlan, dtype: DType, grad: *const u8, region: Region) -> Option<Given> {
+        let len = self.plan().units[p.unit as usize].layout.numels[p.index];
+        match region.dtype {
+            _ if len == 0 => None,
+            DType::F32 => Some(Given { from: grad, to: region.data.cast(), len, add: region.held }),
+            // As it is, and the first: on the CPU only.
+            _ => {
+                // SAFETY: the region has room for the parameter; `grad` is the caller's promise.
+                unsafe { std::ptr::copy_nonoverlapping(grad, region.data, len * dtype.size()) };
+                None
             }
         }
     }

@@ -5,7 +5,7 @@ use fsdp::comm::Communicator;
 use fsdp::config::{CudaConfig, EngineConfig};
 use fsdp::device::cuda::{Context, DeviceMemory, Priority, Source, Stream};
 use fsdp::dtype::DType;
-use fsdp::engine::{Engine, ReshardAfterForward};
+use fsdp::engine::{Engine, FullGradient, ReshardAfterForward};
 use fsdp::module::{ModuleTree, ParamId, ROOT};
 use fsdp::optim::{Optimizer, Rule};
 use fsdp::plan::UnitId;
@@ -80,19 +80,31 @@ impl Place {
         bytes.chunks_exact(4).map(|b| f32::from_ne_bytes(b.try_into().unwrap())).collect()
     }
 
-    /// Gives the engine a gradient.
-    fn accumulate(&self, engine: &Engine, param: ParamId, dtype: DType, grad: &[u8]) {
-        // SAFETY: as long as the parameter, and there until the call has used it.
-        unsafe {
-            match self {
-                Place::Cpu => engine.accumulate_grad(param, dtype, grad.as_ptr()).unwrap(),
-                Place::Gpu { stream, source, .. } => {
-                    let memory = DeviceMemory::new(source, stream, grad.len().max(1), "a gradient").unwrap();
-                    stream.upload(grad.as_ptr(), memory.address(), grad.len()).unwrap();
-                    engine.accumulate_grad(param, dtype, memory.address() as *const u8).unwrap();
-                    stream.synchronize().unwrap();
-                }
+    /// Gives the engine gradients: one, or several at once.
+    fn accumulate(&self, engine: &Engine, grads: &[(ParamId, DType, Vec<u8>)]) {
+        let mut memory = Vec::new();
+        let mut data = |grad: &[u8]| match self {
+            Place::Cpu => grad.as_ptr(),
+            Place::Gpu { stream, source, .. } => {
+                memory.push(DeviceMemory::new(source, stream, grad.len().max(1), "a gradient").unwrap());
+                let at = memory.last().unwrap().address();
+                // SAFETY: as many bytes.
+                unsafe { stream.upload(grad.as_ptr(), at, grad.len()) }.unwrap();
+                at as *const u8
             }
+        };
+        let full = grads.iter().map(|(param, dtype, g)| FullGradient { param: *param, dtype: *dtype, data: data(g) });
+        let full: Vec<FullGradient> = full.collect();
+        // SAFETY: as long as the parameters, and there until the call has used them.
+        unsafe {
+            match full[..] {
+                [FullGradient { param, dtype, data }] => engine.accumulate_grad(param, dtype, data),
+                _ => engine.accumulate_grads(&full),
+            }
+        }
+        .unwrap();
+        if let Place::Gpu { stream, .. } = self {
+            stream.synchronize().unwrap();
         }
     }
 }
@@ -120,6 +132,8 @@ pub struct Case {
     /// Whether the first ones average over replicas.
     pub average: bool,
     pub clip: Option<f64>,
+    /// Whether a unit's gradients are given at once.
+    pub together: bool,
     /// Whether an order of prefetching is given.
     pub order: bool,
     /// What units other than the root are resharded to after their forward; None: as the strategy says.
@@ -141,6 +155,7 @@ impl Case {
             last: true,
             average: true,
             clip: None,
+            together: false,
             order: false,
             after_forward: None,
             has,
@@ -248,6 +263,7 @@ impl Trainer {
     /// Some host's backward of a unit: each gradient follows from the parameter as it is computed with.
     fn backward(&self, unit: UnitId, step: usize, micro: usize) {
         let rank = self.engine.world().rank();
+        let mut grads = Vec::new();
         for p in self.engine.unit(unit).unwrap().params.clone() {
             let param = p as usize;
             if !PARAMS[param].3 || !(self.case.has)(rank, step, param) {
@@ -273,12 +289,12 @@ impl Trainer {
                 DType::F16 => grad.flat_map(|g| f16::from_f32(g).to_bits().to_ne_bytes()).collect(),
                 _ => grad.flat_map(f32::to_ne_bytes).collect(),
             };
-            self.place.accumulate(&self.engine, p, dtype, &grad);
-            // As of a tied parameter, which several uses add to.
-            if param == 0 {
-                self.place.accumulate(&self.engine, p, dtype, &grad);
-            }
+            grads.push((p, dtype, grad));
         }
+        let chunk = if self.case.together { grads.len().max(1) } else { 1 };
+        grads.chunks(chunk).for_each(|some| self.place.accumulate(&self.engine, some));
+        // As of a tied parameter, which several uses add to.
+        grads.iter().filter(|g| g.0 == 0).for_each(|g| self.place.accumulate(&self.engine, std::slice::from_ref(g)));
     }
 
     /// A forward and a backward through the hooks.

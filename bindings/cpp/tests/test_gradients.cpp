@@ -52,6 +52,24 @@ void devices() {
           FSDP_ERR_UNSUPPORTED);
 }
 
+void together(const fsdp::Communicator& comm) {
+  fsdp::Engine engine = make_engine(comm);
+  std::vector<float> one(kSize, 1.0F), two(kSize, 2.0F);
+  const std::vector<fsdp::TensorView> grads{{two.data(), {kSize}}, {one.data(), {kSize}}};
+  engine.unshard(0);
+  engine.accumulate_grads({1, 0}, grads);
+  engine.accumulate_grads({}, {});
+  REQUIRE(status_of([&] { engine.accumulate_grads({0}, grads); }, "1 parameters and 2 gradients") ==
+          FSDP_ERR_INVALID_ARGUMENT);
+  REQUIRE(status_of([&] { engine.accumulate_grads({0, 0}, grads); }, "\"weight\"") ==
+          FSDP_ERR_INVALID_ARGUMENT);
+  engine.finish_backward();
+  for (std::uint32_t p = 0; p < 2; ++p) {
+    const fsdp::Shard shard = engine.shard(p);
+    for (std::int64_t i = 0; i < shard.numel; ++i) REQUIRE(shard.grad[i] == (p == 0 ? 1.0F : 2.0F));
+  }
+}
+
 void hooks(const fsdp::Communicator& comm) {
   fsdp::Engine engine = make_engine(comm);
   const auto calls = std::make_shared<int>(0);
@@ -144,6 +162,7 @@ void hook_that_throws(const fsdp::Communicator& comm) {
 int main(int argc, char** argv) {
   const int failed = run_ranks(argc, argv, [](const fsdp::Communicator& comm) {
     norms(comm);
+    together(comm);
     hooks(comm);
     scaler(comm);
     descriptions_and_logs(comm);

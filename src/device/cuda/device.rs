@@ -5,7 +5,7 @@ use super::compute::{Compute, ComputeMemory};
 use super::context::Context;
 use super::kernels::{Kernels, NormOrder, Piece, Step};
 use super::memory::PinnedMemory;
-use crate::device::{Buffer, Device, Floats, Home, Update, UpdateRule};
+use crate::device::{Buffer, Device, Floats, Given, Home, Update, UpdateRule};
 use crate::dtype::DType;
 use crate::error::{err, Result};
 use crate::{norm, precision};
@@ -95,10 +95,11 @@ impl Device for Cuda {
         stream.synchronize()
     }
 
-    unsafe fn accumulate(&self, dtype: DType, from: *const u8, to: *mut f32, len: usize, add: bool) -> Result<()> {
-        let piece = Piece { from: from as u64, to: to as u64, len: len as u64, add: add.into() };
+    unsafe fn accumulate(&self, dtype: DType, given: &[Given]) -> Result<()> {
+        let piece = |g: &Given| Piece { from: g.from as u64, to: g.to as u64, len: g.len as u64, add: g.add.into() };
+        let pieces: Vec<Piece> = given.iter().map(piece).collect();
         // SAFETY: the caller's promise.
-        unsafe { self.kernels.copy_in(&self.compute.stream(), dtype, &[piece]) }
+        unsafe { self.kernels.copy_in(&self.compute.stream(), dtype, &pieces) }
     }
 
     unsafe fn scale(&self, floats: &[Floats], factor: f32) -> Result<()> {

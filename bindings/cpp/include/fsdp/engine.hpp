@@ -297,6 +297,21 @@ class Engine {
     check(fsdp_engine_accumulate_grad(get(), param, &c_tensor));
   }
 
+  /// The same for several parameters, each once: grads[i] is that of params[i]. On a GPU one launch
+  /// for each type. Nothing has changed if it throws INVALID_ARGUMENT or INVALID_STATE.
+  void accumulate_grads(const std::vector<std::uint32_t>& params,
+                        const std::vector<TensorView>& grads) {
+    if (params.size() != grads.size()) {
+      throw Error(FSDP_ERR_INVALID_ARGUMENT,
+                  std::to_string(params.size()) + " parameters and " +
+                      std::to_string(grads.size()) + " gradients [" +
+                      fsdp_status_name(FSDP_ERR_INVALID_ARGUMENT) + "]");
+    }
+    std::vector<fsdp_tensor_t> c_tensors;
+    for (const TensorView& grad : grads) c_tensors.push_back(grad.c_tensor());
+    check(fsdp_engine_accumulate_grads(get(), params.data(), c_tensors.data(), params.size()));
+  }
+
   /// This rank's piece of a parameter and of its gradient (null while absent). Local.
   Shard shard(std::uint32_t param) const {
     Shard shard{};
