@@ -233,7 +233,7 @@ impl Gradients {
             return Ok(());
         };
         let u = &plan.units[unit as usize];
-        let gradients = hook_gradients(u, place, &open.held);
+        let gradients = self.hook.as_ref().map_or(Vec::new(), |_| hook_gradients(u, place, &open.held));
         let hook = self.hook.as_ref().filter(|_| !gradients.is_empty());
         let mut change =
             hook.map(|hook| |stream| hook.run(&UnitGradients { unit, name: &u.name, gradients: &gradients, stream }));
