@@ -251,7 +251,11 @@ impl Engine {
 
     /// The same for what waits: on a GPU the collectives under way are waited for first, with their deadline.
     pub(crate) fn settled_at_home(&self) -> Result<&dyn Device> {
-        self.gpu.iter().try_for_each(|gpu| gpu.settle())?;
+        if let Some(gpu) = &self.gpu {
+            // A hook is called with the queues locked.
+            hook::refuse_inside(self.number)?;
+            gpu.settle()?;
+        }
         Ok(self.at_home())
     }
 
@@ -352,9 +356,7 @@ impl Engine {
 
     #[cold]
     fn wait_for_lock(&self) -> Result<MutexGuard<'_, State>> {
-        if hook::inside(self.number) {
-            return Err(err!(InvalidState, "a communication hook cannot call the engine that it was called by"));
-        }
+        hook::refuse_inside(self.number)?;
         self.state.lock().map_err(|_| err!(Panic, "the engine is unusable: an earlier call on it failed inside"))
     }
 }

@@ -2,7 +2,7 @@
 //! launches what changes them, on the stream that their reduction goes to.
 
 use crate::comm::Communicator;
-use crate::error::{Error, Result, Status};
+use crate::error::{err, Error, Result, Status};
 use crate::module::ParamId;
 use crate::plan::UnitId;
 use std::cell::Cell;
@@ -46,7 +46,7 @@ pub struct CommHook {
 }
 
 impl CommHook {
-    /// Runs it. Calls on the same engine from inside can be recognized by [`inside`]. An error is a `Callback`'s, and breaks the
+    /// Runs it. Calls on the same engine from inside are refused by [`refuse_inside`]. An error is a `Callback`'s, and breaks the
     /// communicators: the other ranks would wait for gradients that never come.
     pub fn run(&self, gradients: &UnitGradients) -> Result<()> {
         /// Leaves even if the function panics.
@@ -67,7 +67,10 @@ impl CommHook {
     }
 }
 
-/// Whether this thread is in the hook of the engine with this number: the engine is locked.
-pub fn inside(engine: u64) -> bool {
-    INSIDE.get() == engine
+/// An error if this thread is in the hook of the engine with this number: the engine is locked.
+pub fn refuse_inside(engine: u64) -> Result<()> {
+    match INSIDE.get() == engine {
+        true => Err(err!(InvalidState, "a communication hook cannot call the engine that it was called by")),
+        false => Ok(()),
+    }
 }

@@ -231,7 +231,8 @@ fn a_hook_that_calls_its_engine_is_refused() {
     let engine = Arc::downgrade(&t.engine);
     let hook = move |_: &UnitGradients| {
         let engine = engine.upgrade().unwrap();
-        for e in [engine.synchronize(), engine.poll(), engine.zero_grad(), engine.set_comm_hook(None)] {
+        let gathered = engine.gather_flat(0, engine.shard(0).unwrap().data).map(drop);
+        for e in [gathered, engine.synchronize(), engine.poll(), engine.zero_grad(), engine.set_comm_hook(None)] {
             let e = e.unwrap_err();
             assert_eq!(e.status, Status::InvalidState);
             assert!(e.message.contains("a communication hook cannot call the engine"), "{e}");
