@@ -159,9 +159,9 @@ fn the_control_plane_may_be_collectives_that_a_host_lends() {
             let (rank, comm) = (comm.rank(), lent(comm));
             let unit = comm.name_units(&["a", "b"].map(|u| UnitName { label: u.into(), params: format!("{u}.w") }));
             let tag = |unit| Tag { kind: Kind::AllGather, unit, dtype: DType::F32, bytes: 64 };
-            (0..3).for_each(|_| comm.announce(tag(unit), check).unwrap());
+            (0..3).for_each(|_| comm.announce(tag(unit), check, None).unwrap());
             comm.barrier().unwrap();
-            let e = comm.announce(tag(unit + rank as u32), check).and_then(|()| comm.barrier()).unwrap_err();
+            let e = comm.announce(tag(unit + rank as u32), check, None).and_then(|()| comm.barrier()).unwrap_err();
             assert_eq!(comm.async_error(), Some(e.clone()));
             e
         });

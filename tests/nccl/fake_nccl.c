@@ -384,7 +384,7 @@ int ncclCommRegister(struct comm *comm, void *data, size_t size, void **handle) 
 int ncclCommDeregister(struct comm *comm, void *handle) {
   BEGIN(comm);
   note("deregister");
-  return know_piece(handle, 0, NULL) ? kSuccess : kInvalidArgument;
+  return forget_piece(handle, comm) ? kSuccess : kInvalidArgument;
 }
 
 #ifndef WITHOUT_WINDOWS
@@ -400,7 +400,7 @@ int ncclCommWindowRegister(struct comm *comm, void *data, size_t size, void **ha
 int ncclCommWindowDeregister(struct comm *comm, void *handle) {
   BEGIN(comm);
   note("close window");
-  return know_piece(handle, 0, NULL) ? work(comm) : kInvalidArgument;
+  return forget_piece(handle, comm) ? work(comm) : kInvalidArgument;
 }
 #endif
 #endif

@@ -217,9 +217,9 @@ impl Communicator for Host {
     }
 
     /// Whoever comes later does not wait; a difference is found when all have announced, by the next call that looks.
-    fn announce(&self, tag: Tag, check: Check) -> Result<()> {
+    fn announce(&self, tag: Tag, check: Check, place: Option<u32>) -> Result<()> {
         let Local { flights, announced, .. } = &mut *self.working()?;
-        let sequence = flights.launch(Announcement { tag, detail: Detail::None }, 0, Work::Agree)?;
+        let sequence = flights.launch(Announcement::elsewhere(tag, place), 0, Work::Agree)?;
         announced.push(sequence);
         if check == Check::Together {
             flights.land(sequence)?;
