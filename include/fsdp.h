@@ -549,7 +549,7 @@ typedef struct {
    */
   int32_t rank;
   /**
-   * Number of ranks; any.
+   * Number of ranks, 1 to 1,048,576.
    */
   int32_t world_size;
   /**
