@@ -113,6 +113,8 @@ static void arguments(void) {
   REFUSED("rank 1 is out of range for world size 1");
   config.world_size = 0;
   REFUSED("world size 0");
+  config.world_size = INT32_MAX;
+  REFUSED("world size 2147483647 is larger than 1048576");
   config.timeout_ms = -5;
   REFUSED("timeout_ms is -5");
   t.all_gather = NULL;
@@ -196,9 +198,98 @@ static void one_rank(void) {
   CHECK_EQ(released, 1);
 }
 
+/* ---- requests that end, and then do not ---- */
+
+static int stuck, lent, taken_back;
+static char lent_memory[4096];
+static void *under_way;
+
+static int32_t starts(void *self, int32_t lane, const void *input, void *output, size_t bytes,
+                      void **request) {
+  if (!stuck) return gather(self, lane, input, output, bytes, request);
+  under_way = output;
+  *request = self;
+  return 0;
+}
+
+static int32_t ends(void *self, void *request, int32_t *done) {
+  CHECK(self == &calls && request == &calls);
+  *done = !stuck;
+  return 0;
+}
+
+/* What a request that never ends may still write stays, and so does what it was called with. */
+static void a_request_never_ends(void) {
+  fsdp_host_comm_config_t config = FSDP_HOST_COMM_CONFIG_INIT;
+  fsdp_host_collectives_t t = table();
+  fsdp_comm_t *comm = NULL;
+  t.all_gather = starts;
+  t.test = ends;
+  config.timeout_ms = 100;
+  CHECK_OK(fsdp_comm_init_host(&config, &t, &calls, &comm));
+  released = 0;
+  stuck = 1;
+  CHECK_ERR(fsdp_comm_barrier(comm), FSDP_ERR_TIMEOUT, "barrier did not end within 100 ms");
+  CHECK_ERR(fsdp_comm_async_error(comm), FSDP_ERR_TIMEOUT, "barrier");
+  fsdp_comm_destroy(comm);
+  CHECK_EQ(released, 0);
+  CHECK(under_way != NULL);
+  memset(under_way, 1, 64); /* a sanitizer would say if it had gone */
+  stuck = 0;
+  CHECK_OK(fsdp_comm_init_host(&config, &t, &calls, &comm));
+  fsdp_comm_destroy(comm);
+  CHECK_EQ(released, 1);
+}
+
+static void *lend_crooked(void *self, size_t bytes) {
+  CHECK(self == &calls && bytes <= sizeof lent_memory - 128);
+  lent++;
+  return lent_memory + (64 - (uintptr_t)lent_memory % 64) + 4;
+}
+
+static void take_back(void *self, void *memory, size_t bytes) {
+  (void)bytes;
+  CHECK(self == &calls && (char *)memory > lent_memory);
+  taken_back++;
+}
+
+/* Sums go to lent memory, of which this is none. */
+static void lent_memory_is_aligned(void) {
+  fsdp_host_comm_config_t config = FSDP_HOST_COMM_CONFIG_INIT;
+  fsdp_host_collectives_t t = table();
+  fsdp_comm_t *comm = NULL;
+  fsdp_model_t *model = NULL;
+  fsdp_engine_t *engine = NULL;
+  float values[8] = {0};
+  int64_t shape[1] = {8};
+  const fsdp_tensor_t value = tensor_f32(values, 1, shape);
+  fsdp_tensor_t grad;
+  int32_t accumulate = 0;
+  uint32_t param = 0;
+  void *buffer = NULL;
+  t.alloc = lend_crooked;
+  t.free = take_back;
+  CHECK_OK(fsdp_comm_init_host(&config, &t, &calls, &comm));
+  CHECK_OK(fsdp_model_create("Net", &model));
+  CHECK_OK(fsdp_model_add_parameter(model, 0, "w", &value, 1, &param));
+  CHECK_OK(fsdp_engine_create(model, comm, NULL, &engine));
+  CHECK_OK(fsdp_engine_unshard(engine, 0, &buffer));
+  CHECK_OK(fsdp_engine_param_grad(engine, param, &grad, &accumulate));
+  memset(grad.data, 0, sizeof values);
+  CHECK_ERR(fsdp_engine_reduce(engine, 0), FSDP_ERR_CALLBACK, "is not 64-byte aligned");
+  CHECK_ERR(fsdp_comm_barrier(comm), FSDP_ERR_CALLBACK, "rank 0: reduce-scatter of unit");
+  fsdp_engine_destroy(engine);
+  fsdp_model_destroy(model);
+  fsdp_comm_destroy(comm);
+  CHECK(lent > 0);
+  CHECK_EQ(lent, taken_back);
+}
+
 int main(void) {
   arguments();
   longer_tables();
   one_rank();
+  a_request_never_ends();
+  lent_memory_is_aligned();
   return 0;
 }

@@ -218,6 +218,36 @@ static void failing_scatter(hub_rank_t *rank) {
   failing(rank, "reduce_scatter", "reduce-scatter of unit \"layer2\"");
 }
 
+static void failing_test(hub_rank_t *rank) {
+  failing(rank, "test", "all-gather of unit \"layer0\"");
+}
+static void failing_poll(hub_rank_t *rank) { failing(rank, "poll", "polling for messages"); }
+
+/* No memory for sums, in the middle of a backward. */
+static void failing_alloc(hub_rank_t *rank) {
+  const char *const texts[] = {"rank 1: reduce-scatter of unit \"layer2\"",
+                               "the host's alloc has no ", NULL};
+  fsdp_engine_t *engine = NULL;
+  CHECK_OK(engine_of(rank, 10, &engine));
+  CHECK_OK(step(engine, ALL, 3));
+  if (rank->rank == 1) {
+    rank->failing = "alloc";
+    rank->code = 1;
+  }
+  check_broken(rank, step(engine, ALL, 3), FSDP_ERR_OUT_OF_MEMORY, texts);
+  fsdp_engine_destroy(engine);
+}
+
+static void failing_split(hub_rank_t *rank) {
+  const char *const texts[] = {"rank ", ": splitting a communicator",
+                               "the host's split returned 4711: a failure by intention", NULL};
+  fsdp_comm_t *part = NULL;
+  rank->failing = "split";
+  rank->code = 4711;
+  check_broken(rank, fsdp_comm_split(rank->comm, 0, 0, &part), FSDP_ERR_CALLBACK, texts);
+  CHECK(part == NULL);
+}
+
 static void no_split(hub_rank_t *rank) {
   fsdp_comm_t *part = NULL;
   CHECK_ERR(fsdp_comm_split(rank->comm, 0, 0, &part), FSDP_ERR_UNSUPPORTED, "no split");
@@ -226,7 +256,7 @@ static void no_split(hub_rank_t *rank) {
 
 int main(void) {
   const hub_kind_t requests = {0, 0, 0, 0, 0}, waits = {0, 1, 0, 1, 0}, silent = {0, 0, 1, 0, 0},
-                   plain = {1, 0, 0, 0, 1};
+                   plain = {1, 0, 0, 0, 1}, lends = {0, 0, 0, 1, 0};
   for (int world = 2; world <= 4; world++) {
     test_context("absent");
     hub_run(world, requests, TIMEOUT_MS, 1, absent);
@@ -251,6 +281,14 @@ int main(void) {
     hub_run(world, requests, 30000, 1, failing_gather);
     test_context("a failing reduce_scatter");
     hub_run(world, waits, 30000, 1, failing_scatter);
+    test_context("a failing test");
+    hub_run(world, requests, 30000, 1, failing_test);
+    test_context("a failing poll");
+    hub_run(world, waits, 30000, 1, failing_poll);
+    test_context("a failing alloc");
+    hub_run(world, lends, 30000, 1, failing_alloc);
+    test_context("a failing split");
+    hub_run(world, requests, 30000, 1, failing_split);
   }
   test_context("absent, without messages");
   hub_run(2, silent, TIMEOUT_MS, 1, absent_and_silent);

@@ -240,6 +240,8 @@ static int32_t barrier(void *self, int32_t lane, void **request) {
 static int32_t test(void *self, void *request, int32_t *done) {
   endpoint_t *p = (endpoint_t *)self;
   request_t *r = (request_t *)request;
+  const int32_t code = fails(p, "test");
+  if (code != 0) return code;
   pthread_mutex_lock(&p->hub->lock);
   *done = r->entry->done;
   if (*done) collect(p->hub, r->entry, p->world);
@@ -287,7 +289,9 @@ static int32_t split(void *self, int32_t color, int32_t key, const int32_t *memb
                      void **part) {
   endpoint_t *p = (endpoint_t *)self;
   int32_t rank = -1, first = members[0];
+  const int32_t failure = fails(p, "split");
   (void)key;
+  if (failure != 0) return failure;
   for (int32_t m = 0; m < count; m++) {
     if (members[m] == p->rank) rank = m;
     if (members[m] < first) first = members[m];
@@ -343,7 +347,9 @@ static int32_t post(void *self, int32_t rank, const void *message) {
 
 static int32_t poll_mail(void *self, int32_t *rank, void *message) {
   endpoint_t *p = (endpoint_t *)self;
+  const int32_t code = fails(p, "poll");
   *rank = -1;
+  if (code != 0) return code;
   pthread_mutex_lock(&p->mail_lock);
   mail_t *mail = p->mail;
   if (mail != NULL) {
@@ -368,6 +374,7 @@ static void abort_all(void *self, const char *reason) {
 static void *lend(void *self, size_t bytes) {
   endpoint_t *p = (endpoint_t *)self;
   void *memory = NULL;
+  if (fails(p, "alloc") != 0) return NULL;
   CHECK_EQ(posix_memalign(&memory, 64, bytes + 1), 0);
   memset(memory, 0xee, bytes);
   pthread_mutex_lock(&p->hub->lock);

@@ -29,8 +29,8 @@ typedef struct {
   hub_t *hub;
   int32_t rank, world;
   fsdp_comm_t *comm;
-  /* Collectives of the given name that this rank starts from now on fail with this code; 0: none.
-   */
+  /* Callbacks of the given name (collectives, test, poll, alloc, split) fail on this rank from now
+   * on with this code; 0: none. */
   const char *failing;
   int32_t code;
   int64_t timeout_ms;

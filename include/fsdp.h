@@ -549,7 +549,7 @@ typedef struct {
    */
   int32_t rank;
   /**
-   * Number of ranks; any.
+   * Number of ranks, 1 to 1,048,576.
    */
   int32_t world_size;
   /**
@@ -740,7 +740,7 @@ typedef struct {
    */
   uint64_t overflows;
   /**
-   * Bytes of the pool and the fixed slots that are registered with NCCL, what aligns them included: all of them, or 0.
+   * Bytes of the pool that are registered with NCCL, what aligns them included: all of them, or 0.
    */
   uint64_t registered_bytes;
 } fsdp_cuda_stats_t;
@@ -863,13 +863,16 @@ typedef struct {
    */
   void *allocator_user_data;
   /**
-   * Whether the fixed unit buffers and gradient slots of shard groups of several ranks are memory of NCCL's own (ncclMemAlloc) that is
-   * registered with its communicators, so that NCCL copies nothing in between: FSDP_REGISTERED_BUFFERS_AUTO, _NEVER or
-   * _ALWAYS, the same on every rank. As windows where the version has them (2.27), else as buffers (2.19); before that
-   * AUTO registers nothing, and ALWAYS is FSDP_ERR_UNSUPPORTED. A registration that NCCL refuses is an error of every rank, and
-   * no engine is made. What is taken beyond the pool is not registered, and communicators of smaller groups and of replicas know
-   * none of it. NCCL rounds the memory up to pieces of 2 MiB or more, which is not counted; fsdp_engine_destroy waits for the GPU
-   * before it is freed.
+   * Whether the fixed unit buffers of shard groups of several ranks are memory of NCCL's own (ncclMemAlloc) that is registered
+   * with the communicators that gather into it (the group's, and those of smaller groups), so that NCCL copies nothing in
+   * between: FSDP_REGISTERED_BUFFERS_AUTO, _NEVER or _ALWAYS, the same on every rank. As windows where the version has them
+   * (2.27), else as buffers (2.19); before that AUTO registers nothing, and ALWAYS is FSDP_ERR_UNSUPPORTED. A registration that
+   * NCCL refuses is an error of every rank: no engine is made, or it is broken (smaller groups). NCCL wants every rank to use the same
+   * buffer for the same all-gather: ranks must reshard in the same order as well, relative to what they unshard; a rank that
+   * does not is FSDP_ERR_MISMATCH on all, which NEVER avoids. Gradient slots are not registered, neither for reduce-scatters nor
+   * for the replicas' all-reduces, since which slot a unit has depends on which gradients a rank has; nor is what is taken
+   * beyond the pool. NCCL rounds the memory up to pieces of 2 MiB or more, which is not counted; fsdp_engine_destroy waits for
+   * the GPU before it is freed.
    */
   int32_t registered_buffers;
 } fsdp_cuda_config_t;

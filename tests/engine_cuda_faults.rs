@@ -17,9 +17,9 @@ use common::ranks;
 use engine::{same, Case, Place, Trainer};
 use fsdp::comm::{single, Check, Communicator, Kind, Tag, UnitName};
 use fsdp::config::{CudaConfig, EngineConfig};
-use fsdp::device::cuda::{DeviceMemory, Source};
+use fsdp::device::cuda::{DeviceMemory, Source, Stream};
 use fsdp::dtype::DType;
-use fsdp::engine::Engine;
+use fsdp::engine::{Engine, ReshardAfterForward};
 use fsdp::error::{Error, Status};
 use fsdp::module::{ModuleTree, ROOT};
 use fsdp::optim::{AdamWOptions, Rule};
@@ -158,9 +158,9 @@ fn the_control_plane_may_be_collectives_that_a_host_lends() {
             let (rank, comm) = (comm.rank(), lent(comm));
             let unit = comm.name_units(&["a", "b"].map(|u| UnitName { label: u.into(), params: format!("{u}.w") }));
             let tag = |unit| Tag { kind: Kind::AllGather, unit, dtype: DType::F32, bytes: 64 };
-            (0..3).for_each(|_| comm.announce(tag(unit), check).unwrap());
+            (0..3).for_each(|_| comm.announce(tag(unit), check, None).unwrap());
             comm.barrier().unwrap();
-            let e = comm.announce(tag(unit + rank as u32), check).and_then(|()| comm.barrier()).unwrap_err();
+            let e = comm.announce(tag(unit + rank as u32), check, None).and_then(|()| comm.barrier()).unwrap_err();
             assert_eq!(comm.async_error(), Some(e.clone()));
             e
         });
@@ -171,6 +171,79 @@ fn the_control_plane_may_be_collectives_that_a_host_lends() {
             }
         }
     }
+}
+
+/// All that a rank does with its engine, as far as it goes.
+fn use_all(engine: &Engine, stream: &Arc<Stream>) -> Result<(), Error> {
+    engine.set_reshard_after_forward(1, ReshardAfterForward::Over(2))?;
+    (0..3).try_for_each(|unit| engine.unshard(unit).map(drop))?;
+    let gradient = DeviceMemory::new(&Source::Pool, stream, 4 * 33 * 9, "gradients")?;
+    // SAFETY: as long as the parameter, and there until it was used.
+    unsafe { engine.accumulate_grad(5, DType::F32, gradient.address() as *const u8) }?;
+    stream.synchronize()?;
+    engine.reduce(2)?;
+    engine.finish_backward()?;
+    engine.synchronize()
+}
+
+/// Whatever fails in NCCL, whenever, on all ranks or one: an error that says where, or nothing at all where it is only given
+/// back; nobody waits, nothing is left, and the next engine works.
+#[test]
+fn each_function_of_nccl_may_fail() {
+    let fake = Fake::new();
+    let made = ["ncclGetUniqueId", "ncclCommInitRankConfig", "ncclCommSplit", "ncclMemAlloc", "ncclCommWindowRegister"];
+    let used = ["ncclAllGather", "ncclReduceScatter"];
+    let given_back = ["ncclMemFree", "ncclCommWindowDeregister", "ncclCommFinalize"];
+    let all = [&made[..], &used, &given_back].concat();
+    for (function, late) in all.iter().flat_map(|f| [(f, false), (f, true)]) {
+        // What ranks do together they fail together here: those of this NCCL wait for each other.
+        for one in [false, true].into_iter().filter(|one| !one || used.contains(function)) {
+            let start = Instant::now();
+            fake.tell("meet", 2);
+            let outcomes = ranks(4, |comm| {
+                let place = Place::gpu();
+                let fail = || {
+                    comm.barrier().unwrap();
+                    fake.tell("fail_rank", if one { 1 } else { -1 });
+                    fake.fail(function, 3);
+                    comm.barrier().unwrap();
+                };
+                let data = engine::values();
+                let config = EngineConfig { param_dtype: Some(DType::BF16), ..EngineConfig::default() };
+                if !late {
+                    fail();
+                }
+                // SAFETY: the data outlives the call.
+                let engine = unsafe { Engine::new(&engine::tree(&data), comm.clone(), &place.config(&config)) };
+                if late && engine.is_ok() {
+                    fail();
+                }
+                let outcome = engine.and_then(|engine| {
+                    let mut outcome = use_all(&engine, &place.stream());
+                    // Who was done before another failed learns of it.
+                    while one && outcome.is_ok() && start.elapsed() < nccl::LONG {
+                        outcome = engine.poll();
+                    }
+                    outcome
+                });
+                outcome.map_err(|e| e.message)
+            });
+            fake.fail("", 0);
+            let is_used =
+                made.contains(function) && (!late || ["ncclCommSplit", "ncclCommWindowRegister"].contains(function));
+            for (rank, outcome) in outcomes.iter().enumerate() {
+                let what = format!("{function}, late: {late}, one: {one}, rank {rank}: {outcome:?}");
+                match outcome {
+                    Ok(()) => assert!(!is_used && !used.contains(function), "{what}"),
+                    Err(text) => assert!(!given_back.contains(function) && text.contains("internal error"), "{what}"),
+                }
+            }
+            assert!(start.elapsed() < nccl::LONG, "{function}");
+            assert_eq!(fake.count("alive"), 0, "{function}, late: {late}");
+        }
+    }
+    fake.tell("meet", 1);
+    ranks(2, |comm| Trainer::new(comm, Place::gpu(), &Case::new(EngineConfig::default(), adamw())).train());
 }
 
 /// A rank that has ended its backward takes part with zeros in what others reduce.

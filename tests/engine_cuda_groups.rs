@@ -163,7 +163,7 @@ fn memory_and_traffic_are_the_plans() {
     }
 }
 
-/// What is registered is the group's memory; all-reduces over replicas run in it all the same.
+/// What is registered is what a group gathers into; one rank alone gathers nothing.
 #[test]
 fn memory_is_registered_with_the_group() {
     let _fake = fake();
@@ -259,8 +259,32 @@ fn units_resharded_over_fewer_ranks_are_gathered_among_those() {
             [s.all_gathers, s.all_gather_bytes, s.all_gather_sent_bytes]
         })
     };
+    let before = fake.count("outside");
     assert_eq!(run(Place::gpu), run(|| Place::Cpu));
-    assert_eq!(fake.count("alive"), 0);
+    assert_eq!(
+        fake.count("outside") - before,
+        4 * 4,
+        "the groups gather into what is registered, too: the rest are reductions"
+    );
+    assert_eq!((fake.count("alive"), fake.count("pieces")), (0, 0));
+}
+
+#[test]
+fn what_a_smaller_group_cannot_register_is_every_ranks_error() {
+    let fake = fake();
+    let errors = ranks(4, |comm| {
+        let t = Trainer::new(comm.clone(), Place::gpu(), &case(Strategy::FullShard, 0));
+        comm.barrier().unwrap();
+        fake.fail("ncclCommWindowRegister", 3);
+        comm.barrier().unwrap();
+        t.engine.set_reshard_after_forward(1, ReshardAfterForward::Over(2)).unwrap_err()
+    });
+    fake.fail("", 0);
+    for (rank, e) in errors.iter().enumerate() {
+        let words = ["the unit buffers could not be registered", "registered_buffers = FSDP_REGISTERED_BUFFERS_NEVER"];
+        words.iter().for_each(|w| assert!(e.message.contains(w), "rank {rank}: {w} is not in: {e}"));
+    }
+    assert_eq!((fake.count("alive"), fake.count("pieces")), (0, 0));
 }
 
 /// Every rank gets an error with these words, whichever group it is in, and soon.
@@ -304,6 +328,21 @@ fn an_error_in_one_group_is_every_ranks() {
             t.engine.reduce(1 + (rank / 2) as u32)
         },
         &["among the replicas of rank ", "all-reduce of unit \"a\"", "all-reduce of unit \"b\""],
+    );
+    // One rank has resharded the unit before, and so uses another place of what NCCL knows.
+    let cuda = Some(CudaConfig { prefetch: 0, ..CudaConfig::default() });
+    let few = case(Strategy::FullShard, 0);
+    all_fail(
+        &Case { config: EngineConfig { cuda, ..few.config.clone() }, ..few },
+        |t, rank| {
+            t.engine.unshard(1)?;
+            t.engine.world().barrier()?;
+            if rank == 3 {
+                t.engine.reshard(1)?;
+            }
+            t.engine.unshard(0).map(drop)
+        },
+        &["all-gather of unit \"(root)\"", "in registered unit buffer 3", "in registered unit buffer 2"],
     );
     // One rank of a smaller group gathers another unit than the others for its backward.
     all_fail(

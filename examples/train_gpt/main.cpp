@@ -13,6 +13,7 @@
 #include "gpt.hpp"
 #include "memory.hpp"
 #include "metrics.hpp"
+#include "mpi.hpp"
 #include "optimizer.hpp"
 #include "options.hpp"
 #include "parallel.hpp"
@@ -182,17 +183,6 @@ void run(Options o, Ranks& ranks) {
     std::cout << (o.picture ? "metrics, picture" : "metrics") << ", sample and checkpoints are in "
               << o.out << std::endl;
   }
-}
-
-/// Ends MPI where it was used: with the job, if this rank has failed.
-int finish_mpi(int status) {
-#ifdef TRAIN_GPT_WITH_MPI
-  int initialized = 0;
-  MPI_Initialized(&initialized);
-  if (initialized && status != 0) MPI_Abort(MPI_COMM_WORLD, status);
-  if (initialized) MPI_Finalize();
-#endif
-  return status;
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <iostream>
 
+#include "mpi.hpp"
+
 namespace {
 
 void require(bool good, const std::string& message) {
@@ -37,9 +39,7 @@ void check(const Options& o) {
           "--precision bfloat16 is for shards: not with --no-shard");
   require(!o.cpu_offload || !o.no_shard, "--cpu-offload is for shards: not with --no-shard");
   require(o.comm == "env" || !o.no_shard, "--comm mpi is for shards: not with --no-shard");
-#ifndef TRAIN_GPT_WITH_MPI
-  require(o.comm == "env", "--comm mpi: this train_gpt was built without MPI");
-#endif
+  require(o.comm == "env" || has_mpi(), "--comm mpi: this train_gpt was built without MPI");
   require(o.strategy == "full-shard" || !o.no_shard,
           "--strategy is for shards: not with --no-shard");
 }

@@ -7,11 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "mpi.hpp"
 #include "options.hpp"
-
-#ifdef TRAIN_GPT_WITH_MPI
-#include <fsdp/mpi.hpp>
-#endif
 
 class Ranks {
  public:
@@ -20,7 +17,7 @@ class Ranks {
   /// communicator is made; throws UsageError when a launcher started several ranks.
   explicit Ranks(const Options& options) : device_(device_of(options)) {
     if (!options.no_shard) {
-      comm_ = options.comm == "mpi" ? from_mpi() : fsdp::Communicator::from_env();
+      comm_ = options.comm == "mpi" ? mpi_world() : fsdp::Communicator::from_env();
       rank_ = comm_.rank();
       world_size_ = comm_.world_size();
       return;
@@ -65,25 +62,13 @@ class Ranks {
   }
 
  private:
-  /// MPI_COMM_WORLD's ranks. Checkpoints are saved in the background: another thread.
-  static fsdp::Communicator from_mpi() {
-#ifdef TRAIN_GPT_WITH_MPI
-    int level = MPI_THREAD_SINGLE;
-    if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level) != MPI_SUCCESS) {
-      throw std::runtime_error("MPI cannot be initialized");
-    }
-    return fsdp::mpi_communicator(MPI_COMM_WORLD);
-#else
-    throw UsageError("--comm mpi: this train_gpt was built without MPI");
-#endif
-  }
-
   /// What --device says; "cuda" is the GPU of the rank's number on its host, as the launcher says.
   static at::Device device_of(const Options& options) {
     at::Device device(options.device);
     if (device.is_cpu()) return device;
     fsdp::load_cuda();
-    for (const char* name : {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"}) {
+    for (const char* name :
+         {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"}) {
       const char* value = std::getenv(name);
       if (device.has_index() || value == nullptr) continue;
       device.set_index(static_cast<at::DeviceIndex>(std::atoi(value)));

@@ -39,7 +39,7 @@ pub struct fsdp_host_comm_config_t {
     pub struct_size: usize,
     /// This rank, 0 to world_size - 1.
     pub rank: i32,
-    /// Number of ranks; any.
+    /// Number of ranks, 1 to 1,048,576.
     pub world_size: i32,
     /// Milliseconds that a collective waits while nothing moves; 0: 600,000. Callbacks that block are not interrupted.
     pub timeout_ms: i64,

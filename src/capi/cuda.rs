@@ -78,13 +78,16 @@ pub struct fsdp_cuda_config_t {
         Option<unsafe extern "C" fn(user_data: *mut c_void, memory: *mut c_void, bytes: usize, stream: *mut c_void)>,
     /// Passed to alloc and free; used until the engine and its optimizers are destroyed.
     pub allocator_user_data: *mut c_void,
-    /// Whether the fixed unit buffers and gradient slots of shard groups of several ranks are memory of NCCL's own (ncclMemAlloc) that is
-    /// registered with its communicators, so that NCCL copies nothing in between: FSDP_REGISTERED_BUFFERS_AUTO, _NEVER or
-    /// _ALWAYS, the same on every rank. As windows where the version has them (2.27), else as buffers (2.19); before that
-    /// AUTO registers nothing, and ALWAYS is FSDP_ERR_UNSUPPORTED. A registration that NCCL refuses is an error of every rank, and
-    /// no engine is made. What is taken beyond the pool is not registered, and communicators of smaller groups and of replicas know
-    /// none of it. NCCL rounds the memory up to pieces of 2 MiB or more, which is not counted; fsdp_engine_destroy waits for the GPU
-    /// before it is freed.
+    /// Whether the fixed unit buffers of shard groups of several ranks are memory of NCCL's own (ncclMemAlloc) that is registered
+    /// with the communicators that gather into it (the group's, and those of smaller groups), so that NCCL copies nothing in
+    /// between: FSDP_REGISTERED_BUFFERS_AUTO, _NEVER or _ALWAYS, the same on every rank. As windows where the version has them
+    /// (2.27), else as buffers (2.19); before that AUTO registers nothing, and ALWAYS is FSDP_ERR_UNSUPPORTED. A registration that
+    /// NCCL refuses is an error of every rank: no engine is made, or it is broken (smaller groups). NCCL wants every rank to use the same
+    /// buffer for the same all-gather: ranks must reshard in the same order as well, relative to what they unshard; a rank that
+    /// does not is FSDP_ERR_MISMATCH on all, which NEVER avoids. Gradient slots are not registered, neither for reduce-scatters nor
+    /// for the replicas' all-reduces, since which slot a unit has depends on which gradients a rank has; nor is what is taken
+    /// beyond the pool. NCCL rounds the memory up to pieces of 2 MiB or more, which is not counted; fsdp_engine_destroy waits for
+    /// the GPU before it is freed.
     pub registered_buffers: i32,
 }
 
@@ -116,7 +119,7 @@ pub struct fsdp_cuda_stats_t {
     pub evictions: u64,
     /// Times that unit buffers, and gradient slots, were taken beyond the pool.
     pub overflows: u64,
-    /// Bytes of the pool and the fixed slots that are registered with NCCL, what aligns them included: all of them, or 0.
+    /// Bytes of the pool that are registered with NCCL, what aligns them included: all of them, or 0.
     pub registered_bytes: u64,
 }
 

@@ -15,6 +15,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// What lent memory is aligned to.
+const ALIGNMENT: usize = 64;
+
 /// The host's functions and what they are called with.
 pub struct User {
     calls: fsdp_host_collectives_t,
@@ -230,7 +233,14 @@ impl Collectives for Table {
         if memory.is_null() {
             return Err(err!(OutOfMemory, "the host's alloc has no {bytes} bytes"));
         }
-        Ok(Some((memory.cast(), Arc::new(Lent { user: self.0.clone(), memory: memory as usize, bytes }))))
+        let lent = Lent { user: self.0.clone(), memory: memory as usize, bytes };
+        if lent.memory % ALIGNMENT != 0 {
+            return Err(err!(
+                Callback,
+                "the host's alloc gave memory at {memory:p}, which is not {ALIGNMENT}-byte aligned"
+            ));
+        }
+        Ok(Some((memory.cast(), Arc::new(lent))))
     }
 }
 

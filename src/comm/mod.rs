@@ -289,9 +289,10 @@ pub trait Communicator: Send + Sync {
 
     /// Announces a collective that the caller runs elsewhere (on GPUs), so that a difference between ranks is an error
     /// instead of a hang there: compared as this communicator's own are, and as `check` says. Moves nothing, waits with
-    /// [`Check::Together`] only. `Unsupported` where a backend cannot do that.
-    fn announce(&self, tag: Tag, check: Check) -> Result<()> {
-        let _ = (tag, check);
+    /// [`Check::Together`] only. `place`: where in memory that must be used alike on every rank, from 1 on, 0 for elsewhere; None
+    /// where that does not matter. `Unsupported` where a backend cannot do that.
+    fn announce(&self, tag: Tag, check: Check, place: Option<u32>) -> Result<()> {
+        let _ = (tag, check, place);
         Err(err!(Unsupported, "this communicator cannot compare collectives that run elsewhere"))
     }
 

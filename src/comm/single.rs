@@ -124,7 +124,7 @@ impl Communicator for Single {
         Ok(())
     }
 
-    fn announce(&self, _tag: Tag, _check: Check) -> Result<()> {
+    fn announce(&self, _tag: Tag, _check: Check, _place: Option<u32>) -> Result<()> {
         self.working().map(drop)
     }
 

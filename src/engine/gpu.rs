@@ -61,7 +61,7 @@ pub struct CudaStats {
     pub device_bytes_peak: u64,
     pub evictions: u64,
     pub overflows: u64,
-    /// Of the pool and the slots: those that NCCL's communicators know.
+    /// Of the pool: what NCCL's communicators know.
     pub registered_bytes: u64,
 }
 
@@ -165,7 +165,7 @@ impl Opened {
                 agree::on_result(joined.as_ref().map(|_| 0).map_err(Error::clone), world)?;
                 let ((pair, over), lent) = (joined?, cuda.allocator.is_some());
                 let fixed = match &pair {
-                    Some(pair) => FixedMemory::new(nccl, cuda.registration, lent, pair, &limits, world)?,
+                    Some(pair) => FixedMemory::new(nccl, cuda.registration, lent, &pair.gather, &limits, world)?,
                     None => None,
                 };
                 (pair, replicas.zip(over).map(|(plane, nccl)| Replicas { plane, nccl }), fixed)
@@ -261,7 +261,7 @@ impl Gpu {
         let control = host.split(0, host.rank() as i32)?;
         let first_unit = control.name_units(names);
         let plane = Plane { control, first_unit, host: host.clone(), place: Some(place) };
-        self.queues.run(|_, queues| queues.comms.add_group(color, plane).map(drop))
+        self.queues.run(|_, queues| queues.add_group(color, plane))
     }
 
     /// Lets the buffers of resharded units go, and what was kept of them for `groups` and is not needed any more.

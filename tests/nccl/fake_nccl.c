@@ -46,7 +46,8 @@ struct config {
 
 static char lines[1 << 20];
 static char failing[64], last_error[128];
-static int fail_code;
+/* The rank of a communicator whose calls fail; -1: all. */
+static int fail_code, failing_rank = -1;
 static atomic_int slow_polls, async_code, alive, meets;
 static _Thread_local int grouped;
 /* Of this thread's group. */
@@ -70,6 +71,7 @@ static void note(const char *format, ...) {
 void fake_nccl_reset(void) {
   lines[0] = failing[0] = last_error[0] = 0;
   fail_code = slow_polls = async_code = meets = 0;
+  failing_rank = -1;
   collectives_inside = collectives_outside = 0;
 }
 
@@ -85,6 +87,9 @@ void fake_nccl_fail(const char *name, int code) {
   snprintf(last_error, sizeof last_error, "socket 7 was reset");
   fail_code = code;
 }
+
+/* Only of communicators in which it is this rank. */
+void fake_nccl_fail_rank(int rank) { failing_rank = rank; }
 
 /* Calls return while they are at work, and are for so many polls; below 0: for ever. */
 void fake_nccl_slow(int polls) { slow_polls = polls; }
@@ -108,7 +113,7 @@ int fake_nccl_pieces(void) {
 /* ---- NCCL ---- */
 
 static int begin(const char *name, struct comm *comm) {
-  if (strcmp(failing, name) == 0) return fail_code;
+  if (strcmp(failing, name) == 0 && (failing_rank < 0 || !comm || comm->rank == failing_rank)) return fail_code;
   if (comm && (!comm->alive || comm->finalized)) return kInvalidArgument;
   if (comm && comm->polls) return kInvalidUsage;
   return kSuccess;
@@ -384,7 +389,7 @@ int ncclCommRegister(struct comm *comm, void *data, size_t size, void **handle) 
 int ncclCommDeregister(struct comm *comm, void *handle) {
   BEGIN(comm);
   note("deregister");
-  return know_piece(handle, 0, NULL) ? kSuccess : kInvalidArgument;
+  return forget_piece(handle, comm) ? kSuccess : kInvalidArgument;
 }
 
 #ifndef WITHOUT_WINDOWS
@@ -400,7 +405,7 @@ int ncclCommWindowRegister(struct comm *comm, void *data, size_t size, void **ha
 int ncclCommWindowDeregister(struct comm *comm, void *handle) {
   BEGIN(comm);
   note("close window");
-  return know_piece(handle, 0, NULL) ? work(comm) : kInvalidArgument;
+  return forget_piece(handle, comm) ? work(comm) : kInvalidArgument;
 }
 #endif
 #endif

@@ -5,11 +5,13 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+enum { MAX_KNOWING = 8 };
+
 struct piece {
   char *data;
   size_t size;
-  /* Which communicator knows it. */
-  const void *comm;
+  /* Which communicators know it. */
+  const void *comms[MAX_KNOWING];
   struct piece *next;
 };
 
@@ -22,6 +24,19 @@ static struct piece *piece_of(const void *data) {
   struct piece *p = pieces;
   while (p && p->data != data) p = p->next;
   return p;
+}
+
+/* Where `p` has `comm` among those that know it; NULL: at a free place. NULL if nowhere. */
+static inline const void **knowing(struct piece *p, const void *comm) {
+  for (int i = 0; i < MAX_KNOWING; i++)
+    if (p->comms[i] == comm) return &p->comms[i];
+  return NULL;
+}
+
+static inline int is_known(struct piece *p) {
+  for (int i = 0; i < MAX_KNOWING; i++)
+    if (p->comms[i]) return 1;
+  return 0;
 }
 
 /* A function of the driver that the process has loaded. */
@@ -53,7 +68,7 @@ static inline int free_piece(void *data) {
   struct piece **at = &pieces;
   while (*at && (*at)->data != data) at = &(*at)->next;
   struct piece *found = *at;
-  const int good = found && !found->comm;
+  const int good = found && !is_known(found);
   if (good) *at = found->next;
   pthread_mutex_unlock(&piece_lock);
   if (!good) return 0;
@@ -61,14 +76,24 @@ static inline int free_piece(void *data) {
   return give_back && give_back((uintptr_t)data, NULL) == 0;
 }
 
-/* `comm` knows the piece from here on; NULL: nobody does. Whether that is a change. */
+/* `comm` knows the piece of `size` from here on. Whether that is a change. */
 static inline int know_piece(void *data, size_t size, const void *comm) {
   pthread_mutex_lock(&piece_lock);
   struct piece *p = piece_of(data);
-  const int good = p && (!comm || p->size == size) && !p->comm == !!comm;
-  if (good) p->comm = comm;
+  const int good = p && p->size == size && !knowing(p, comm) && knowing(p, NULL);
+  if (good) *knowing(p, NULL) = comm;
   pthread_mutex_unlock(&piece_lock);
   return good;
+}
+
+/* `comm` knows it no more. Whether that is a change. */
+static inline int forget_piece(void *data, const void *comm) {
+  pthread_mutex_lock(&piece_lock);
+  struct piece *p = piece_of(data);
+  const void **at = p ? knowing(p, comm) : NULL;
+  if (at) *at = NULL;
+  pthread_mutex_unlock(&piece_lock);
+  return at != NULL;
 }
 
 /* How many `comm` knows; it forgets them if `forget`. */
@@ -76,9 +101,10 @@ static int known_pieces(const void *comm, int forget) {
   int count = 0;
   pthread_mutex_lock(&piece_lock);
   for (struct piece *p = pieces; p; p = p->next) {
-    if (p->comm != comm) continue;
+    const void **at = knowing(p, comm);
+    if (!at) continue;
     count++;
-    if (forget) p->comm = NULL;
+    if (forget) *at = NULL;
   }
   pthread_mutex_unlock(&piece_lock);
   return count;
@@ -94,7 +120,7 @@ static int place_collective(const void *comm, const char *data, size_t bytes, in
     if (data + bytes <= p->data || data >= p->data + p->size) continue;
     good = data >= p->data && data + bytes <= p->data + p->size;
     /* To others than those that know it, it is memory as any. */
-    if (p->comm == comm) *offset = data - p->data;
+    if (knowing(p, comm)) *offset = data - p->data;
   }
   *(*offset < 0 ? &collectives_outside : &collectives_inside) += 1;
   pthread_mutex_unlock(&piece_lock);

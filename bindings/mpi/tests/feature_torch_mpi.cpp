@@ -1,8 +1,7 @@
 // A LibTorch model that is sharded over MPI's ranks trains as the same model over shared memory:
 // the same values with two ranks, else equal up to rounding. Checkpoints, saved in the background,
-// and whole parameters go over MPI, too. Argument: a folder.
+// and whole parameters go over MPI, too. torch_mpi_main.cpp makes the communicators.
 #include <filesystem>
-#include <fsdp/mpi.hpp>
 
 #include "harness.hpp"
 
@@ -112,29 +111,15 @@ void compare(const fsdp::Communicator& mpi, const fsdp::Communicator& shm, const
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  int level = 0, status = 1;
-  if (argc != 2 || MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level) != MPI_SUCCESS)
-    return 2;
+void run(const fsdp::Communicator& mpi, const fsdp::Communicator& shm, const std::string& folder) {
   at::set_num_threads(1);
-  try {
-    const auto mpi = fsdp::mpi_communicator(MPI_COMM_WORLD, std::chrono::seconds(60));
-    const auto shm = fsdp::Communicator::from_env();
-    REQUIRE(mpi.rank() == shm.rank() && mpi.world_size() == shm.world_size());
-    const std::string folder = argv[1];
-    if (mpi.rank() == 0) std::filesystem::remove_all(folder);
-    if (mpi.rank() == 0) std::filesystem::create_directories(folder);
-    mpi.barrier();
-    std::vector<Kind> kinds{{"full", fsdp::Strategy::full_shard, 0, false},
-                            {"full, bfloat16", fsdp::Strategy::full_shard, 0, true},
-                            {"no shard", fsdp::Strategy::no_shard, 0, false}};
-    if (mpi.world_size() == 4) kinds.push_back({"hybrid", fsdp::Strategy::hybrid_shard, 2, false});
-    for (const auto& kind : kinds) compare(mpi, shm, kind, folder + "/" + kind.name);
-    status = 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-  }
-  if (status != 0) MPI_Abort(MPI_COMM_WORLD, status);
-  MPI_Finalize();
-  return status;
+  REQUIRE(mpi.rank() == shm.rank() && mpi.world_size() == shm.world_size());
+  if (mpi.rank() == 0) std::filesystem::remove_all(folder);
+  if (mpi.rank() == 0) std::filesystem::create_directories(folder);
+  mpi.barrier();
+  std::vector<Kind> kinds{{"full", fsdp::Strategy::full_shard, 0, false},
+                          {"full, bfloat16", fsdp::Strategy::full_shard, 0, true},
+                          {"no shard", fsdp::Strategy::no_shard, 0, false}};
+  if (mpi.world_size() == 4) kinds.push_back({"hybrid", fsdp::Strategy::hybrid_shard, 2, false});
+  for (const auto& kind : kinds) compare(mpi, shm, kind, folder + "/" + kind.name);
 }

@@ -13,7 +13,7 @@ use crate::comm::shm::{rank_list, Announcement};
 use crate::comm::UnitName;
 use crate::error::{err, Error, Result};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a wait yields before it sleeps, and the longest sleep.
@@ -277,12 +277,15 @@ impl Flights {
     }
 }
 
+/// What callbacks may still use, for as long as the process lives.
+static KEPT: Mutex<Vec<(Flight, Arc<dyn Collectives>)>> = Mutex::new(Vec::new());
+
 impl Drop for Flights {
-    /// Memory that callbacks may still use, after an error, is never freed.
+    /// Memory that callbacks may still use, after an error, is never freed, nor is what they are called with.
     fn drop(&mut self) {
         for (_, flight) in std::mem::take(&mut self.flights) {
             if matches!(flight.stage, Stage::Announced(Some(_)) | Stage::Moving(Some(_))) {
-                std::mem::forget(flight);
+                KEPT.lock().unwrap_or_else(PoisonError::into_inner).push((flight, self.table.clone()));
             }
         }
     }

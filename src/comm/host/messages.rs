@@ -135,7 +135,10 @@ impl Peers {
     pub fn hear(&mut self, broken: &Broken, issued: u64) -> Result<()> {
         let mut bytes = [0; MESSAGE];
         while broken.table.has_messages() {
-            let polled = broken.table.poll(&mut bytes).map_err(|e| broken.fail(e.context("polling for messages")))?;
+            let polled = broken
+                .table
+                .poll(&mut bytes)
+                .map_err(|e| broken.fail(e.context(format!("rank {}: polling for messages", broken.rank))))?;
             let Some(from) = polled else { break };
             match Message::decode(&bytes) {
                 Some(Message::Failed(e)) => broken.told(e),

@@ -39,6 +39,9 @@ use table::Collectives;
 /// Reductions of up to so many bytes are gathered and combined in rank order, as on shm.
 const GATHERED: usize = 64 * 1024;
 
+/// Most ranks: more would be a mistake, which is not to end in a lack of memory.
+const MAX_WORLD: usize = 1 << 20;
+
 /// Which rank this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -50,6 +53,9 @@ pub struct Config {
 
 /// Collective: a communicator on `table`, once all ranks have made theirs.
 pub fn init(config: &Config, table: Arc<dyn Collectives>) -> Result<Arc<dyn Communicator>> {
+    if config.world_size > MAX_WORLD {
+        return Err(err!(InvalidArgument, "world size {} is larger than {MAX_WORLD}", config.world_size));
+    }
     if config.world_size == 0 || config.rank >= config.world_size {
         return Err(err!(InvalidArgument, "rank {} is out of range for world size {}", config.rank, config.world_size));
     }
@@ -217,9 +223,9 @@ impl Communicator for Host {
     }
 
     /// Whoever comes later does not wait; a difference is found when all have announced, by the next call that looks.
-    fn announce(&self, tag: Tag, check: Check) -> Result<()> {
+    fn announce(&self, tag: Tag, check: Check, place: Option<u32>) -> Result<()> {
         let Local { flights, announced, .. } = &mut *self.working()?;
-        let sequence = flights.launch(Announcement { tag, detail: Detail::None }, 0, Work::Agree)?;
+        let sequence = flights.launch(Announcement::elsewhere(tag, place), 0, Work::Agree)?;
         announced.push(sequence);
         if check == Check::Together {
             flights.land(sequence)?;
@@ -271,7 +277,9 @@ impl Communicator for Host {
     }
 
     fn staging(&self, bytes: usize) -> Result<(*mut u8, Arc<dyn Any + Send + Sync>)> {
-        work::lend(self.table.as_ref(), bytes)
+        // The others would wait for this rank.
+        let failed = |e: Error| self.broken.fail(e.context(format!("rank {}: memory for an all-gather", self.rank())));
+        work::lend(self.table.as_ref(), bytes).map_err(failed)
     }
 
     fn open_reads(&self, arena: &Arena) -> Result<()> {
@@ -364,7 +372,7 @@ impl Communicator for Host {
             let _one_at_a_time = self.working()?;
             self.table
                 .split(color, key, &members)
-                .map_err(|e| self.broken.fail(e.context("splitting a communicator")))?
+                .map_err(|e| self.broken.fail(e.context(format!("rank {}: splitting a communicator", self.rank()))))?
         };
         init(&Config { rank, world_size: members.len(), ..self.config }, table)
     }

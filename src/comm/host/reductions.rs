@@ -48,8 +48,13 @@ impl Reductions {
                 tag.unit
             ));
         }
-        let work = Reduce::new(flights.table.as_ref(), flights.world, id, tag, present, slot.data, owner)?;
         let what = Announcement { tag, detail: Detail::Slots(id as u32, present.len() as u32) };
+        let work = Reduce::new(flights.table.as_ref(), flights.world, id, tag, present, slot.data, owner);
+        // The others would wait for this rank.
+        let work = work.map_err(|e| {
+            let place = format!("rank {}: {}", flights.rank, what.describe(&flights.names));
+            flights.broken.fail(e.context(place))
+        })?;
         let number = flights.launch(what, Presence::of(present) as u64, Work::Reduce(work))?;
         Ok(Ticket { slots: id, number })
     }

@@ -140,7 +140,7 @@ impl Comms {
         group.chain(replicas).chain(self.groups.iter().map(|g| (&*g.nccl, &g.plane)))
     }
 
-    /// Says on the control plane what is launched next: a collective of so many elements.
+    /// Says on the control plane what is launched next: a collective of so many elements, in this place of what is registered.
     pub(super) fn announce(
         &self,
         plane: &Plane,
@@ -148,10 +148,11 @@ impl Comms {
         check: Check,
         unit: UnitId,
         parts: &[(DType, usize)],
+        place: Option<u32>,
     ) -> Result<()> {
         let bytes = parts.iter().map(|(dtype, len)| (len * dtype.size()) as u64).sum::<u64>();
         let dtype = parts.first().map_or(DType::F32, |(dtype, _)| *dtype);
         let tag = Tag { kind, unit: plane.first_unit + unit, dtype, bytes };
-        plane.control.announce(tag, check).map_err(|e| self.failed(plane, e))
+        plane.control.announce(tag, check, place).map_err(|e| self.failed(plane, e))
     }
 }

@@ -14,7 +14,7 @@
 //! launched, so that ranks that launch different ones get an error that names both. The error of one communicator
 //! breaks the others, on every rank that polls. One rank has nothing to move, and needs no NCCL.
 
-use super::comms::{Comms, Replicas};
+use super::comms::{Comms, Plane, Replicas, SmallerGroup};
 use super::lent::{Mean, Shards};
 use super::register::FixedMemory;
 use super::types::{Part, Reduction};
@@ -80,7 +80,7 @@ pub struct NcclQueues {
     /// By place; those beyond the fixed ones have memory while they are used.
     buffers: Vec<Option<Place>>,
     slots: Vec<Option<Place>>,
-    /// What the fixed ones are in, if that is not the source's memory.
+    /// What the fixed buffers are in, if that is not the source's memory.
     fixed: Option<FixedMemory>,
     on_host: bool,
     /// By unit: its part that is kept for one of them, in each of its types.
@@ -91,7 +91,7 @@ pub struct NcclQueues {
 }
 
 impl NcclQueues {
-    /// Takes the memory that `limits` says for work on `compute`, but what is `fixed`, which is registered with the communicators.
+    /// Takes the memory that `limits` says for work on `compute`, but the unit buffers that are `fixed`, which NCCL knows.
     /// Those are of the plan's ranks. Local. Until
     /// [`NcclQueues::set_gathering`] says otherwise every all-gather waits for all ranks to announce it.
     ///
@@ -119,14 +119,17 @@ impl NcclQueues {
         let context = compute.context();
         let gather_stream = Stream::new(&context, Priority::Highest)?;
         let reduce_stream = Stream::kept(&context).map_or_else(|| Stream::new(&context, Priority::Highest), Ok)?;
-        let memory = |sizes: &[usize], registered: Option<&[CUdeviceptr]>, what: &str| {
-            let fixed: Vec<Place> = match registered {
-                Some(places) => places.iter().map(|address| Place::Registered(*address)).collect(),
-                None => sizes.iter().map(|b| compute.take(*b, what).map(Place::Taken)).collect::<Result<_>>()?,
-            };
-            // Then a place for each unit.
-            Ok(fixed.into_iter().map(Some).chain(plan.units.iter().map(|_| None)).collect())
+        let take = |sizes: &[usize], what: &str| -> Result<Vec<Place>> {
+            sizes.iter().map(|bytes| compute.take(*bytes, what).map(Place::Taken)).collect()
         };
+        let buffers = match &fixed {
+            Some(fixed) => fixed.buffers.iter().map(|address| Place::Registered(*address)).collect(),
+            None => take(&limits.unit_buffers, "a unit buffer")?,
+        };
+        let slots = take(&limits.gradient_slots, "a gradient slot")?;
+        // Then a place for each unit.
+        let with_units =
+            |fixed: Vec<Place>| fixed.into_iter().map(Some).chain(plan.units.iter().map(|_| None)).collect();
         let units = plan.units.iter().zip(shards.units).enumerate().map(|(u, (unit, shards))| Unit {
             gather: What::of_unit(Kind::AllGather, unit.label()),
             reduce: What::of_unit(Kind::ReduceScatter, unit.label()),
@@ -152,8 +155,8 @@ impl NcclQueues {
             reduce_stream,
             events: HashMap::new(),
             units: units.collect(),
-            buffers: memory(&limits.unit_buffers, fixed.as_ref().map(|f| &f.buffers[..]), "a unit buffer")?,
-            slots: memory(&limits.gradient_slots, fixed.as_ref().map(|f| &f.slots[..]), "a gradient slot")?,
+            buffers: with_units(buffers),
+            slots: with_units(slots),
             fixed,
             on_host: shards.on_host,
             context,
@@ -218,7 +221,15 @@ impl NcclQueues {
         f(self.reduce_stream.raw().cast())
     }
 
-    /// Bytes of unit buffers and slots that NCCL's communicators know.
+    /// A smaller group, as [`Comms::add_group`] makes it, which gathers into what is registered, too.
+    pub fn add_group(&mut self, color: u32, plane: Plane) -> Result<()> {
+        let group = self.comms.add_group(color, plane)?;
+        let Some(fixed) = &mut self.fixed else { return Ok(()) };
+        let SmallerGroup { plane, nccl } = &self.comms.groups[group];
+        fixed.register_with(nccl).map_err(|e| self.comms.failed(plane, e))
+    }
+
+    /// Bytes of unit buffers that NCCL's communicators know.
     pub fn registered_bytes(&self) -> usize {
         self.fixed.as_ref().map_or(0, |fixed| fixed.bytes)
     }
@@ -251,7 +262,7 @@ impl NcclQueues {
     /// Nobody else uses them until the reduce queue has come past it.
     unsafe fn average(&self, replicas: &Replicas, unit: UnitId, data: CUdeviceptr, len: usize) -> Result<()> {
         let Replicas { plane, nccl } = replicas;
-        self.comms.announce(plane, Kind::AllReduce, Check::Announce, unit, &[(DType::F32, len)])?;
+        self.comms.announce(plane, Kind::AllReduce, Check::Announce, unit, &[(DType::F32, len)], None)?;
         let (what, stream) = (&self.units[unit as usize].average, &self.reduce_stream);
         // SAFETY: the caller's promise.
         let done = unsafe { nccl.all_reduce(what, data, len, DType::F32, Reduction::Mean, stream) };
@@ -301,7 +312,8 @@ impl Queues for NcclQueues {
         let (kind, check) = self.gathering;
         let parts: Vec<Part> = self.parts(unit, buffer, ranks).collect();
         let moved: Vec<(DType, usize)> = parts.iter().map(|p| (p.dtype, u.len)).collect();
-        self.comms.announce(plane, kind, check, unit, &moved)?;
+        let place = self.fixed.as_ref().map(|fixed| fixed.place(buffer));
+        self.comms.announce(plane, kind, check, unit, &moved, place)?;
         let mut kept = self.parts_kept(unit);
         for part in &parts {
             let to = part.data + (rank * part.shard_len * part.dtype.size()) as u64;
@@ -352,7 +364,8 @@ impl Queues for NcclQueues {
         let data = if u.reduce_dtype == DType::F32 { full } else { behind };
         let part = Part { data, shard_len: u.shard_len, dtype: u.reduce_dtype };
         // Ranks may come to the end of a backward, and then take part, while others wait here: nobody waits.
-        self.comms.announce(&self.comms.plane, Kind::ReduceScatter, Check::Announce, unit, &[(part.dtype, u.len)])?;
+        let moved = [(part.dtype, u.len)];
+        self.comms.announce(&self.comms.plane, Kind::ReduceScatter, Check::Announce, unit, &moved, None)?;
         let first = (self.comms.plane.control.rank() * u.shard_len) as u64;
         let (own, own_full) = (data + first * part.dtype.size() as u64, full + first * DType::F32.size() as u64);
         let at = |base: CUdeviceptr, m: &Mean, dtype: DType| base + (m.at * dtype.size()) as u64;

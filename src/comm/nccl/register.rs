@@ -1,12 +1,15 @@
-//! The fixed unit buffers and gradient slots of an engine as memory of NCCL's own, which the communicators that move them
-//! know, so that NCCL copies nothing in between.
+//! The fixed unit buffers of an engine as memory of NCCL's own, which the communicators that gather into them know, so that
+//! NCCL copies nothing in between: that of the shard group, and those of smaller groups.
 //!
-//! Buffers are one piece of memory and slots another, since NCCL rounds every piece up to what its hardware maps (2 MiB and
-//! more). 2.19 registers them with a communicator; 2.27 has windows, in which ranks see each other's memory: every rank uses
-//! the same places of them for the same collective, since a pipeline decides alike on every rank.
+//! They are one piece of memory, since NCCL rounds every piece up to what its hardware maps (2 MiB and more). 2.19 registers it
+//! with a communicator; 2.27 has windows, in which ranks see each other's memory. With both, every rank has to use the same
+//! place for the same collective. Ranks that unshard and reshard in the same order do: a pipeline decides alike on each. That they
+//! do is compared when a gather is announced.
+//!
+//! Gradient slots are not registered. Which one a unit has follows from when a rank has its first gradient, and a rank may
+//! have none of a parameter that others have some of.
 
 use super::comm::NcclComm;
-use super::comms::NcclPair;
 use super::library::Nccl;
 use super::watch::What;
 use crate::agree;
@@ -24,6 +27,9 @@ use std::sync::Arc;
 pub(super) const SYMMETRIC: c_int = 1;
 /// What device memory is aligned to.
 const ALIGNMENT: usize = 256;
+
+/// What avoids errors of all this.
+const WITHOUT: &str = "registered_buffers = FSDP_REGISTERED_BUFFERS_NEVER (false, in LibTorch) does without";
 
 /// How a version registers memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +74,7 @@ impl Form {
                 Err(err!(
                     Unsupported,
                     "unit buffers cannot be registered: NCCL {major}.{minor}.{patch} cannot do it, {path} lacks \
-                     ncclMemAlloc, or both ncclCommWindowRegister and ncclCommRegister, or what undoes them"
+                     ncclMemAlloc, or both ncclCommWindowRegister and ncclCommRegister, or what undoes them; {WITHOUT}"
                 ))
             }
         }
@@ -90,13 +96,14 @@ unsafe impl Sync for NcclMemory {}
 
 impl NcclMemory {
     /// `bytes` (more than 0), when `Form::of` has found the functions.
-    fn new(nccl: &'static Nccl, context: &Arc<Context>, bytes: usize, what: &str) -> Result<NcclMemory> {
+    fn new(nccl: &'static Nccl, context: &Arc<Context>, bytes: usize) -> Result<NcclMemory> {
         let alloc = nccl.fns.ncclMemAlloc.ok_or_else(|| err!(Unsupported, "NCCL has no memory of its own"))?;
         let _current = context.enter()?;
         let mut data = std::ptr::null_mut();
         // SAFETY: the pointer is valid; freed when dropped.
         let code = unsafe { alloc(&mut data, bytes) };
-        nccl.check(format_args!("{bytes} bytes of NCCL's memory for {what}"), code)?;
+        let what = format_args!("{bytes} bytes of NCCL's memory for the unit buffers ({WITHOUT})");
+        nccl.check(what, code)?;
         Ok(NcclMemory { nccl, context: context.clone(), data, bytes })
     }
 }
@@ -110,13 +117,13 @@ impl Drop for NcclMemory {
     }
 }
 
-/// Memory that a communicator knows until this is dropped; then it forgets the memory, and that is freed.
+/// Memory that a communicator knows until this is dropped; then it forgets the memory, which is freed when none knows it.
 struct Registered {
     comm: Arc<NcclComm>,
     form: Form,
     handle: *mut c_void,
     /// Dropped after `Drop::drop`.
-    memory: NcclMemory,
+    memory: Arc<NcclMemory>,
 }
 
 // SAFETY: a handle of NCCL's, used under the communicator's lock.
@@ -125,8 +132,8 @@ unsafe impl Send for Registered {}
 unsafe impl Sync for Registered {}
 
 impl Registered {
-    /// Collective: every rank gives as much.
-    fn new(comm: &Arc<NcclComm>, form: Form, memory: NcclMemory) -> Result<Registered> {
+    /// Collective over the ranks of `comm`: every one gives as much.
+    fn new(comm: &Arc<NcclComm>, form: Form, memory: &Arc<NcclMemory>) -> Result<Registered> {
         let mut handle = std::ptr::null_mut();
         let what = What::named(&format!("the registration of {} bytes with NCCL", memory.bytes));
         let missing = |nccl: &Nccl| err!(Unsupported, "{} cannot register memory", nccl.path());
@@ -144,8 +151,9 @@ impl Registered {
                     Ok(unsafe { register(raw, data, bytes, &mut handle, SYMMETRIC) })
                 }
             }
-        })?;
-        Ok(Registered { comm: comm.clone(), form, handle, memory })
+        })
+        .map_err(|e| e.context(format!("the unit buffers could not be registered ({WITHOUT})")))?;
+        Ok(Registered { comm: comm.clone(), form, handle, memory: memory.clone() })
     }
 }
 
@@ -172,23 +180,25 @@ impl Drop for Registered {
 
 /// See the module's text. Whoever drops this has waited for what uses it on this rank's GPU.
 pub struct FixedMemory {
-    /// Where each fixed unit buffer, and each gradient slot, of [`Limits`] is.
+    /// Where each fixed unit buffer of [`Limits`] is.
     pub(super) buffers: Vec<CUdeviceptr>,
-    pub(super) slots: Vec<CUdeviceptr>,
-    /// Of both, as NCCL was asked for them.
+    /// Of all, as NCCL was asked for them.
     pub(super) bytes: usize,
-    _registered: [Option<Registered>; 2],
+    form: Form,
+    /// None: they have no bytes.
+    memory: Option<Arc<NcclMemory>>,
+    registered: Vec<Registered>,
 }
 
 impl FixedMemory {
-    /// Takes what `limits` says, and registers unit buffers with `pair.gather` and slots with `pair.reduce`; None if `wanted`
-    /// comes to nothing. `lent`: device memory is a host's allocator's, from which NCCL's own does not come. Collective over
-    /// the pair's ranks, of which `comm` is a communicator on the host; what one rank lacks is the error of all.
+    /// Takes what `limits` says of unit buffers and registers it with `gather`; None if `wanted` comes to nothing. `lent`: device
+    /// memory is a host's allocator's, from which NCCL's own does not come. Collective over the ranks of `comm`, on the host, of
+    /// which `gather` has all or a group; what one rank lacks is the error of all.
     pub fn new(
         nccl: &'static Nccl,
         wanted: Registration,
         lent: bool,
-        pair: &NcclPair,
+        gather: &Arc<NcclComm>,
         limits: &Limits,
         comm: &dyn Communicator,
     ) -> Result<Option<FixedMemory>> {
@@ -197,28 +207,36 @@ impl FixedMemory {
         let form = form?;
         agree::on_lines(&[Form::name(form).to_string()], |_| "versions of NCCL", comm)?;
         let Some(form) = form else { return Ok(None) };
-        let bytes = |sizes: &[usize]| sizes.iter().map(|b| b.next_multiple_of(ALIGNMENT)).sum::<usize>();
-        let take = |comm: &NcclComm, sizes: &[usize], what: &str| match bytes(sizes) {
+        let bytes = limits.unit_buffers.iter().map(|b| b.next_multiple_of(ALIGNMENT)).sum::<usize>();
+        let taken = match bytes {
             0 => Ok(None),
-            bytes => NcclMemory::new(nccl, comm.context(), bytes, what).map(Some),
+            bytes => NcclMemory::new(nccl, gather.context(), bytes).map(|memory| Some(Arc::new(memory))),
         };
-        let (buffers, slots) = (&limits.unit_buffers, &limits.gradient_slots);
-        let taken = take(&pair.gather, buffers, "the unit buffers")
-            .and_then(|first| Ok([first, take(&pair.reduce, slots, "the gradient slots")?]));
         // Registering waits for all ranks: nobody does before all have the memory.
         agree::on_result(taken.as_ref().map(|_| 0).map_err(Error::clone), comm)?;
-        let [first, second] = taken?;
-        let places = [places(first.as_ref(), buffers), places(second.as_ref(), slots)];
-        let register = |memory: Option<NcclMemory>, comm: &Arc<NcclComm>, what: &str| {
-            let registered = memory.map(|memory| Registered::new(comm, form, memory)).transpose();
-            registered.map_err(|e| e.context(format!("{what} could not be registered")))
-        };
-        let registered = register(first, &pair.gather, "the unit buffers")
-            .and_then(|first| Ok([first, register(second, &pair.reduce, "the gradient slots")?]));
-        agree::on_result(registered.as_ref().map(|_| 0).map_err(Error::clone), comm)?;
-        let bytes = bytes(&limits.unit_buffers) + bytes(&limits.gradient_slots);
-        let [buffers, slots] = places;
-        Ok(Some(FixedMemory { buffers, slots, bytes, _registered: registered? }))
+        let memory = taken?;
+        let buffers = places(memory.as_deref(), &limits.unit_buffers);
+        let mut fixed = FixedMemory { buffers, bytes, form, memory, registered: Vec::new() };
+        let known = fixed.register_with(gather);
+        agree::on_result(known.as_ref().map(|_| 0).map_err(Error::clone), comm)?;
+        known.map(|()| Some(fixed))
+    }
+
+    /// Another communicator knows the memory, too, from here on. Collective over its ranks.
+    pub(super) fn register_with(&mut self, comm: &Arc<NcclComm>) -> Result<()> {
+        if let Some(memory) = &self.memory {
+            self.registered.push(Registered::new(comm, self.form, memory)?);
+        }
+        Ok(())
+    }
+
+    /// What ranks compare of a gather into unit buffer `buffer`: 0 for one that is not fixed, else which it is, from 1 on.
+    pub(super) fn place(&self, buffer: usize) -> u32 {
+        if buffer < self.buffers.len() {
+            buffer as u32 + 1
+        } else {
+            0
+        }
     }
 }
 

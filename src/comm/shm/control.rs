@@ -84,6 +84,8 @@ pub enum Detail {
     /// A digest of the slots' sizes.
     Layout(u32),
     Memory(&'static str),
+    /// Which registered buffer; 0: another one.
+    Registered(u32),
 }
 
 /// What [`Detail::Memory`] may be.
@@ -101,6 +103,7 @@ impl Detail {
             Detail::Slots(id, params) => two(4, id as u64, params as u64),
             Detail::Layout(digest) => two(5, 0, digest as u64),
             Detail::Memory(what) => two(6, 0, (what == ARENA) as u64),
+            Detail::Registered(place) => two(7, 0, place as u64),
         }
     }
 
@@ -113,6 +116,7 @@ impl Detail {
             4 => Detail::Slots(a, b),
             5 => Detail::Layout(b),
             6 => Detail::Memory(if b == 1 { ARENA } else { HOST_MEMORY }),
+            7 => Detail::Registered(b),
             _ => Detail::None,
         }
     }
@@ -134,6 +138,11 @@ impl Announcement {
 
     pub fn arena_allocation(bytes: usize) -> Announcement {
         Announcement::sized(Kind::Alloc, DType::U8, bytes, Detail::Memory(ARENA))
+    }
+
+    /// As [`crate::comm::Communicator::announce`] has it.
+    pub fn elsewhere(tag: Tag, place: Option<u32>) -> Announcement {
+        Announcement { tag, detail: place.map_or(Detail::None, Detail::Registered) }
     }
 
     /// A reduce-scatter, for messages.
@@ -158,6 +167,8 @@ impl Announcement {
             Detail::Slots(_, params) => format!(", {params} parameters"),
             Detail::Layout(digest) => format!(", gradient slots of layout {digest:08x}"),
             Detail::Memory(what) => format!(", {what}"),
+            Detail::Registered(0) => ", in no registered unit buffer".to_string(),
+            Detail::Registered(place) => format!(", in registered unit buffer {place}"),
         };
         match kind {
             Kind::Barrier | Kind::Exchange | Kind::EndReductions => {}
@@ -237,6 +248,7 @@ mod tests {
             Detail::Layout(0x3fff_ffff),
             Detail::Memory(ARENA),
             Detail::Memory(HOST_MEMORY),
+            Detail::Registered(17),
         ];
         let entry = Entry {
             kind_dtype: AtomicU32::new(0),

@@ -226,11 +226,11 @@ impl Communicator for Shm {
         self.on_host(what, |h| h.reduce_scatter(input, output, dtype, op))
     }
 
-    fn announce(&self, tag: Tag, check: Check) -> Result<()> {
+    fn announce(&self, tag: Tag, check: Check, place: Option<u32>) -> Result<()> {
         let local = &mut *self.working()?;
         match check {
             Check::Off => Ok(()),
-            _ => self.announce_with(local, &Announcement { tag, detail: Detail::None }, check == Check::Together),
+            _ => self.announce_with(local, &Announcement::elsewhere(tag, place), check == Check::Together),
         }
     }
 

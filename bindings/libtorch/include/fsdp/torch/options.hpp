@@ -117,9 +117,10 @@ struct ShardOptions {
   /// what the deepest path of nested units needs, and those for units ahead; where that is too few,
   /// memory is taken and given back as units come and go.
   std::uint32_t max_units_in_flight = 0;
-  /// On GPUs with several ranks: the fixed unit buffers and gradient slots are memory of NCCL's own,
-  /// not of LibTorch's allocator, and registered with NCCL, which then copies nothing in between. An
-  /// error where NCCL's version cannot do that; see fsdp_cuda_config_t.registered_buffers.
+  /// On GPUs with several ranks: the fixed unit buffers are memory of NCCL's own, not of LibTorch's
+  /// allocator, and registered with NCCL, which then copies nothing in between. An error where NCCL's
+  /// version cannot do that, and where ranks do not unshard and reshard units in the same order; see
+  /// fsdp_cuda_config_t.registered_buffers.
   bool registered_buffers = false;
   /// The order in which units are unsharded: each one's all-gather is issued when the one before it
   /// is unsharded. A trace of the same module, from trace_forward, the same on every rank.
