@@ -4,6 +4,16 @@
 # The Python whose torch has CUDA; its wheel is the LibTorch, too.
 TORCH_PYTHON=${TORCH_PYTHON:-$BUILD/pytorch/bin/python}
 
+# needs_gpu_and_torch WHAT: ends the script, without an error, where there is no GPU or $TORCH_PYTHON has no torch, and says that
+# WHAT is skipped.
+needs_gpu_and_torch() {
+    python3 scripts/gpu_here.py "$1" || exit 0
+    if ! "$TORCH_PYTHON" -c 'import torch' 2>/dev/null; then
+        echo "skipped: $1: TORCH_PYTHON=$TORCH_PYTHON has no torch (make bench installs one; or name yours)"
+        exit 0
+    fi
+}
+
 # gpu_program OUT SOURCE [FLAGS...]: compiles SOURCE to OUT against this tree, its log in $BUILD/logs.
 gpu_program() {
     local out=$1 source=$2 log torch

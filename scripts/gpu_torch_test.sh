@@ -4,11 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 source "$root/scripts/gpu_program.sh"
 cd "$root" || exit 1
-python3 scripts/gpu_here.py "LibTorch on a GPU" || exit 0
-if ! "$TORCH_PYTHON" -c 'import torch' 2>/dev/null; then
-    echo "skipped: LibTorch on a GPU: TORCH_PYTHON=$TORCH_PYTHON has no torch"
-    exit 0
-fi
+needs_gpu_and_torch "LibTorch on a GPU"
 
 program=$BUILD/bin/feature_cuda
 step gpu_torch_build gpu_program "$program" bindings/libtorch/tests/feature_cuda.cpp -O1 || exit 1

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "../commands.hpp"
 #include "systems.hpp"
 
 namespace {
@@ -46,16 +47,6 @@ Arguments parse(int argc, char** argv) {
   return args;
 }
 
-std::string json_list(const std::vector<double>& values) {
-  std::ostringstream out;
-  out.precision(9);
-  for (std::size_t i = 0; i < values.size(); ++i) out << (i == 0 ? "[" : ",") << values[i];
-  out << (values.empty() ? "[]" : "]");
-  return out.str();
-}
-
-void say(const std::string& line) { std::cout << line << std::endl; }
-
 std::string stats(System& system, torch::Device device) {
   std::ostringstream out;
   std::int64_t allocated = 0, reserved = 0;
@@ -77,41 +68,29 @@ void serve(System& system, const Arguments& args) {
   const auto synchronize = [&] {
     if (!args.device.is_cpu()) at::accelerator::synchronizeDevice(args.device.index());
   };
-  say("{\"ready\": true}");
   std::int64_t step = 0;
-  for (std::string line; std::getline(std::cin, line);) {
-    std::istringstream words(line);
-    std::string command;
-    words >> command;
-    if (command == "steps") {
-      std::int64_t count = 0;
-      if (!(words >> count) || count < 0) throw std::runtime_error("steps: a number is expected");
-      std::vector<double> seconds, host, losses;
-      for (std::int64_t i = 0; i < count; ++i, ++step) {
-        const auto tokens = tokens_of(config, step, args.batch, args.tokens, args.device);
-        synchronize();
-        const auto start = Clock::now();
-        const torch::Tensor loss = system.step(tokens);
-        const auto launched = Clock::now();
-        losses.push_back(loss.item<double>());
-        synchronize();
-        seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
-        host.push_back(std::chrono::duration<double>(launched - start).count());
-      }
-      say("{\"step_s\": " + json_list(seconds) + ", \"host_s\": " + json_list(host) +
-          ", \"loss\": " + json_list(losses) + "}");
-    } else if (command == "stats") {
-      say(stats(system, args.device));
-    } else if (command == "reset") {
+  const auto run_steps = [&](std::int64_t count) {
+    std::vector<double> seconds, host, losses;
+    for (std::int64_t i = 0; i < count; ++i, ++step) {
+      const auto tokens = tokens_of(config, step, args.batch, args.tokens, args.device);
       synchronize();
-      if (!args.device.is_cpu()) at::accelerator::resetPeakStats(args.device.index());
-      say("{\"reset\": true}");
-    } else if (command == "quit") {
-      break;
-    } else {
-      throw std::runtime_error("unknown command '" + line + "'");
+      const auto start = Clock::now();
+      const torch::Tensor loss = system.step(tokens);
+      const auto launched = Clock::now();
+      losses.push_back(loss.item<double>());
+      synchronize();
+      seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+      host.push_back(std::chrono::duration<double>(launched - start).count());
     }
-  }
+    say("{\"step_s\": " + json_list(seconds) + ", \"host_s\": " + json_list(host) +
+        ", \"loss\": " + json_list(losses) + "}");
+  };
+  const auto reset = [&] {
+    synchronize();
+    if (!args.device.is_cpu()) at::accelerator::resetPeakStats(args.device.index());
+    say("{\"reset\": true}");
+  };
+  serve_commands(run_steps, {{"stats", [&] { say(stats(system, args.device)); }}, {"reset", reset}});
 }
 
 }  // namespace

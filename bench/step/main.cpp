@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "../commands.hpp"
 #include "data.hpp"
 #include "models.hpp"
 #include "plain.hpp"
@@ -28,50 +29,26 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-/// `[a,b,...]` with enough digits for a float or a time.
-std::string json_list(const std::vector<double>& values) {
-  std::ostringstream out;
-  out.precision(9);
-  for (std::size_t i = 0; i < values.size(); ++i) out << (i == 0 ? "[" : ",") << values[i];
-  out << (values.empty() ? "[]" : "]");
-  return out.str();
-}
-
-void say(const std::string& line) { std::cout << line << std::endl; }
-
 template <class Work>
 int serve(System<Work>& system, const Work& work) {
-  say("{\"ready\": true}");
   std::int64_t step = 0;
-  for (std::string line; std::getline(std::cin, line);) {
-    std::istringstream words(line);
-    std::string command;
-    words >> command;
-    if (command == "steps") {
-      std::int64_t count = 0;
-      if (!(words >> count) || count < 0) throw std::runtime_error("steps: a number is expected");
-      std::vector<double> seconds, losses, forward, backward, optimizer;
-      for (std::int64_t i = 0; i < count; ++i, ++step) {
-        const auto batch = work.batch(step);
-        const auto start = Clock::now();
-        const double loss = system.step(batch);
-        seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
-        losses.push_back(loss);
-        forward.push_back(system.phases().forward);
-        backward.push_back(system.phases().backward);
-        optimizer.push_back(system.phases().optimizer);
-      }
-      say("{\"step_s\": " + json_list(seconds) + ", \"loss\": " + json_list(losses) +
-          ", \"forward_s\": " + json_list(forward) + ", \"backward_s\": " + json_list(backward) +
-          ", \"optimizer_s\": " + json_list(optimizer) + "}");
-    } else if (command == "stats") {
-      say(system.stats());
-    } else if (command == "quit") {
-      break;
-    } else {
-      throw std::runtime_error("unknown command '" + line + "'");
+  const auto run_steps = [&](std::int64_t count) {
+    std::vector<double> seconds, losses, forward, backward, optimizer;
+    for (std::int64_t i = 0; i < count; ++i, ++step) {
+      const auto batch = work.batch(step);
+      const auto start = Clock::now();
+      const double loss = system.step(batch);
+      seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+      losses.push_back(loss);
+      forward.push_back(system.phases().forward);
+      backward.push_back(system.phases().backward);
+      optimizer.push_back(system.phases().optimizer);
     }
-  }
+    say("{\"step_s\": " + json_list(seconds) + ", \"loss\": " + json_list(losses) +
+        ", \"forward_s\": " + json_list(forward) + ", \"backward_s\": " + json_list(backward) +
+        ", \"optimizer_s\": " + json_list(optimizer) + "}");
+  };
+  serve_commands(run_steps, {{"stats", [&] { say(system.stats()); }}});
   return 0;
 }
 
@@ -98,9 +75,7 @@ int main(int argc, char** argv) try {
   if (args.load_only) {
     (void)(torch::ones({2, 2}) + 1).sum().item<float>();
     (void)fsdp_version();
-    say("{\"ready\": true}");
-    for (std::string line; std::getline(std::cin, line) && line != "quit";) {
-    }
+    serve_commands([](std::int64_t) { throw std::runtime_error("--load-only: no steps"); }, {});
     return 0;
   }
   if (args.workload == "gpt33m") return run<GptWork>(args);

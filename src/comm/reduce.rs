@@ -1,18 +1,21 @@
 //! The reduction of gradients: the mean over ranks of vectors, summed in fp32 in the order the sources are given.
 //!
-//! Sources are float32, or 16-bit types that are widened (exactly) as they are read. Every element is `(s0 + s1 + ... ) / W` evaluated left to right in fp32, whatever the vector width: the work is split
-//! over elements only, never over ranks, and no fused multiply-add is used. For a power of two `W` the division is a
-//! multiplication by the exact reciprocal, which gives the same bits.
+//! Sources are float32, or 16-bit types that are widened (exactly) as they are read. Every element is `(s0 + s1 + ... ) / W`
+//! evaluated left to right in fp32, whatever the vector width: the work is split over elements only, never over ranks, and no
+//! fused multiply-add is used. For a power of two `W` the division is a multiplication by the exact reciprocal, which gives the
+//! same bits.
 
 use super::Tag;
 use crate::dtype::DType;
 use crate::halves::Half;
 use half::{bf16, f16};
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+#[cfg(target_arch = "x86_64")]
+use streamed::{mean_streamed, STEP, STREAM};
 
-/// Outputs of more floats than this are written past the cache: they are not read before it is full of other things,
-/// and fetching their lines only to overwrite them would cost a third of the memory's bandwidth. Smaller ones stay in a
-/// last-level cache, which is faster than the memory.
-const STREAM: usize = 1 << 20;
+#[cfg(target_arch = "x86_64")]
+mod streamed;
 
 /// Floats of a block: small enough that the running sum stays in the first-level cache while ranks are added.
 const BLOCK: usize = 2048;
@@ -30,12 +33,23 @@ pub fn fits(tag: Tag, slot: usize) -> bool {
 /// What a loop reads: as float32, with one instruction or two.
 trait Term: Copy {
     fn wide(self) -> f32;
+    /// Eight of them, from any address.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn wide8(at: *const Self) -> __m256;
 }
 
 impl Term for f32 {
     #[inline(always)]
     fn wide(self) -> f32 {
         self
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn wide8(at: *const f32) -> __m256 {
+        // SAFETY: the caller's promise: eight readable floats.
+        unsafe { _mm256_loadu_ps(at) }
     }
 }
 
@@ -44,6 +58,15 @@ impl Term for bf16 {
     #[inline(always)]
     fn wide(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn wide8(at: *const bf16) -> __m256 {
+        // SAFETY: the caller's promise: eight readable elements, of 16 bits.
+        let narrow = unsafe { _mm_loadu_si128(at.cast()) };
+        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16))
     }
 }
 
@@ -182,9 +205,9 @@ unsafe fn mean_part<T: Term>(
     }
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
-        // Up to the next cache line, and what is less than a line at the end, in the ordinary way.
+        // Up to the next cache line, and what is less than a step at the end, in the ordinary way.
         let head = (out.align_offset(64)).min(len);
-        let body = if accumulate || whole <= STREAM { 0 } else { (len - head) / 16 * 16 };
+        let body = if accumulate || whole < STREAM { 0 } else { (len - head) / STEP * STEP };
         // SAFETY: the processor has AVX2; `head + body <= len`, and `out + head` is aligned to 64 bytes; the rest is the
         // caller's promise.
         return unsafe {
@@ -213,29 +236,6 @@ unsafe fn mean_avx2<T: Term>(
 ) {
     // SAFETY: the caller's promise.
     unsafe { mean_any(sources, from, world, out, len, accumulate) }
-}
-
-/// The same for an `out` on a cache line and a `len` of whole lines, block by block through the cache and then past it.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-unsafe fn mean_streamed<T: Term>(sources: &[*const T], from: usize, world: usize, out: *mut f32, len: usize) {
-    use std::arch::x86_64::{_mm256_loadu_ps, _mm256_stream_ps, _mm_sfence};
-    let mut block = [0f32; BLOCK];
-    let mut at = 0;
-    while at < len {
-        let n = BLOCK.min(len - at);
-        // SAFETY: the caller's promise, `at + n <= len`, and `n` is a multiple of 16: 8 floats from `i` on lie in the
-        // block and in the output, there aligned to 32 bytes.
-        unsafe {
-            mean_any(sources, from + at, world, block.as_mut_ptr(), n, false);
-            for i in (0..n).step_by(8) {
-                _mm256_stream_ps(out.add(at + i), _mm256_loadu_ps(block.as_ptr().add(i)));
-            }
-        }
-        at += n;
-    }
-    // Such stores are ordered by nothing else before the mark that this part is done.
-    _mm_sfence();
 }
 
 /// `from` is where in the sources the first element of `out` comes from.

@@ -1,4 +1,5 @@
-// What the tests of the C++ layer share: a check, what an error must say, and forked ranks.
+// What the tests of the C++ layer share: a check, what an error must say, an engine, and forked
+// ranks.
 #pragma once
 
 #include <sys/wait.h>
@@ -34,6 +35,16 @@ inline fsdp_status_t status_of(const std::function<void()>& action, const std::s
     return error.status();
   }
   throw std::runtime_error("an error about \"" + part + "\" was expected");
+}
+
+/// An engine on two parameters of kSize ones: "weight" and "bias".
+constexpr int kSize = 11;
+inline fsdp::Engine make_engine(const fsdp::Communicator& comm) {
+  std::vector<float> ones(kSize, 1.0F);
+  fsdp::Model model("Net");
+  model.add_parameter(0, "weight", fsdp::TensorView(ones.data(), {kSize}));
+  model.add_parameter(0, "bias", fsdp::TensorView(ones.data(), {kSize}));
+  return fsdp::Engine(model, comm);
 }
 
 /// Runs `test` on as many ranks as the first argument says (1 without), each a forked process that

@@ -10,16 +10,6 @@
 
 namespace {
 
-constexpr int kSize = 11;
-
-fsdp::Engine make_engine(const fsdp::Communicator& comm) {
-  std::vector<float> ones(kSize, 1.0F);
-  fsdp::Model model("Net");
-  model.add_parameter(0, "weight", fsdp::TensorView(ones.data(), {kSize}));
-  model.add_parameter(0, "bias", fsdp::TensorView(ones.data(), {kSize}));
-  return fsdp::Engine(model, comm);
-}
-
 void backward(fsdp::Engine& engine, float value) {
   std::vector<float> grad(kSize, value);
   engine.zero_grad();

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "models.hpp"
 #include "reference.hpp"
 
 namespace harness {
@@ -32,16 +33,8 @@ inline std::unique_lock<std::mutex> random_turn() {
   return std::unique_lock<std::mutex>(mutex);
 }
 
-struct BlockImpl : nn::Module {
-  explicit BlockImpl(std::int64_t width)
-      : norm(register_module("norm", nn::LayerNorm(nn::LayerNormOptions({width})))),
-        up(register_module("up", nn::Linear(width, 3 * width + 1))),
-        down(register_module("down", nn::Linear(3 * width + 1, width))) {}
-  at::Tensor forward(const at::Tensor& x) { return x + down(torch::gelu(up(norm(x)))); }
-  nn::LayerNorm norm;
-  nn::Linear up, down;
-};
-TORCH_MODULE(Block);
+using models::Block;
+using models::BlockImpl;
 
 /// With a tied weight, a parameter that is never used, one that is frozen, and a buffer.
 struct NetImpl : nn::Module {

@@ -6,6 +6,7 @@
 #include <iterator>
 #include <limits>
 
+#include "models.hpp"
 #include "reference.hpp"
 
 namespace feature_gradients {
@@ -16,16 +17,7 @@ namespace nn = torch::nn;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-struct BlockImpl : nn::Module {
-  explicit BlockImpl(int64_t width)
-      : norm(register_module("norm", nn::LayerNorm(nn::LayerNormOptions({width})))),
-        up(register_module("up", nn::Linear(width, 2 * width + 1))),
-        down(register_module("down", nn::Linear(2 * width + 1, width))) {}
-  at::Tensor forward(const at::Tensor& x) { return x + down(torch::gelu(up(norm(x)))); }
-  nn::LayerNorm norm;
-  nn::Linear up, down;
-};
-TORCH_MODULE(Block);
+using models::Block;
 
 /// With a tied weight, a parameter that is never used and one that is frozen.
 struct NetImpl : nn::Module {
@@ -194,7 +186,7 @@ void hooks(const fsdp::Communicator& comm) {
     seen.push_back(unit.name);
     REQUIRE(unit.names.size() == unit.gradients.size());
     for (std::size_t i = 0; i < unit.names.size(); ++i) {
-      if (unit.names[i] == "block1.up.weight") REQUIRE(unit.gradients[i].size(0) == 23);
+      if (unit.names[i] == "block1.up.weight") REQUIRE(unit.gradients[i].size(0) == 34);
       unit.gradients[i].copy_(unit.gradients[i].to(at::kBFloat16));
     }
   });

@@ -1,5 +1,6 @@
 // Training a sharded model gives, bit for bit, the parameters of a plain data-parallel loop over
 // the same per-rank batches: many kinds of modules, SGD, Adam and AdamW.
+#include "models.hpp"
 #include "reference.hpp"
 
 namespace feature_training {
@@ -97,16 +98,8 @@ void train_and_compare(const fsdp::Communicator& comm, Make make, Loss loss,
   }
 }
 
-struct BlockImpl : nn::Module {
-  explicit BlockImpl(int64_t width)
-      : norm(register_module("norm", nn::LayerNorm(nn::LayerNormOptions({width})))),
-        up(register_module("up", nn::Linear(width, 3 * width + 1))),
-        down(register_module("down", nn::Linear(3 * width + 1, width))) {}
-  at::Tensor forward(const at::Tensor& x) { return x + down(torch::gelu(up(norm(x)))); }
-  nn::LayerNorm norm;
-  nn::Linear up, down;
-};
-TORCH_MODULE(Block);
+using models::Block;
+using models::BlockImpl;
 
 struct MlpImpl : nn::Module {
   explicit MlpImpl(int64_t width = 13, int depth = 3)
