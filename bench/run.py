@@ -81,8 +81,8 @@ def measure_steps(bench):
 
 
 def measure_memory(bench):
-    """Each system runs alone, each process is started by itself; with --quick forked."""
-    how = dict(starter=bench.starter()) if bench.quick else {}
+    """Each system runs alone, three times, each process started by itself; with --quick once, and forked."""
+    how = dict(runs=1, starter=bench.starter()) if bench.quick else dict(runs=3)
     for workload in bench.memory_workloads:
         commands = bench.commands(workload, bench.inputs(workload))
         programs = {system: bench.program(system) for system in commands}

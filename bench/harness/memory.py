@@ -1,6 +1,8 @@
 """Host memory of each system alone: the proportional set size (PSS) summed over its ranks, which counts what ranks share
 once; its largest value while they step, and what their libraries take by themselves."""
 
+import statistics
+
 from . import ranks, workloads
 
 START_S, STEP_S = 180, 60
@@ -63,20 +65,21 @@ def activations(workload, program, data, logs):
     return in_heap, peak - libraries_of("plain", program, workload.world_size, logs, ranks.start) - params - in_heap
 
 
-def measure(workload, commands, programs, data, logs, say, plan_bytes, starter=ranks.start):
-    """Rows of a workload: for each system its peak, and its libraries'. `programs` has each system's program without
-    arguments. `plan_bytes`: what the plan says that the host holds."""
+def measure(workload, commands, programs, data, logs, say, plan_bytes, runs, starter=ranks.start):
+    """Rows of a workload: for each system the median of its peaks in some runs, and its libraries'. `programs` has each
+    system's program without arguments. `plan_bytes`: what the plan says that the host holds."""
     rows, known = [], {}
     folder = logs / workload.name / "memory"
     folder.mkdir(parents=True, exist_ok=True)
     in_heap, besides = activations(workload, programs["bound"], data, folder)
     for name, command in commands.items():
-        peak, stats = peak_of(name, command, workload.world_size, folder, starter)
+        peaks, stats = zip(*(peak_of(name, command, workload.world_size, folder, starter) for _ in range(runs)), strict=True)
+        peak, stats = int(statistics.median(peaks)), stats[0]
         kind = tuple(map(str, programs[name]))
         if kind not in known:
             known[kind] = libraries_of(name, programs[name], workload.world_size, folder, starter)
         row = {"workload": workload.name, "system": name, "world_size": workload.world_size,
-               "host_peak_pss_bytes": peak, "libraries_pss_bytes": known[kind], "own_bytes": peak - known[kind]}
+               "host_peak_pss_bytes": peak, "peaks": peaks, "libraries_pss_bytes": known[kind], "own_bytes": peak - known[kind]}
         if name in workloads.OURS:
             optimizer = sum(rank["optimizer_bytes"] for rank in stats)
             # Gradient shards, and what the optimizer needs beside them, come when activations have gone (src/heap.rs).

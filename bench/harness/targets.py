@@ -29,14 +29,15 @@ def of_steps(ratios):
 
 
 def of_collectives(rows, speeds):
-    """float32 at 4 MiB and more; the slowest size counts."""
+    """At 4 MiB and more; the slowest size counts."""
     found = []
-    for other, least in (("gloo", 15), ("open_mpi", 6), ("plain_loop", 0.7)):
-        times_as_fast = [s["median"] for s in speeds if s["over"] == other and s["collective"] == "reduce_scatter"
-                         and s["dtype"] == "float32" and s["bytes"] >= 4 << 20]
-        if times_as_fast:
-            found.append(target(f"float32 reduce-scatter, 4 to 64 MiB: at least so many times as fast as {other}",
-                                min(times_as_fast), at_least=least))
+    for dtype in ("float32", "bfloat16"):
+        for other, least in (("gloo", 15), ("open_mpi", 6), ("plain_loop", 0.7)):
+            times_as_fast = [s["median"] for s in speeds if s["over"] == other and s["collective"] == "reduce_scatter"
+                             and s["dtype"] == dtype and s["bytes"] >= 4 << 20]
+            if times_as_fast:
+                found.append(target(f"{dtype} reduce-scatter, 4 to 64 MiB: at least so many times as fast as {other}",
+                                    min(times_as_fast), at_least=least))
     gathers = lambda system: sorted((row["bytes"], row["median_s"]) for row in rows if row["system"] == system
                                     and row["collective"] == "all_gather" and row["dtype"] == "float32")
     if gathers("shm") and gathers("memcpy"):
