@@ -38,7 +38,8 @@ configure: setup
 		{ tail -n 30 $(BUILD)/logs/configure.log >&2; \
 		  echo "make: configuring failed (full output: $(BUILD)/logs/configure.log)" >&2; exit 1; }
 
-demo: build ## Train a small GPT on real text, sharded over 2 ranks, a few minutes (DEMO_RANKS, DEMO_OUT, DEMO_ARGS)
+demo: configure ## Train a small GPT on real text, sharded over 2 ranks, a few minutes (DEMO_RANKS, DEMO_OUT, DEMO_ARGS)
+	@cmake --build $(BUILD) -j $(JOBS) --target train_gpt
 	@BUILD=$(BUILD) OUT=$(DEMO_OUT) RANKS=$(DEMO_RANKS) examples/train_gpt/demo.sh $(DEMO_ARGS)
 
 test: build ## Run every check and every test
