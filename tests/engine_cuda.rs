@@ -12,7 +12,7 @@ mod fake;
 mod nccl;
 
 use common::{ranks, Folder};
-use engine::{same, Case, Place, Trainer};
+use engine::{adamw, same, Case, Place, Trainer};
 use fsdp::checkpoint::Contents;
 use fsdp::comm::{single, Communicator};
 use fsdp::config::{CudaConfig, EngineConfig, Registration, Strategy};
@@ -21,22 +21,12 @@ use fsdp::dtype::DType;
 use fsdp::engine::{Engine, FullOptions, FullParams, ReshardAfterForward};
 use fsdp::forecast::{Forecast, Request};
 use fsdp::module::{ModuleTree, ROOT};
-use fsdp::optim::{AdamWOptions, Rule, SgdOptions};
+use fsdp::optim::{Rule, SgdOptions};
 use fsdp::scaler::{GradScaler, ScalerState};
 use nccl::Fake;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
-
-fn fake() -> Fake {
-    let fake = Fake::new();
-    fake.tell("meet", 1);
-    fake
-}
-
-fn adamw() -> Rule {
-    Rule::AdamW(AdamWOptions { lr: 0.01, weight_decay: 0.1, ..AdamWOptions::default() })
-}
 
 fn sgd() -> Rule {
     Rule::Sgd(SgdOptions { lr: 0.05, momentum: 0.9, weight_decay: 0.01, ..SgdOptions::default() })
@@ -67,7 +57,7 @@ const ALL: &[usize] = &[1, 2, 3];
 
 #[test]
 fn training_equals_the_cpus_bit_by_bit() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     for (param, what) in [(None, "float32"), (Some(DType::BF16), "bfloat16"), (Some(DType::F16), "float16")] {
         let config = EngineConfig { param_dtype: param, ..EngineConfig::default() };
         for rule in [adamw(), sgd()] {
@@ -78,7 +68,7 @@ fn training_equals_the_cpus_bit_by_bit() {
 
 #[test]
 fn every_option_gives_the_cpus_bits() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let base = |config: EngineConfig| Case { steps: 2, ..Case::new(config, adamw()) };
     let config = EngineConfig { param_dtype: Some(DType::BF16), ..EngineConfig::default() };
     equal(&[1, 2], &Case { clip: Some(0.5), ..base(config.clone()) }, "clipped", |_| ());
@@ -120,7 +110,7 @@ fn every_option_gives_the_cpus_bits() {
 
 #[test]
 fn sixteen_bit_sums_are_close() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let config = EngineConfig { reduce_dtype: DType::BF16, ..EngineConfig::default() };
     let case = Case { steps: 1, ..Case::new(config, Rule::Sgd(SgdOptions { lr: 1.0, ..SgdOptions::default() })) };
     let run = |place: fn() -> Place| {
@@ -138,7 +128,7 @@ fn sixteen_bit_sums_are_close() {
 
 #[test]
 fn memory_is_the_plans() {
-    let fake = fake();
+    let fake = Fake::meeting();
     for (world, cpu_offload) in [(1, false), (2, false), (2, true)] {
         let config = EngineConfig { param_dtype: Some(DType::BF16), cpu_offload, ..EngineConfig::default() };
         let case = Case { order: true, ..Case::new(config, adamw()) };
@@ -195,7 +185,7 @@ impl DeviceAllocator for Lender {
 
 #[test]
 fn collectives_use_what_is_registered() {
-    let fake = fake();
+    let fake = Fake::meeting();
     let own = |registration| CudaConfig { registration, ..CudaConfig::default() };
     for (registration, lends, registered) in [
         (Registration::Auto, false, true),
@@ -245,7 +235,7 @@ fn collectives_use_what_is_registered() {
 /// on every rank, does not know them.
 #[test]
 fn places_of_what_is_registered_do_not_depend_on_a_ranks_gradients() {
-    let fake = fake();
+    let fake = Fake::meeting();
     // The root's come first where there are some, and take its slot before the others'; without them it takes one at the end.
     let root_on_one = |rank: usize, _: usize, param: usize| param != 8 && (param != 0 || rank == 0);
     let one_has_none = |rank: usize, step: usize, param: usize| param != 8 && (rank != 1 || step == 1);
@@ -265,7 +255,7 @@ fn places_of_what_is_registered_do_not_depend_on_a_ranks_gradients() {
 
 #[test]
 fn checkpoints_go_from_gpus_to_cpus_and_back() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let folder = Folder::new("engine-cuda");
     let config = |cpu_offload| EngineConfig { cpu_offload, ..EngineConfig::default() };
     let case = |offload| Case::new(config(offload), adamw());
@@ -336,7 +326,7 @@ fn checkpoints_go_from_gpus_to_cpus_and_back() {
 
 #[test]
 fn full_parameters_are_read_and_written_on_the_host() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     for world in [1, 2] {
         ranks(world, |comm| {
             let case = Case::new(EngineConfig::default(), sgd());
@@ -362,7 +352,7 @@ fn full_parameters_are_read_and_written_on_the_host() {
 
 #[test]
 fn scaled_gradients_are_unscaled_and_bad_steps_skipped() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     for cpu_offload in [false, true] {
         let config = EngineConfig { param_dtype: Some(DType::F16), cpu_offload, ..EngineConfig::default() };
         let case = Case::new(config, adamw());
@@ -396,7 +386,7 @@ fn scaled_gradients_are_unscaled_and_bad_steps_skipped() {
 
 #[test]
 fn rank_0s_values_and_values_on_the_gpu() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let config = EngineConfig { sync_module_states: true, ..EngineConfig::default() };
     equal(&[2], &Case::new(config, adamw()), "synchronized", |_| ());
     let place = Place::gpu();
@@ -416,7 +406,7 @@ fn rank_0s_values_and_values_on_the_gpu() {
 /// A sharded model becomes the lower part of a bigger one, which trains on with the same shards, and then the first one again.
 #[test]
 fn engines_share_shards() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     for (world, cpu_offload, strategy) in [
         (1, false, Strategy::FullShard),
         (2, false, Strategy::FullShard),

@@ -14,7 +14,7 @@ mod lent;
 mod nccl;
 
 use common::ranks;
-use engine::{same, Case, Place, Trainer};
+use engine::{adamw, same, Case, Place, Trainer};
 use fsdp::comm::{single, Check, Communicator, Kind, Tag, UnitName};
 use fsdp::config::{CudaConfig, EngineConfig};
 use fsdp::device::cuda::{DeviceMemory, Source, Stream};
@@ -22,26 +22,14 @@ use fsdp::dtype::DType;
 use fsdp::engine::{Engine, ReshardAfterForward};
 use fsdp::error::{Error, Status};
 use fsdp::module::{ModuleTree, ROOT};
-use fsdp::optim::{AdamWOptions, Rule};
 use lent::lent;
 use nccl::Fake;
 use std::sync::Arc;
 use std::time::Instant;
 
-fn adamw() -> Rule {
-    Rule::AdamW(AdamWOptions { lr: 0.01, weight_decay: 0.1, ..AdamWOptions::default() })
-}
-
-/// Ranks that are threads meet in NCCL's collectives.
-fn fake() -> Fake {
-    let fake = Fake::new();
-    fake.tell("meet", 1);
-    fake
-}
-
 #[test]
 fn what_a_gpu_cannot_do_is_refused_by_name() {
-    let fake = fake();
+    let fake = Fake::meeting();
     let place = Place::gpu();
     let make = |comm: Arc<dyn Communicator>, config: EngineConfig| {
         let data = engine::values();
@@ -94,7 +82,7 @@ fn what_a_gpu_cannot_do_is_refused_by_name() {
 
 #[test]
 fn failures_name_unit_rank_and_collective() {
-    let fake = fake();
+    let fake = Fake::meeting();
     fake.tell("meet", 0);
     let errors = ranks(2, |comm| {
         let t = Trainer::new(comm.clone(), Place::gpu(), &Case::new(EngineConfig::default(), adamw()));
@@ -137,7 +125,7 @@ fn failures_name_unit_rank_and_collective() {
 
 #[test]
 fn the_control_plane_may_be_collectives_that_a_host_lends() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let case = Case { clip: Some(1.0), order: true, ..Case::new(EngineConfig::default(), adamw()) };
     for world in [2, 3] {
         let want = ranks(world, |comm| {
@@ -249,7 +237,7 @@ fn each_function_of_nccl_may_fail() {
 /// A rank that has ended its backward takes part with zeros in what others reduce.
 #[test]
 fn a_rank_that_reduces_fewer_units_takes_part_in_the_rest() {
-    let fake = fake();
+    let fake = Fake::meeting();
     fake.tell("meet", 0);
     ranks(2, |comm| {
         let rank = comm.rank();

@@ -14,26 +14,16 @@ mod fake;
 mod nccl;
 
 use common::{ranks, Folder};
-use engine::{same, Case, Place, Trainer};
+use engine::{adamw, same, Case, Place, Trainer};
 use fsdp::checkpoint::Contents;
 use fsdp::config::{CudaConfig, EngineConfig, Registration, Strategy};
 use fsdp::dtype::DType;
 use fsdp::engine::ReshardAfterForward;
 use fsdp::error::{Error, Status};
 use fsdp::forecast::{Forecast, Request};
-use fsdp::optim::{AdamWOptions, Rule, SgdOptions};
+use fsdp::optim::{Rule, SgdOptions};
 use nccl::Fake;
 use std::time::Instant;
-
-fn fake() -> Fake {
-    let fake = Fake::new();
-    fake.tell("meet", 1);
-    fake
-}
-
-fn adamw() -> Rule {
-    Rule::AdamW(AdamWOptions { lr: 0.01, weight_decay: 0.1, ..AdamWOptions::default() })
-}
 
 /// Strategies, ranks of a shard group (0: none is said), and of all.
 const NO_SHARD: [(Strategy, u32, usize); 3] =
@@ -70,7 +60,7 @@ fn equal(world: usize, case: &Case, what: &str) {
 
 #[test]
 fn training_equals_the_cpus_bit_by_bit() {
-    let fake = fake();
+    let fake = Fake::meeting();
     let sgd = Rule::Sgd(SgdOptions { lr: 0.05, momentum: 0.9, ..SgdOptions::default() });
     for (strategy, shard_size, world) in NO_SHARD.into_iter().chain(HYBRID) {
         let base = case(strategy, shard_size);
@@ -93,7 +83,7 @@ fn training_equals_the_cpus_bit_by_bit() {
 
 #[test]
 fn gradients_accumulate_as_on_the_cpu() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     for (strategy, shard_size, world) in [NO_SHARD[1], HYBRID[0], HYBRID[3]] {
         let base = Case { micro: 3, steps: 2, ..case(strategy, shard_size) };
         let few = EngineConfig { gradient_slots: 1, ..base.config.clone() };
@@ -110,7 +100,7 @@ fn gradients_accumulate_as_on_the_cpu() {
 
 #[test]
 fn sixteen_bit_sums_are_close() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let one = Rule::Sgd(SgdOptions { lr: 1.0, ..SgdOptions::default() });
     for (strategy, shard_size, world) in [NO_SHARD[0], HYBRID[0]] {
         let config = EngineConfig { strategy, shard_size, reduce_dtype: DType::BF16, ..EngineConfig::default() };
@@ -131,7 +121,7 @@ fn sixteen_bit_sums_are_close() {
 
 #[test]
 fn memory_and_traffic_are_the_plans() {
-    let fake = fake();
+    let fake = Fake::meeting();
     for ((strategy, shard_size, world), cpu_offload) in
         [(NO_SHARD[1], false), (HYBRID[0], false), (HYBRID[0], true), (HYBRID[1], false)]
     {
@@ -166,7 +156,7 @@ fn memory_and_traffic_are_the_plans() {
 /// What is registered is what a group gathers into; one rank alone gathers nothing.
 #[test]
 fn memory_is_registered_with_the_group() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     for (strategy, shard_size, world, some) in [(Strategy::HybridShard, 2, 4, true), (Strategy::NoShard, 0, 2, false)] {
         let base = case(strategy, shard_size);
         let cuda = Some(CudaConfig { registration: Registration::Always, ..CudaConfig::default() });
@@ -182,7 +172,7 @@ fn memory_is_registered_with_the_group() {
 
 #[test]
 fn each_all_reduce_comes_behind_its_reduce_scatter() {
-    let fake = fake();
+    let fake = Fake::meeting();
     ranks(4, |comm| Trainer::new(comm, Place::gpu(), &Case { steps: 1, ..case(Strategy::HybridShard, 2) }).train());
     // Of each unit, on each rank; of the four ranks a line comes only when all of its group have come to it.
     let log = fake.log();
@@ -197,7 +187,7 @@ fn each_all_reduce_comes_behind_its_reduce_scatter() {
 
 #[test]
 fn checkpoints_and_devices_are_interchangeable() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let folder = Folder::new("engine-cuda-replicas");
     let run = |place: fn() -> Place, name: &str, from: Option<&str>| {
         ranks(4, |comm| {
@@ -223,7 +213,7 @@ fn checkpoints_and_devices_are_interchangeable() {
 
 #[test]
 fn units_resharded_over_fewer_ranks_are_gathered_among_those() {
-    let fake = fake();
+    let fake = Fake::meeting();
     let full = |ranks| (Strategy::FullShard, 0, 4, ranks);
     for (strategy, shard_size, world, over) in
         [full(2), (Strategy::FullShard, 0, 6, 3), (Strategy::HybridShard, 4, 8, 2), full(1), full(4)]
@@ -271,7 +261,7 @@ fn units_resharded_over_fewer_ranks_are_gathered_among_those() {
 
 #[test]
 fn what_a_smaller_group_cannot_register_is_every_ranks_error() {
-    let fake = fake();
+    let fake = Fake::meeting();
     let errors = ranks(4, |comm| {
         let t = Trainer::new(comm.clone(), Place::gpu(), &case(Strategy::FullShard, 0));
         comm.barrier().unwrap();

@@ -15,28 +15,18 @@ mod hooks;
 mod nccl;
 
 use common::ranks;
-use engine::{same, Case, Place, Trainer};
+use engine::{adamw, same, Case, Place, Trainer};
 use fsdp::comm::single;
 use fsdp::config::{EngineConfig, Strategy};
 use fsdp::device::cuda::{DeviceMemory, Source};
 use fsdp::dtype::DType;
 use fsdp::error::{Error, Status};
 use fsdp::hook::UnitGradients;
-use fsdp::optim::{AdamWOptions, Rule, SgdOptions};
+use fsdp::optim::{Rule, SgdOptions};
 use hooks::{Change, Seen};
 use nccl::Fake;
 use std::sync::Arc;
 use std::time::Instant;
-
-fn fake() -> Fake {
-    let fake = Fake::new();
-    fake.tell("meet", 1);
-    fake
-}
-
-fn adamw() -> Rule {
-    Rule::AdamW(AdamWOptions { lr: 0.01, weight_decay: 0.1, ..AdamWOptions::default() })
-}
 
 /// Trains on the CPU and on the GPU, with the same hook, and compares; returns what the hooks of rank 0 have seen on the GPU.
 fn equal(worlds: &[usize], case: &Case, change: Change, what: &str) -> Vec<Seen> {
@@ -66,7 +56,7 @@ fn equal(worlds: &[usize], case: &Case, change: Change, what: &str) -> Vec<Seen>
 
 #[test]
 fn hooks_change_the_same_bits_as_on_the_cpu() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let base = |config: EngineConfig| Case { steps: 2, ..Case::new(config, adamw()) };
     let bf16 = EngineConfig { param_dtype: Some(DType::BF16), ..EngineConfig::default() };
     for change in [Change::Scale(0.3), Change::Round] {
@@ -103,7 +93,7 @@ fn hooks_change_the_same_bits_as_on_the_cpu() {
 /// A hook that rounds does what reducing in that type does; without it gradients are as ever.
 #[test]
 fn what_a_hook_leaves_is_what_is_reduced() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let rule = Rule::Sgd(SgdOptions { lr: 1.0, ..SgdOptions::default() });
     let case =
         |reduce_dtype| Case { steps: 1, ..Case::new(EngineConfig { reduce_dtype, ..EngineConfig::default() }, rule) };
@@ -127,7 +117,7 @@ fn what_a_hook_leaves_is_what_is_reduced() {
 /// Engines one after the other have the same stream, which is destroyed with none of them; engines at once have their own.
 #[test]
 fn the_stream_of_hooks_is_there_for_ever() {
-    let _fake = fake();
+    let _fake = Fake::meeting();
     let case = Case { steps: 1, ..Case::new(EngineConfig::default(), adamw()) };
     let stream = |t: &Trainer| {
         let seen = hooks::set(t, Change::Scale(1.0));
@@ -146,7 +136,7 @@ fn the_stream_of_hooks_is_there_for_ever() {
 
 #[test]
 fn a_hook_that_fails_ends_every_ranks_backward() {
-    let fake = fake();
+    let fake = Fake::meeting();
     for (world, strategy, shard_size) in [
         (1, Strategy::FullShard, 0),
         (2, Strategy::FullShard, 0),
@@ -226,7 +216,7 @@ fn broken_by_hook(t: &Trainer, fails: bool) -> [Error; 2] {
 /// The engine is locked inside of a hook: refused, not waited for.
 #[test]
 fn a_hook_that_calls_its_engine_is_refused() {
-    let fake = fake();
+    let fake = Fake::meeting();
     let t = Arc::new(Trainer::new(single::init(), Place::gpu(), &Case::new(EngineConfig::default(), adamw())));
     let engine = Arc::downgrade(&t.engine);
     let hook = move |_: &UnitGradients| {

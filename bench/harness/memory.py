@@ -73,13 +73,15 @@ def measure(workload, commands, programs, data, logs, say, plan_bytes, runs, sta
     folder.mkdir(parents=True, exist_ok=True)
     in_heap, besides = activations(workload, programs["bound"], data, folder)
     for name, command in commands.items():
-        peaks, stats = zip(*(peak_of(name, command, workload.world_size, folder, starter) for _ in range(runs)), strict=True)
+        watched = [peak_of(name, command, workload.world_size, folder, starter) for _ in range(runs)]
+        peaks, stats = zip(*watched, strict=True)
         peak, stats = int(statistics.median(peaks)), stats[0]
         kind = tuple(map(str, programs[name]))
         if kind not in known:
             known[kind] = libraries_of(name, programs[name], workload.world_size, folder, starter)
         row = {"workload": workload.name, "system": name, "world_size": workload.world_size,
-               "host_peak_pss_bytes": peak, "peaks": peaks, "libraries_pss_bytes": known[kind], "own_bytes": peak - known[kind]}
+               "host_peak_pss_bytes": peak, "peaks": peaks,
+               "libraries_pss_bytes": known[kind], "own_bytes": peak - known[kind]}
         if name in workloads.OURS:
             optimizer = sum(rank["optimizer_bytes"] for rank in stats)
             # Gradient shards, and what the optimizer needs beside them, come when activations have gone (src/heap.rs).

@@ -7,7 +7,7 @@ use fsdp::device::cuda::{Context, DeviceMemory, Priority, Source, Stream};
 use fsdp::dtype::DType;
 use fsdp::engine::{Engine, FullGradient, ReshardAfterForward};
 use fsdp::module::{ModuleTree, ParamId, ROOT};
-use fsdp::optim::{Optimizer, Rule};
+use fsdp::optim::{AdamWOptions, Optimizer, Rule};
 use fsdp::plan::UnitId;
 use fsdp::trace::Trace;
 use half::{bf16, f16};
@@ -27,6 +27,10 @@ const PARAMS: [(&str, &str, &[i64], bool); 9] = [
 ];
 /// In the order of a forward: root, a, b, and c inside b.
 const UNITS: UnitId = 4;
+
+pub fn adamw() -> Rule {
+    Rule::AdamW(AdamWOptions { lr: 0.01, weight_decay: 0.1, ..AdamWOptions::default() })
+}
 
 pub fn numel(param: usize) -> usize {
     PARAMS[param].2.iter().product::<i64>() as usize

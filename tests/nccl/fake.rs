@@ -49,6 +49,13 @@ pub struct Fake {
 }
 
 impl Fake {
+    /// Ranks that are threads meet in its collectives.
+    pub fn meeting() -> Fake {
+        let fake = Fake::new();
+        fake.tell("meet", 1);
+        fake
+    }
+
     pub fn new() -> Fake {
         static LIBRARIES: OnceLock<(PathBuf, PathBuf)> = OnceLock::new();
         static TURN: Mutex<()> = Mutex::new(());
